@@ -1,0 +1,1 @@
+//! Lazy arrays with function transformations.

@@ -1,0 +1,3 @@
+//! The program `mica`.
+
+fn main() {}

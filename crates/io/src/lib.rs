@@ -1,0 +1,1 @@
+//! Containers and disk: safetensors, npy, JSONL, atomic writes, hashes.

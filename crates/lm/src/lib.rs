@@ -1,0 +1,1 @@
+//! Language models: configuration, model families, tokenizer, chat, caches, sampling, generation.

@@ -1,0 +1,1 @@
+//! Instruction-set detection and vector mathematics.

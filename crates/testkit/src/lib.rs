@@ -1,0 +1,1 @@
+//! What every test shares: tolerances, golden files, seeded random cases.

@@ -1,0 +1,1 @@
+//! One persistent thread pool: task lists with barriers.

@@ -1,0 +1,1 @@
+//! Fine-tuning: datasets, adapters, methods, the loop, checkpoints.
