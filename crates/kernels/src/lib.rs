@@ -1,1 +1,15 @@
 //! CPU kernels over checked views.
+//!
+//! A kernel is a struct that implements [`mica_threads::Task`]. Its constructor takes
+//! [`View`]s, checks every size, and fails with a [`KernelError`]; after that running it cannot
+//! go out of bounds. Kernels know no graph and no Array, draw nothing and allocate nothing but
+//! scratch. Each says which inputs may alias its output.
+//!
+//! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
+//! order, a row's result does not depend on its neighbours.
+
+mod error;
+pub mod view;
+
+pub use error::KernelError;
+pub use view::{View, ViewMut};

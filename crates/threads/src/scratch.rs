@@ -1,0 +1,147 @@
+//! A worker's scratch memory: a bump arena that lives as long as the worker.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::{Cell, RefCell};
+use std::ptr::NonNull;
+
+/// Types of which every bit pattern is a value, so that recycled scratch bytes can be lent out.
+///
+/// # Safety
+/// Implementors have no padding, no invalid bit patterns, and an alignment of at most 64.
+pub unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($t:ty)*) => { $(
+        // SAFETY: a primitive number: no padding, every bit pattern valid.
+        unsafe impl Plain for $t {}
+    )* };
+}
+plain!(u8 i8 u16 i16 u32 i32 u64 i64 f32 f64 usize);
+
+const ALIGN: usize = 64;
+
+/// Memory that a chunk may use while it runs. [`Scratch::take`] lends disjoint slices; all are
+/// given back when the chunk ends. Contents are whatever the last user left.
+pub struct Scratch {
+    block: Cell<Block>,
+    used: Cell<usize>,
+    wanted: Cell<usize>,
+    overflow: RefCell<Vec<Block>>,
+}
+
+#[derive(Clone, Copy)]
+struct Block {
+    pointer: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the blocks are owned by the Scratch and reached through it alone.
+unsafe impl Send for Scratch {}
+
+impl Block {
+    fn new(bytes: usize) -> Block {
+        if bytes == 0 {
+            return Block { pointer: NonNull::dangling(), bytes };
+        }
+        let layout = Layout::from_size_align(bytes, ALIGN).expect("scratch sizes are far below isize::MAX");
+        // SAFETY: the layout has a non-zero size.
+        let pointer = unsafe { alloc_zeroed(layout) };
+        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
+        Block { pointer, bytes }
+    }
+
+    fn free(self) {
+        if self.bytes > 0 {
+            let layout = Layout::from_size_align(self.bytes, ALIGN).expect("checked when it was allocated");
+            // SAFETY: allocated in `new` with the same layout, freed once by the owner.
+            unsafe { dealloc(self.pointer.as_ptr(), layout) }
+        }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch::new()
+    }
+}
+
+impl Scratch {
+    /// An empty arena; it grows to what its chunks ask for.
+    pub fn new() -> Scratch {
+        Scratch {
+            block: Cell::new(Block::new(0)),
+            used: Cell::new(0),
+            wanted: Cell::new(0),
+            overflow: RefCell::new(Vec::new()),
+        }
+    }
+
+    /// Lends `count` values, aligned to 64 bytes, with unspecified contents.
+    #[allow(clippy::mut_from_ref)] // each call lends a different range
+    pub fn take<T: Plain>(&self, count: usize) -> &mut [T] {
+        let bytes = (count * size_of::<T>()).next_multiple_of(ALIGN);
+        self.wanted.set(self.wanted.get() + bytes);
+        let block = self.block.get();
+        let pointer = if self.used.get() + bytes <= block.bytes {
+            let at = self.used.get();
+            self.used.set(at + bytes);
+            // SAFETY: at + bytes is inside the block.
+            unsafe { block.pointer.add(at) }
+        } else {
+            let block = Block::new(bytes);
+            self.overflow.borrow_mut().push(block);
+            block.pointer
+        };
+        // SAFETY: the range is inside a live block (zeroed at birth, so initialised), lent once
+        // until `reset`, which takes `&mut self`; T is Plain, aligned to 64 or less.
+        unsafe { std::slice::from_raw_parts_mut(pointer.cast::<T>().as_ptr(), count) }
+    }
+
+    /// Takes everything back. If the chunk had to overflow, the main block grows so that the
+    /// next one does not.
+    pub fn reset(&mut self) {
+        let overflow = std::mem::take(self.overflow.get_mut());
+        if !overflow.is_empty() {
+            overflow.into_iter().for_each(Block::free);
+            self.block.get().free();
+            self.block.set(Block::new(self.wanted.get().next_power_of_two()));
+        }
+        self.used.set(0);
+        self.wanted.set(0);
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        self.overflow.get_mut().drain(..).for_each(Block::free);
+        self.block.get().free();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_disjoint_aligned_and_survive_growth() {
+        let mut scratch = Scratch::new();
+        for round in 0..3 {
+            let a = scratch.take::<f32>(1000);
+            let b = scratch.take::<u8>(3);
+            let c = scratch.take::<i32>(5000);
+            a.fill(1.0);
+            b.fill(2);
+            c.fill(3);
+            assert!(a.iter().all(|&x| x == 1.0) && b.iter().all(|&x| x == 2), "round {round}");
+            assert_eq!(c.as_ptr() as usize % 64, 0);
+            scratch.reset();
+        }
+        assert!(scratch.overflow.borrow().is_empty());
+    }
+
+    #[test]
+    fn zero_sized_requests_are_fine() {
+        let scratch = Scratch::new();
+        assert!(scratch.take::<f32>(0).is_empty());
+    }
+}
