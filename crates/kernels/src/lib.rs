@@ -8,8 +8,10 @@
 //! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
 //! order, a row's result does not depend on its neighbours.
 
+pub mod dtype;
 mod error;
 pub mod view;
 
+pub use dtype::{Dtype, DynView, DynViewMut};
 pub use error::KernelError;
 pub use view::{View, ViewMut};
