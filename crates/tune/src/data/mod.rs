@@ -1,0 +1,13 @@
+//! From data files to batches: lines → records → samples → batches, in a repeatable order.
+//!
+//! ```text
+//! read ──▶ format ──▶ sample ──▶ order ──▶ batch ──▶ loader
+//! bytes    Record     tokens +   which      rows of    the stream that a run
+//! of lines             targets    comes next  one length  consumes and resumes
+//! ```
+//!
+//! Nothing here knows an array or a model: a [`batch::Batch`] is plain vectors of tokens, targets,
+//! positions and segments.
+
+pub mod format;
+pub mod read;
