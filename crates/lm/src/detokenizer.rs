@@ -41,10 +41,7 @@ impl Streaming {
     /// A detokenizer at the beginning of a sequence. With `skip_special`, special tokens make no text.
     pub fn new(tokenizer: &Tokenizer, skip_special: bool) -> Self {
         let strip = match tokenizer.decoding() {
-            Decoding::Pieces {
-                strip: Some((_, count)),
-                ..
-            } => *count,
+            Decoding::Pieces { strip: Some((_, count)), .. } => *count,
             _ => 0,
         };
         Self {
@@ -72,15 +69,10 @@ impl Streaming {
         let first = !std::mem::replace(&mut self.started, true);
         Ok(match tokenizer.decoding() {
             Decoding::ByteLevel => {
-                self.held
-                    .extend_from_slice(&tokenizer.decoding().bytes(&token));
+                self.held.extend_from_slice(&tokenizer.decoding().bytes(&token));
                 take_characters(&mut self.held)
             }
-            Decoding::Pieces {
-                replace,
-                bytes,
-                strip,
-            } => {
+            Decoding::Pieces { replace, bytes, strip } => {
                 let text = replaced(&token, replace);
                 if let (true, Some(byte)) = (*bytes, byte_token(&text)) {
                     self.held.push(byte);
@@ -188,10 +180,7 @@ impl Window {
     fn finish(&mut self, tokenizer: &Tokenizer, skip_special: bool) -> Result<String> {
         let whole = tokenizer.decode(&self.ids, skip_special)?;
         // A decoder that looks further back than the window can make this differ; what is out cannot be taken back.
-        Ok(whole
-            .strip_prefix(self.text.as_str())
-            .unwrap_or_default()
-            .to_owned())
+        Ok(whole.strip_prefix(self.text.as_str()).unwrap_or_default().to_owned())
     }
 }
 
@@ -203,14 +192,10 @@ mod tests {
 
     fn tokenizers() -> Vec<(&'static str, Tokenizer)> {
         let custom = |name: &'static str, decoder: serde_json::Value| {
-            let mut json: serde_json::Value =
-                serde_json::from_str(&samples::pieces_json()).unwrap();
+            let mut json: serde_json::Value = serde_json::from_str(&samples::pieces_json()).unwrap();
             json["decoder"] = decoder;
             let inner = json.to_string().parse().unwrap();
-            (
-                name,
-                Tokenizer::from_parts(name, inner, NamedTokens::default(), vec![]).unwrap(),
-            )
+            (name, Tokenizer::from_parts(name, inner, NamedTokens::default(), vec![]).unwrap())
         };
         vec![
             ("byte level", samples::byte_level()),
@@ -240,10 +225,7 @@ mod tests {
                 "metaspace never",
                 serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": true}),
             ),
-            custom(
-                "word pieces",
-                serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
-            ),
+            custom("word pieces", serde_json::json!({"type": "WordPiece", "prefix": "##", "cleanup": true})),
             custom("no decoder", serde_json::Value::Null),
         ]
     }
@@ -258,20 +240,14 @@ mod tests {
     #[test]
     fn text_comes_as_soon_as_a_character_is_whole() {
         let t = samples::byte_level();
-        let ids: Vec<u32> = "é😀"
-            .bytes()
-            .map(|b| t.id(&samples::byte_char(b).to_string()).unwrap())
-            .collect();
+        let ids: Vec<u32> =
+            "é😀".bytes().map(|b| t.id(&samples::byte_char(b).to_string()).unwrap()).collect();
         let mut streaming = Streaming::new(&t, false);
         let pieces: Vec<String> = ids.iter().map(|&id| streaming.push(id).unwrap()).collect();
         assert_eq!(pieces, ["", "é", "", "", "", "😀"]);
         assert_eq!(streaming.finish().unwrap(), "");
         streaming.push(ids[0]).unwrap();
-        assert_eq!(
-            streaming.finish().unwrap(),
-            "\u{fffd}",
-            "half a character at the end"
-        );
+        assert_eq!(streaming.finish().unwrap(), "\u{fffd}", "half a character at the end");
         assert_eq!(streaming.finish().unwrap(), "", "finish starts anew");
     }
 

@@ -134,20 +134,12 @@ impl Error {
 
     /// A file that does not hold what it should.
     pub(crate) fn bad_file(path: &Path, message: impl Into<String>) -> Self {
-        Error::BadFile {
-            path: path.to_owned(),
-            message: message.into(),
-            todo: String::new(),
-        }
+        Error::BadFile { path: path.to_owned(), message: message.into(), todo: String::new() }
     }
 }
 
 fn hint(todo: &str) -> String {
-    if todo.is_empty() {
-        String::new()
-    } else {
-        format!("; {todo}")
-    }
+    if todo.is_empty() { String::new() } else { format!("; {todo}") }
 }
 
 /// Reads a UTF-8 text file that a stranger wrote, of at most `limit` bytes.
@@ -155,20 +147,14 @@ fn hint(todo: &str) -> String {
 /// `Ok(None)` if there is no such file, so that the caller decides whether it is optional.
 pub(crate) fn read_text(path: &Path, what: &'static str, limit: u64) -> Result<Option<String>> {
     use std::io::Read;
-    let failed = |source| Error::Read {
-        what,
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| Error::Read { what, path: path.to_owned(), source };
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
     };
     let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > limit {
         return Err(Error::bad_file(
             path,
@@ -176,17 +162,10 @@ pub(crate) fn read_text(path: &Path, what: &'static str, limit: u64) -> Result<O
         ));
     }
     match String::from_utf8(bytes) {
-        Ok(text) => Ok(Some(
-            text.strip_prefix('\u{feff}')
-                .map(str::to_owned)
-                .unwrap_or(text),
-        )),
+        Ok(text) => Ok(Some(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))),
         Err(e) => Err(Error::bad_file(
             path,
-            format!(
-                "expected UTF-8 text, byte {} is not",
-                e.utf8_error().valid_up_to()
-            ),
+            format!("expected UTF-8 text, byte {} is not", e.utf8_error().valid_up_to()),
         )),
     }
 }
@@ -203,10 +182,7 @@ pub(crate) fn read_json_object(
         Ok(serde_json::Value::Object(map)) => Ok(Some(map)),
         Ok(other) => Err(Error::bad_file(
             path,
-            format!(
-                "expected a JSON object with {what}, got {}",
-                json_type(&other)
-            ),
+            format!("expected a JSON object with {what}, got {}", json_type(&other)),
         )),
         Err(e) => Err(Error::BadFile {
             path: path.to_owned(),

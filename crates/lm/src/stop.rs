@@ -24,10 +24,7 @@ pub struct Checked {
 impl StopStrings {
     /// A watch for any of `stops`; empty strings never match.
     pub fn new<S: Into<String>>(stops: impl IntoIterator<Item = S>) -> Self {
-        Self {
-            stops: stops.into_iter().map(Into::into).collect(),
-            ..Self::default()
-        }
+        Self { stops: stops.into_iter().map(Into::into).collect(), ..Self::default() }
     }
 
     /// Takes the next piece of text.
@@ -36,27 +33,18 @@ impl StopStrings {
     /// complete at once, the longer). After that, further text is dropped and the same stop string is reported.
     pub fn push(&mut self, piece: &str) -> Checked {
         if self.found.is_some() {
-            return Checked {
-                text: String::new(),
-                stopped: self.found,
-            };
+            return Checked { text: String::new(), stopped: self.found };
         }
         self.held.push_str(piece);
         if let Some((start, stop)) = self.first_match() {
             self.found = Some(stop);
             let mut text = std::mem::take(&mut self.held);
             text.truncate(start);
-            return Checked {
-                text,
-                stopped: self.found,
-            };
+            return Checked { text, stopped: self.found };
         }
         let keep = self.longest_prefix_at_end();
         let rest = self.held.split_off(self.held.len() - keep);
-        Checked {
-            text: std::mem::replace(&mut self.held, rest),
-            stopped: None,
-        }
+        Checked { text: std::mem::replace(&mut self.held, rest), stopped: None }
     }
 
     /// The text that was held back, at the end of the stream. The watch is then as new.
@@ -81,11 +69,7 @@ impl StopStrings {
             .iter()
             .enumerate()
             .filter(|(_, stop)| !stop.is_empty())
-            .filter_map(|(i, stop)| {
-                self.held
-                    .find(stop.as_str())
-                    .map(|start| (start + stop.len(), start, i))
-            })
+            .filter_map(|(i, stop)| self.held.find(stop.as_str()).map(|start| (start + stop.len(), start, i)))
             .min()
             .map(|(_, start, i)| (start, i))
     }
@@ -93,13 +77,7 @@ impl StopStrings {
     /// The length of the longest end of the held text that is a proper prefix of a stop string.
     fn longest_prefix_at_end(&self) -> usize {
         let held = self.held.as_str();
-        let longest = self
-            .stops
-            .iter()
-            .map(String::len)
-            .max()
-            .unwrap_or(0)
-            .saturating_sub(1);
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0).saturating_sub(1);
         let mut from = held.len().saturating_sub(longest);
         while !held.is_char_boundary(from) {
             from += 1;
@@ -107,11 +85,7 @@ impl StopStrings {
         held[from..]
             .char_indices()
             .map(|(i, _)| &held[from + i..])
-            .find(|end| {
-                self.stops
-                    .iter()
-                    .any(|stop| stop.len() > end.len() && stop.starts_with(end))
-            })
+            .find(|end| self.stops.iter().any(|stop| stop.len() > end.len() && stop.starts_with(end)))
             .map_or(0, str::len)
     }
 }
@@ -139,64 +113,18 @@ mod tests {
         for (name, stops, pieces, text, stopped) in [
             ("none", &[][..], &["a", "b"][..], &["a", "b", ""][..], None),
             ("empty never matches", &[""], &["a"], &["a", ""], None),
-            (
-                "inside one piece",
-                &["STOP"],
-                &["abSTOPcd"],
-                &["ab", ""],
-                Some(0),
-            ),
-            (
-                "over three",
-                &["STOP"],
-                &["abS", "TO", "Pcd", "e"],
-                &["ab", "", "", "", ""],
-                Some(0),
-            ),
-            (
-                "false alarm",
-                &["STOP"],
-                &["abST", "x"],
-                &["ab", "STx", ""],
-                None,
-            ),
-            (
-                "alarm within alarm",
-                &["aab"],
-                &["aa", "aa", "b", "b"],
-                &["", "aa", "", "", ""],
-                Some(0),
-            ),
-            (
-                "held at the end",
-                &["STOP"],
-                &["abSTO"],
-                &["ab", "STO"],
-                None,
-            ),
-            (
-                "complete first",
-                &["xyzw", "yz"],
-                &["axyzw"],
-                &["ax", ""],
-                Some(1),
-            ),
+            ("inside one piece", &["STOP"], &["abSTOPcd"], &["ab", ""], Some(0)),
+            ("over three", &["STOP"], &["abS", "TO", "Pcd", "e"], &["ab", "", "", "", ""], Some(0)),
+            ("false alarm", &["STOP"], &["abST", "x"], &["ab", "STx", ""], None),
+            ("alarm within alarm", &["aab"], &["aa", "aa", "b", "b"], &["", "aa", "", "", ""], Some(0)),
+            ("held at the end", &["STOP"], &["abSTO"], &["ab", "STO"], None),
+            ("complete first", &["xyzw", "yz"], &["axyzw"], &["ax", ""], Some(1)),
             ("longer of two", &["b", "ab"], &["cab"], &["c", ""], Some(1)),
-            (
-                "characters",
-                &["é!"],
-                &["caf", "é", "é", "!"],
-                &["caf", "", "é", "", ""],
-                Some(0),
-            ),
+            ("characters", &["é!"], &["caf", "é", "é", "!"], &["caf", "", "é", "", ""], Some(0)),
             ("at once", &["a"], &["a"], &["", ""], Some(0)),
         ] {
             let (out, found) = run(stops, pieces);
-            assert_eq!(
-                (out, found),
-                (text.iter().map(|s| s.to_string()).collect(), stopped),
-                "{name}"
-            );
+            assert_eq!((out, found), (text.iter().map(|s| s.to_string()).collect(), stopped), "{name}");
         }
     }
 
@@ -205,10 +133,8 @@ mod tests {
         let mut seen = String::new();
         for c in text.chars() {
             seen.push(c);
-            if let Some(stop) = stops
-                .iter()
-                .filter(|s| !s.is_empty() && seen.ends_with(s.as_str()))
-                .max_by_key(|s| s.len())
+            if let Some(stop) =
+                stops.iter().filter(|s| !s.is_empty() && seen.ends_with(s.as_str())).max_by_key(|s| s.len())
             {
                 return (seen[..seen.len() - stop.len()].to_owned(), true);
             }

@@ -127,31 +127,18 @@ impl Tokenizer {
         mut eos_ids: Vec<u32>,
     ) -> Result<Self> {
         let source = source.into();
-        let failed =
-            |e: tokenizers::Error| Error::bad_file(&source, format!("unusable tokenizer: {e}"));
+        let failed = |e: tokenizers::Error| Error::bad_file(&source, format!("unusable tokenizer: {e}"));
         tokenizer.with_truncation(None).map_err(failed)?;
         tokenizer.with_padding(None);
         let added = added::AddedTokens::new(&tokenizer).map_err(failed)?;
         let decoding = Decoding::of(tokenizer.get_decoder());
-        let vocab_size = tokenizer
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&highest| highest as usize + 1);
+        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |&highest| highest as usize + 1);
         if let Some(eos) = &named.eos {
             eos_ids.push(eos.id);
         }
         eos_ids.sort_unstable();
         eos_ids.dedup();
-        Ok(Self(Arc::new(Inner {
-            source,
-            tokenizer,
-            added,
-            decoding,
-            named,
-            eos_ids,
-            vocab_size,
-        })))
+        Ok(Self(Arc::new(Inner { source, tokenizer, added, decoding, named, eos_ids, vocab_size })))
     }
 
     /// The token ids of a text.
@@ -182,15 +169,10 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_cut(&self, text: &str, cuts: &[Cut]) -> Result<Encoded> {
         debug_assert!(cuts.is_sorted_by_key(|cut| cut.at));
-        let encoding =
-            self.encode_with(text, OffsetType::Byte, |token| added::allowed(cuts, token))?;
+        let encoding = self.encode_with(text, OffsetType::Byte, |token| added::allowed(cuts, token))?;
         Ok(Encoded {
             ids: encoding.get_ids().to_vec(),
-            spans: encoding
-                .get_offsets()
-                .iter()
-                .map(|&(start, end)| start..end)
-                .collect(),
+            spans: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect(),
         })
     }
 
@@ -202,17 +184,11 @@ impl Tokenizer {
         accept: impl Fn(&added::Candidate) -> bool,
     ) -> Result<tokenizers::Encoding> {
         let tokenizer = &self.0.tokenizer;
-        let mut pieces = self
-            .0
-            .added
-            .split(text, tokenizer.get_normalizer(), accept)
-            .map_err(failed)?;
+        let mut pieces = self.0.added.split(text, tokenizer.get_normalizer(), accept).map_err(failed)?;
         if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
-        pieces
-            .tokenize(|piece| tokenizer.get_model().tokenize(piece.get()))
-            .map_err(failed)?;
+        pieces.tokenize(|piece| tokenizer.get_model().tokenize(piece.get())).map_err(failed)?;
         pieces.into_encoding(None, 0, offsets).map_err(failed)
     }
 
@@ -282,10 +258,7 @@ impl Tokenizer {
 
     /// Whether an id is a special token, which decoding with `skip_special` leaves out.
     pub fn is_special(&self, id: u32) -> bool {
-        self.0
-            .added
-            .get(id)
-            .is_some_and(|token| self.0.added.is_special(&token.content))
+        self.0.added.get(id).is_some_and(|token| self.0.added.is_special(&token.content))
     }
 
     /// Whether an id belongs to the added vocabulary, special or not.
@@ -295,11 +268,7 @@ impl Tokenizer {
 
     /// The added vocabulary as `(id, text, special)`, ascending by id.
     pub fn added_tokens(&self) -> Vec<(u32, &str, bool)> {
-        self.0
-            .added
-            .iter()
-            .map(|(id, token)| (id, token.content.as_str(), token.special))
-            .collect()
+        self.0.added.iter().map(|(id, token)| (id, token.content.as_str(), token.special)).collect()
     }
 
     /// Where the tokenizer came from, for messages.
@@ -326,19 +295,11 @@ pub(crate) mod tests {
         let json = crate::tokenizer::pieces::tests::byte_level_json();
         let tokenizer: tokenizers::Tokenizer = json.parse().expect("the test tokenizer parses");
         let named = |text: &str| {
-            let id = tokenizer
-                .token_to_id(text)
-                .expect("a named token of the test tokenizer");
-            Some(NamedToken {
-                text: text.into(),
-                id,
-            })
+            let id = tokenizer.token_to_id(text).expect("a named token of the test tokenizer");
+            Some(NamedToken { text: text.into(), id })
         };
-        let named = NamedTokens {
-            eos: named("<|im_end|>"),
-            pad: named("<|endoftext|>"),
-            ..Default::default()
-        };
+        let named =
+            NamedTokens { eos: named("<|im_end|>"), pad: named("<|endoftext|>"), ..Default::default() };
         Tokenizer::from_parts("test", tokenizer, named, vec![]).expect("the test tokenizer loads")
     }
 
@@ -356,10 +317,7 @@ pub(crate) mod tests {
             let ids = t.encode(text, Specials::None).unwrap();
             assert!(!ids.contains(&im_end), "{name}: {ids:?}");
             assert_eq!(t.decode(&ids, true).unwrap(), text, "{name}");
-            assert!(
-                t.encode(text, Specials::Parse).unwrap().contains(&im_end),
-                "{name}"
-            );
+            assert!(t.encode(text, Specials::Parse).unwrap().contains(&im_end), "{name}");
         }
         // An added token that is not special is ordinary vocabulary.
         assert_eq!(t.encode("<think>", Specials::None).unwrap(), [think]);
@@ -376,27 +334,13 @@ pub(crate) mod tests {
             assert_eq!(t.decode(&ids, false).unwrap(), text);
             ids.iter().filter(|&&x| x == id).count()
         };
-        let special = |at| Cut {
-            at,
-            scope: CutScope::Special,
-        };
-        let all = |at| Cut {
-            at,
-            scope: CutScope::Control(Arc::from([think])),
-        };
+        let special = |at| Cut { at, scope: CutScope::Special };
+        let all = |at| Cut { at, scope: CutScope::Control(Arc::from([think])) };
         assert_eq!(count(&[], im_end), 2);
-        assert_eq!(
-            count(&[special(1)], im_end),
-            2,
-            "a cut at the token's border is not inside"
-        );
+        assert_eq!(count(&[special(1)], im_end), 2, "a cut at the token's border is not inside");
         assert_eq!(count(&[special(2)], im_end), 1);
         assert_eq!(count(&[special(10), special(21)], im_end), 0);
-        assert_eq!(
-            count(&[special(24)], think),
-            1,
-            "not special, so this scope does not cover it"
-        );
+        assert_eq!(count(&[special(24)], think), 1, "not special, so this scope does not cover it");
         assert_eq!(count(&[all(24)], think), 0);
     }
 
@@ -430,10 +374,7 @@ pub(crate) mod tests {
         let t = byte_level();
         let text = "hello wörld 😀 <think>\u{a0}x<|im_end|>";
         let ids = t.encode(text, Specials::Parse).unwrap();
-        let bytes: Vec<u8> = ids
-            .iter()
-            .flat_map(|&id| t.token_bytes(id).unwrap())
-            .collect();
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| t.token_bytes(id).unwrap()).collect();
         assert_eq!(bytes, text.as_bytes());
         assert_eq!(t.token_bytes(u32::MAX), None);
     }

@@ -7,9 +7,7 @@ use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, Input, MatchKind};
 use tokenizers::normalizer::Range;
-use tokenizers::{
-    AddedToken, NormalizedString, Normalizer, NormalizerWrapper, PreTokenizedString, Token,
-};
+use tokenizers::{AddedToken, NormalizedString, Normalizer, NormalizerWrapper, PreTokenizedString, Token};
 
 /// A place in a text that no control token may span: to its left and right stand texts of different origin, or one
 /// text that only looks like a control token.
@@ -42,13 +40,10 @@ pub(crate) struct Candidate {
 /// Whether no cut forbids the token.
 pub(crate) fn allowed(cuts: &[Cut], token: &Candidate) -> bool {
     let first = cuts.partition_point(|cut| cut.at <= token.range.start);
-    !cuts[first..]
-        .iter()
-        .take_while(|cut| cut.at < token.range.end)
-        .any(|cut| match &cut.scope {
-            CutScope::Special => token.special,
-            CutScope::Control(ids) => token.special || ids.binary_search(&token.id).is_ok(),
-        })
+    !cuts[first..].iter().take_while(|cut| cut.at < token.range.end).any(|cut| match &cut.scope {
+        CutScope::Special => token.special,
+        CutScope::Control(ids) => token.special || ids.binary_search(&token.id).is_ok(),
+    })
 }
 
 /// The added vocabulary, compiled for searching.
@@ -72,11 +67,8 @@ struct Search {
 impl AddedTokens {
     pub fn new(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<Self> {
         let vocabulary = tokenizer.get_added_vocabulary();
-        let mut tokens: Vec<(u32, AddedToken)> = vocabulary
-            .get_added_tokens_decoder()
-            .iter()
-            .map(|(id, token)| (*id, token.clone()))
-            .collect();
+        let mut tokens: Vec<(u32, AddedToken)> =
+            vocabulary.get_added_tokens_decoder().iter().map(|(id, token)| (*id, token.clone())).collect();
         tokens.sort_unstable_by_key(|(id, _)| *id);
         let special = tokens
             .iter()
@@ -99,27 +91,14 @@ impl AddedTokens {
                     index.push(i);
                 }
             }
-            let automaton = AhoCorasick::builder()
-                .match_kind(MatchKind::LeftmostLongest)
-                .build(&patterns)?;
-            Ok(Search {
-                automaton,
-                token: index,
-            })
+            let automaton = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(&patterns)?;
+            Ok(Search { automaton, token: index })
         };
-        Ok(Self {
-            raw: search(false)?,
-            normalized: search(true)?,
-            special,
-            tokens,
-        })
+        Ok(Self { raw: search(false)?, normalized: search(true)?, special, tokens })
     }
 
     pub fn get(&self, id: u32) -> Option<&AddedToken> {
-        self.tokens
-            .binary_search_by_key(&id, |(id, _)| *id)
-            .ok()
-            .map(|i| &self.tokens[i].1)
+        self.tokens.binary_search_by_key(&id, |(id, _)| *id).ok().map(|i| &self.tokens[i].1)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u32, &AddedToken)> {
@@ -155,9 +134,7 @@ impl AddedTokens {
         accept: &impl Fn(&Candidate) -> bool,
     ) -> tokenizers::Result<Vec<(NormalizedString, Option<Vec<Token>>)>> {
         let slice = |range: std::ops::Range<usize>| {
-            piece
-                .slice(Range::Normalized(range))
-                .ok_or("an added token's text cannot be cut out")
+            piece.slice(Range::Normalized(range)).ok_or("an added token's text cannot be cut out")
         };
         let text = piece.get();
         let mut splits = Vec::new();

@@ -19,8 +19,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer> {
     let mut tokenizer = parse(&path, &json)?;
 
     let config_path = dir.join("tokenizer_config.json");
-    let config =
-        read_json_object(&config_path, "the tokenizer's configuration")?.unwrap_or_default();
+    let config = read_json_object(&config_path, "the tokenizer's configuration")?.unwrap_or_default();
     let map_path = dir.join("special_tokens_map.json");
     let map = read_json_object(&map_path, "the special tokens")?.unwrap_or_default();
 
@@ -38,10 +37,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer> {
             // transformers adds named tokens that the vocabulary lacks.
             tokenizer.add_special_tokens(std::slice::from_ref(&token));
         }
-        Ok(tokenizer.token_to_id(&token.content).map(|id| NamedToken {
-            text: token.content,
-            id,
-        }))
+        Ok(tokenizer.token_to_id(&token.content).map(|id| NamedToken { text: token.content, id }))
     };
     let named = NamedTokens {
         bos: named("bos_token")?,
@@ -70,9 +66,7 @@ fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer> {
     match std::panic::catch_unwind(|| json.parse::<tokenizers::Tokenizer>()) {
         Ok(Ok(tokenizer)) => Ok(tokenizer),
         Ok(Err(e)) => Err(broken(format!("expected a tokenizer: {e}"))),
-        Err(_) => Err(broken(
-            "expected a tokenizer, its parts contradict each other".into(),
-        )),
+        Err(_) => Err(broken("expected a tokenizer, its parts contradict each other".into())),
     }
 }
 
@@ -110,9 +104,8 @@ fn token_of(path: &Path, field: &str, value: &Value) -> Result<Option<AddedToken
                 Some(Value::String(content)) => content,
                 _ => return Err(bad(value)),
             };
-            let flag = |name: &str, default: bool| {
-                object.get(name).and_then(Value::as_bool).unwrap_or(default)
-            };
+            let flag =
+                |name: &str, default: bool| object.get(name).and_then(Value::as_bool).unwrap_or(default);
             let special = flag("special", true);
             let mut token = AddedToken::from(content.clone(), special);
             token.normalized = flag("normalized", !special);
@@ -155,17 +148,13 @@ fn add_tokens(
         }
         Some(Value::Null) | None => {
             source = dir.join("added_tokens.json");
-            for (content, id) in read_json_object(&source, "the added tokens")?.unwrap_or_default()
-            {
-                let id = id
-                    .as_u64()
-                    .and_then(|id| u32::try_from(id).ok())
-                    .ok_or_else(|| Error::Field {
-                        path: source.clone(),
-                        field: content.clone(),
-                        expected: "a token id".into(),
-                        got: json_type(&id),
-                    })?;
+            for (content, id) in read_json_object(&source, "the added tokens")?.unwrap_or_default() {
+                let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| Error::Field {
+                    path: source.clone(),
+                    field: content.clone(),
+                    expected: "a token id".into(),
+                    got: json_type(&id),
+                })?;
                 if tokenizer.token_to_id(&content).is_none() {
                     wanted.push((id, AddedToken::from(content, false)));
                 }
@@ -203,11 +192,7 @@ fn add_tokens(
                 )
             }
         };
-        wanted
-            .iter()
-            .filter(|entry| differs(entry))
-            .map(|(_, token)| token.clone())
-            .collect()
+        wanted.iter().filter(|entry| differs(entry)).map(|(_, token)| token.clone()).collect()
     };
     if missing.is_empty() {
         return Ok(());
@@ -220,9 +205,7 @@ fn add_tokens(
                 path: source,
                 field: format!("added_tokens_decoder.{id}"),
                 expected: format!("the id that tokenizer.json gives {:?}", token.content),
-                got: got.map_or("no id".into(), |got| {
-                    format!("{id} there and {got} in tokenizer.json")
-                }),
+                got: got.map_or("no id".into(), |got| format!("{id} there and {got} in tokenizer.json")),
             });
         }
     }
@@ -247,34 +230,21 @@ fn set_post_processor(
     if bos.is_none() && eos.is_none() {
         return Ok(());
     }
-    let pieces: Vec<String> = [
-        bos.map(|_| "BOS".to_owned()),
-        Some("$A".to_owned()),
-        eos.map(|_| "EOS".to_owned()),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    let special: Vec<(String, u32)> = [
-        bos.map(|t| ("BOS".to_owned(), t.id)),
-        eos.map(|t| ("EOS".to_owned(), t.id)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
+    let pieces: Vec<String> =
+        [bos.map(|_| "BOS".to_owned()), Some("$A".to_owned()), eos.map(|_| "EOS".to_owned())]
+            .into_iter()
+            .flatten()
+            .collect();
+    let special: Vec<(String, u32)> =
+        [bos.map(|t| ("BOS".to_owned(), t.id)), eos.map(|t| ("EOS".to_owned(), t.id))]
+            .into_iter()
+            .flatten()
+            .collect();
     let processor = TemplateProcessing::builder()
         .try_single(pieces)
-        .and_then(|builder| {
-            builder
-                .special_tokens(special)
-                .build()
-                .map_err(|e| e.to_string())
-        })
+        .and_then(|builder| builder.special_tokens(special).build().map_err(|e| e.to_string()))
         .map_err(|e| {
-            Error::bad_file(
-                path,
-                format!("add_bos_token or add_eos_token cannot be followed: {e}"),
-            )
+            Error::bad_file(path, format!("add_bos_token or add_eos_token cannot be followed: {e}"))
         })?;
     tokenizer.with_post_processor(Some(processor));
     Ok(())
@@ -283,21 +253,15 @@ fn set_post_processor(
 /// The ids at which the model's own files say that generation ends: `generation_config.json`'s, else `config.json`'s
 /// (at its top, or in the text part of a model with several).
 pub(crate) fn model_eos_ids(dir: &Path) -> Result<Vec<u32>> {
-    for (name, what) in [
-        ("generation_config.json", "the generation settings"),
-        ("config.json", "the model's configuration"),
-    ] {
+    for (name, what) in
+        [("generation_config.json", "the generation settings"), ("config.json", "the model's configuration")]
+    {
         let path = dir.join(name);
         let Some(config) = read_json_object(&path, what)? else {
             continue;
         };
-        let text_part = config
-            .get("text_config")
-            .and_then(|text| text.get("eos_token_id"));
-        for value in [config.get("eos_token_id"), text_part]
-            .into_iter()
-            .flatten()
-        {
+        let text_part = config.get("text_config").and_then(|text| text.get("eos_token_id"));
+        for value in [config.get("eos_token_id"), text_part].into_iter().flatten() {
             if !value.is_null() {
                 return eos_ids(&path, value);
             }
@@ -314,12 +278,7 @@ pub(crate) fn eos_ids(path: &Path, value: &Value) -> Result<Vec<u32>> {
         expected: "a token id or a list of them".into(),
         got: json_type(got),
     };
-    let id = |value: &Value| {
-        value
-            .as_u64()
-            .and_then(|id| u32::try_from(id).ok())
-            .ok_or_else(|| bad(value))
-    };
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| bad(value));
     match value {
         Value::Null => Ok(Vec::new()),
         Value::Array(values) => values.iter().map(id).collect(),
@@ -347,19 +306,8 @@ mod tests {
         let tokenizer = pieces_json();
         for (name, files, expected) in [
             ("nothing", vec![], vec![]),
-            (
-                "tokenizer only",
-                vec![("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)],
-                vec![2],
-            ),
-            (
-                "map only",
-                vec![(
-                    "special_tokens_map.json",
-                    r#"{"eos_token": {"content": "</s>"}}"#,
-                )],
-                vec![2],
-            ),
+            ("tokenizer only", vec![("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)], vec![2]),
+            ("map only", vec![("special_tokens_map.json", r#"{"eos_token": {"content": "</s>"}}"#)], vec![2]),
             (
                 "null beats the map",
                 vec![
@@ -368,36 +316,22 @@ mod tests {
                 ],
                 vec![],
             ),
-            (
-                "config",
-                vec![("config.json", r#"{"eos_token_id": 7}"#)],
-                vec![7],
-            ),
+            ("config", vec![("config.json", r#"{"eos_token_id": 7}"#)], vec![7]),
             (
                 "generation config instead of config",
                 vec![
                     ("config.json", r#"{"eos_token_id": 7}"#),
                     ("generation_config.json", r#"{"eos_token_id": [9, 8]}"#),
-                    (
-                        "tokenizer_config.json",
-                        r#"{"eos_token": {"content": "</s>", "special": true}}"#,
-                    ),
+                    ("tokenizer_config.json", r#"{"eos_token": {"content": "</s>", "special": true}}"#),
                 ],
                 vec![2, 8, 9],
             ),
             (
                 "generation config without",
-                vec![
-                    ("config.json", r#"{"eos_token_id": 7}"#),
-                    ("generation_config.json", "{}"),
-                ],
+                vec![("config.json", r#"{"eos_token_id": 7}"#), ("generation_config.json", "{}")],
                 vec![7],
             ),
-            (
-                "nested",
-                vec![("config.json", r#"{"text_config": {"eos_token_id": [1]}}"#)],
-                vec![1],
-            ),
+            ("nested", vec![("config.json", r#"{"text_config": {"eos_token_id": [1]}}"#)], vec![1]),
         ] {
             let mut all = vec![("tokenizer.json", tokenizer.as_str())];
             all.extend(files);
@@ -416,17 +350,10 @@ mod tests {
         assert_eq!(added[1..], plain[..]);
         assert_eq!(t.decode(&added, true).unwrap(), "hello world");
 
-        let config =
-            r#"{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": true}"#;
-        let dir = folder(&[
-            ("tokenizer.json", &byte_level_json()),
-            ("tokenizer_config.json", config),
-        ]);
+        let config = r#"{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": true}"#;
+        let dir = folder(&[("tokenizer.json", &byte_level_json()), ("tokenizer_config.json", config)]);
         let t = load(dir.path()).unwrap();
-        assert_eq!(
-            t.encode("hello", Specials::ParseAndAdd).unwrap()[0],
-            t.bos_id().unwrap()
-        );
+        assert_eq!(t.encode("hello", Specials::ParseAndAdd).unwrap()[0], t.bos_id().unwrap());
         assert_eq!(t.encode("hello", Specials::Parse).unwrap().len(), 1);
     }
 
@@ -434,37 +361,23 @@ mod tests {
     fn truncation_of_the_file_is_turned_off() {
         let dir = folder(&[("tokenizer.json", &byte_level_json())]);
         let t = load(dir.path()).unwrap();
-        assert!(
-            t.encode("a b c d e f g h", Specials::ParseAndAdd)
-                .unwrap()
-                .len()
-                > 4
-        );
+        assert!(t.encode("a b c d e f g h", Specials::ParseAndAdd).unwrap().len() > 4);
     }
 
     #[test]
     fn tokens_of_the_config_are_added_and_reflagged() {
-        let size = load(folder(&[("tokenizer.json", &byte_level_json())]).path())
-            .unwrap()
-            .vocab_size();
+        let size = load(folder(&[("tokenizer.json", &byte_level_json())]).path()).unwrap().vocab_size();
         let base = load(folder(&[("tokenizer.json", &byte_level_json())]).path()).unwrap();
         let think = base.id("<think>").unwrap();
         let config = format!(
             r#"{{"added_tokens_decoder": {{"{size}": {{"content": "<|new|>", "special": true}},
                 "{think}": {{"content": "<think>", "special": true, "normalized": false}}}}}}"#
         );
-        let dir = folder(&[
-            ("tokenizer.json", &byte_level_json()),
-            ("tokenizer_config.json", &config),
-        ]);
+        let dir = folder(&[("tokenizer.json", &byte_level_json()), ("tokenizer_config.json", &config)]);
         let t = load(dir.path()).unwrap();
         assert_eq!(t.id("<|new|>"), Some(size as u32));
         assert!(t.is_special(size as u32) && t.is_special(think) && !base.is_special(think));
-        assert!(
-            !t.encode("<think>", Specials::None)
-                .unwrap()
-                .contains(&think)
-        );
+        assert!(!t.encode("<think>", Specials::None).unwrap().contains(&think));
     }
 
     #[test]
@@ -473,30 +386,10 @@ mod tests {
         let cut = &good[..good.len() / 2];
         for (name, files, kind, words) in [
             ("empty", vec![], ErrorKind::NotFound, "tokenizer.json"),
-            (
-                "older",
-                vec![("tokenizer.model", "x")],
-                ErrorKind::NotFound,
-                "save_pretrained",
-            ),
-            (
-                "cut short",
-                vec![("tokenizer.json", cut)],
-                ErrorKind::BadData,
-                "fetch it again",
-            ),
-            (
-                "not json",
-                vec![("tokenizer.json", "<html>")],
-                ErrorKind::BadData,
-                "tokenizer.json",
-            ),
-            (
-                "empty object",
-                vec![("tokenizer.json", "{}")],
-                ErrorKind::BadData,
-                "tokenizer.json",
-            ),
+            ("older", vec![("tokenizer.model", "x")], ErrorKind::NotFound, "save_pretrained"),
+            ("cut short", vec![("tokenizer.json", cut)], ErrorKind::BadData, "fetch it again"),
+            ("not json", vec![("tokenizer.json", "<html>")], ErrorKind::BadData, "tokenizer.json"),
+            ("empty object", vec![("tokenizer.json", "{}")], ErrorKind::BadData, "tokenizer.json"),
             (
                 "config is a list",
                 vec![("tokenizer.json", &good), ("tokenizer_config.json", "[]")],
@@ -505,19 +398,13 @@ mod tests {
             ),
             (
                 "eos is a number",
-                vec![
-                    ("tokenizer.json", &good),
-                    ("tokenizer_config.json", r#"{"eos_token": 3}"#),
-                ],
+                vec![("tokenizer.json", &good), ("tokenizer_config.json", r#"{"eos_token": 3}"#)],
                 ErrorKind::BadData,
                 "eos_token",
             ),
             (
                 "eos id is negative",
-                vec![
-                    ("tokenizer.json", &good),
-                    ("config.json", r#"{"eos_token_id": -1}"#),
-                ],
+                vec![("tokenizer.json", &good), ("config.json", r#"{"eos_token_id": -1}"#)],
                 ErrorKind::BadData,
                 "eos_token_id",
             ),
@@ -525,10 +412,7 @@ mod tests {
                 "ids contradict",
                 vec![
                     ("tokenizer.json", &good),
-                    (
-                        "tokenizer_config.json",
-                        r#"{"added_tokens_decoder": {"9999": {"content": "<new>"}}}"#,
-                    ),
+                    ("tokenizer_config.json", r#"{"added_tokens_decoder": {"9999": {"content": "<new>"}}}"#),
                 ],
                 ErrorKind::BadData,
                 "9999",

@@ -74,11 +74,7 @@ impl Decoding {
                 _ => return None,
             }
         }
-        Some(Decoding::Pieces {
-            replace,
-            bytes,
-            strip,
-        })
+        Some(Decoding::Pieces { replace, bytes, strip })
     }
 
     /// The bytes that a token of the vocabulary stands for.
@@ -100,28 +96,18 @@ impl Decoding {
 
 /// A token's text after the replacements.
 pub(crate) fn replaced(token: &str, replace: &[(String, String)]) -> String {
-    replace.iter().fold(token.to_owned(), |text, (from, to)| {
-        text.replace(from.as_str(), to)
-    })
+    replace.iter().fold(token.to_owned(), |text, (from, to)| text.replace(from.as_str(), to))
 }
 
 /// The byte of a token such as `<0x0A>`.
 pub(crate) fn byte_token(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if digits.len() == 2 {
-        u8::from_str_radix(digits, 16).ok()
-    } else {
-        None
-    }
+    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
 /// The bytes of a token in GPT-2's byte-level spelling; a token with a character outside it stands for itself.
 pub(crate) fn byte_level_bytes(token: &str) -> Vec<u8> {
-    token
-        .chars()
-        .map(char_byte)
-        .collect::<Option<Vec<u8>>>()
-        .unwrap_or_else(|| token.as_bytes().to_vec())
+    token.chars().map(char_byte).collect::<Option<Vec<u8>>>().unwrap_or_else(|| token.as_bytes().to_vec())
 }
 
 /// The byte that a character stands for: printable Latin-1 is itself, the 68 others are counted up from U+0100.
@@ -159,17 +145,8 @@ pub(crate) mod tests {
             add(&byte_char(byte).to_string());
         }
         let mut merges = Vec::new();
-        for word in [
-            "hello",
-            "Ġhello",
-            "Ġworld",
-            "user",
-            "assistant",
-            "system",
-            "ĊĊ",
-            "Ã©",
-            "ðŁĺĢ",
-        ] {
+        for word in ["hello", "Ġhello", "Ġworld", "user", "assistant", "system", "ĊĊ", "Ã©", "ðŁĺĢ"]
+        {
             let mut chars = word.chars();
             let mut left = chars.next().expect("a word").to_string();
             for c in chars {
@@ -182,19 +159,8 @@ pub(crate) mod tests {
             }
         }
         let base = vocab.len();
-        let specials = [
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|pad_both|>",
-        ];
-        let plain = [
-            "<think>",
-            "</think>",
-            "<tool_call>",
-            "</tool_call>",
-            "sword",
-        ];
+        let specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad_both|>"];
+        let plain = ["<think>", "</think>", "<tool_call>", "</tool_call>", "sword"];
         let added: Vec<_> = specials
             .iter()
             .map(|t| (t, true))
@@ -279,11 +245,7 @@ pub(crate) mod tests {
         assert_eq!(chars.len(), 256);
         assert_eq!(byte_level_bytes("Ġworld"), b" world");
         assert_eq!(byte_level_bytes("Ċ"), b"\n");
-        assert_eq!(
-            byte_level_bytes("[PA D]"),
-            b"[PA D]",
-            "a space is no byte-level character"
-        );
+        assert_eq!(byte_level_bytes("[PA D]"), b"[PA D]", "a space is no byte-level character");
     }
 
     #[test]
@@ -291,35 +253,16 @@ pub(crate) mod tests {
         let sequence = |steps: serde_json::Value| {
             Decoding::from_json(&serde_json::json!({"type": "Sequence", "decoders": steps}))
         };
-        let replace =
-            serde_json::json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let replace = serde_json::json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
         let fuse = serde_json::json!({"type": "Fuse"});
         let bytes = serde_json::json!({"type": "ByteFallback"});
         let strip = serde_json::json!({"type": "Strip", "content": " ", "start": 1, "stop": 0});
-        let pieces = |bytes, strip| {
-            Some(Decoding::Pieces {
-                replace: vec![("▁".into(), " ".into())],
-                bytes,
-                strip,
-            })
-        };
-        assert_eq!(
-            sequence(serde_json::json!([replace, bytes, fuse, strip])),
-            pieces(true, Some((' ', 1)))
-        );
-        assert_eq!(
-            sequence(serde_json::json!([replace, bytes, fuse])),
-            pieces(true, None)
-        );
-        assert_eq!(
-            sequence(serde_json::json!([strip, fuse])),
-            None,
-            "strips every token"
-        );
-        assert_eq!(
-            sequence(serde_json::json!([{"type": "ByteLevel"}])),
-            Some(Decoding::ByteLevel)
-        );
+        let pieces =
+            |bytes, strip| Some(Decoding::Pieces { replace: vec![("▁".into(), " ".into())], bytes, strip });
+        assert_eq!(sequence(serde_json::json!([replace, bytes, fuse, strip])), pieces(true, Some((' ', 1))));
+        assert_eq!(sequence(serde_json::json!([replace, bytes, fuse])), pieces(true, None));
+        assert_eq!(sequence(serde_json::json!([strip, fuse])), None, "strips every token");
+        assert_eq!(sequence(serde_json::json!([{"type": "ByteLevel"}])), Some(Decoding::ByteLevel));
         assert_eq!(byte_token("<0x0A>"), Some(10));
         assert_eq!(byte_token("<0xZZ>"), None);
         assert_eq!(byte_token("<0xé>"), None);
