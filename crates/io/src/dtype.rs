@@ -98,10 +98,13 @@ impl DType {
     /// Bytes of a tensor of this shape; None when the number overflows, or when elements of less
     /// than a byte do not fill the last byte.
     pub fn bytes_of(self, shape: &[usize]) -> Option<usize> {
-        // A zero anywhere makes the tensor empty, but the others may still overflow: as in
-        // safetensors itself, that counts as malformed.
-        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
-        let bits = elements.checked_mul(self.bits())?;
+        // A zero makes the tensor empty, but the other dimensions must still be possible sizes, so
+        // that nobody overflows on strides.
+        let nonzero = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)))?;
+        let bits = nonzero.checked_mul(self.bits())?;
+        if shape.contains(&0) {
+            return Some(0);
+        }
         bits.is_multiple_of(8).then_some(bits / 8)
     }
 }
@@ -139,6 +142,8 @@ mod tests {
             (DType::U8, &[usize::MAX], None),
             (DType::U8, &[1 << 32, 1 << 32], None),
             (DType::F64, &[1 << 61], None),
+            (DType::F32, &[1 << 60, 0, 1 << 60], None),
+            (DType::F4, &[3, 0], Some(0)),
         ];
         for &(dtype, shape, bytes) in cases {
             assert_eq!(dtype.bytes_of(shape), bytes, "{dtype} {shape:?}");

@@ -19,8 +19,10 @@ mod error;
 pub mod hash;
 mod input;
 pub mod jsonl;
+pub mod npy;
 pub mod safetensors;
 mod strict_json;
+pub mod weights;
 
 pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};

@@ -17,6 +17,7 @@ mod write;
 
 pub use read::{SafeTensors, TensorInfo};
 pub use write::{ContentResult, Writer};
+pub(crate) use write::{Entry, Source};
 
 /// The key of the header that is no tensor but a table of texts.
 const METADATA: &str = "__metadata__";
