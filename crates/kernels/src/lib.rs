@@ -8,8 +8,14 @@
 //! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
 //! order, a row's result does not depend on its neighbours.
 
+pub mod copy;
 pub mod dtype;
+pub mod element;
+pub mod elementwise;
 mod error;
+mod layout;
+#[cfg(test)]
+mod testing;
 pub mod view;
 
 pub use dtype::{Dtype, DynView, DynViewMut};

@@ -1,0 +1,135 @@
+//! Elementwise ops over strided, broadcast views of any element type.
+//!
+//! The meaning of each op is MLX's. Half types compute in f32 and round once per op; integers
+//! wrap; f32 functions are `simd::math`'s. Inputs of fewer dimensions or with size-1 dimensions
+//! are broadcast to the output's shape. An output may be the same memory as an input if both have
+//! exactly the same layout and element size; it may not overlap an input otherwise.
+//!
+//! `complex64` is refused here except by [`cast`] and [`select`] (and moved by everything that
+//! only moves): its arithmetic is not written yet.
+
+mod binary;
+mod compare;
+pub(crate) mod convert;
+mod erf64;
+pub(crate) mod lanes;
+mod math;
+mod select;
+pub(crate) mod tile;
+mod unary;
+
+use mica_simd::Isa;
+use mica_threads::Task;
+
+pub use binary::BinaryOp;
+pub use compare::CompareOp;
+pub use unary::UnaryOp;
+pub(crate) use {binary::binary_op, compare::compare_op, select::select_op, unary::unary_op};
+
+use crate::dtype::{Dtype, DynView, DynViewMut};
+use crate::error::KernelError;
+use tile::{Elementwise, compute_dtype};
+
+/// `out = op(a)`. `out` has `a`'s type; [`UnaryOp::LogicalNot`] takes any type and gives bool.
+pub fn unary(op: UnaryOp, a: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
+    unary_on(Isa::get(), op, a, out)
+}
+
+pub(crate) fn unary_on(
+    isa: Isa,
+    op: UnaryOp,
+    a: DynView,
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
+    let (compute, result) = match op {
+        UnaryOp::LogicalNot => (Dtype::Bool, Dtype::Bool),
+        _ => (compute_dtype(a.dtype), compute_dtype(a.dtype)),
+    };
+    let expected = if op == UnaryOp::LogicalNot { Dtype::Bool } else { a.dtype };
+    expect_output(op.name(), expected, out.dtype)?;
+    let kernel = unary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a.dtype))?;
+    Elementwise::task(op.name(), kernel, &[(&a, compute)], (&out, result))
+}
+
+/// `out = op(a, b)`: all of one type; the logical ops take any type and give bool.
+pub fn binary(op: BinaryOp, a: DynView, b: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
+    binary_on(Isa::get(), op, a, b, out)
+}
+
+pub(crate) fn binary_on(
+    isa: Isa,
+    op: BinaryOp,
+    a: DynView,
+    b: DynView,
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
+    expect_same(op.name(), a.dtype, b.dtype)?;
+    let (compute, expected) =
+        if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a.dtype), a.dtype) };
+    expect_output(op.name(), expected, out.dtype)?;
+    let kernel = binary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a.dtype))?;
+    Elementwise::task(op.name(), kernel, &[(&a, compute), (&b, compute)], (&out, compute))
+}
+
+/// `out = a op b` as bool; `a` and `b` of one type. Comparisons with NaN are false, `Ne` true.
+pub fn compare(op: CompareOp, a: DynView, b: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
+    compare_on(Isa::get(), op, a, b, out)
+}
+
+pub(crate) fn compare_on(
+    isa: Isa,
+    op: CompareOp,
+    a: DynView,
+    b: DynView,
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
+    expect_same(op.name(), a.dtype, b.dtype)?;
+    expect_output(op.name(), Dtype::Bool, out.dtype)?;
+    let compute = compute_dtype(a.dtype);
+    let kernel = compare_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a.dtype))?;
+    Elementwise::task(op.name(), kernel, &[(&a, compute), (&b, compute)], (&out, Dtype::Bool))
+}
+
+/// `out = condition ? a : b`. `condition` has any type (not zero is true); the others one type.
+pub fn select(
+    condition: DynView,
+    a: DynView,
+    b: DynView,
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
+    expect_same("select", a.dtype, b.dtype)?;
+    expect_output("select", a.dtype, out.dtype)?;
+    // Values are only moved, so half types stay as they are.
+    let dtype = a.dtype;
+    let kernel = select_op(dtype.size());
+    let inputs = [(&condition, Dtype::Bool), (&a, dtype), (&b, dtype)];
+    Elementwise::task("select", kernel, &inputs, (&out, dtype))
+}
+
+/// `out = a` in `out`'s type: C's rules, but a float outside an integer's range saturates and NaN
+/// becomes 0. Of a complex number the real part is kept (for bool, whether either is not zero).
+pub fn cast(a: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
+    let dtype = out.dtype;
+    Elementwise::task("cast", select::move_op(dtype.size()), &[(&a, dtype)], (&out, dtype))
+}
+
+fn expect_same(name: &'static str, a: Dtype, b: Dtype) -> Result<(), KernelError> {
+    if a == b {
+        return Ok(());
+    }
+    Err(KernelError::new(name, format!("both inputs must have one type, got {a} and {b}: cast one first")))
+}
+
+fn expect_output(name: &'static str, expected: Dtype, got: Dtype) -> Result<(), KernelError> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(KernelError::new(name, format!("the output is {expected}, got {got}")))
+}
+
+fn unsupported(name: &'static str, dtype: Dtype) -> KernelError {
+    KernelError::new(name, format!("not defined for {dtype}: cast to a type that it supports first"))
+}
+
+#[cfg(test)]
+mod tests;
