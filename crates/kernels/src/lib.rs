@@ -14,6 +14,7 @@ pub mod element;
 pub mod elementwise;
 mod error;
 mod layout;
+pub mod reduce;
 #[cfg(test)]
 mod testing;
 pub mod view;

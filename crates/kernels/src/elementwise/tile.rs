@@ -65,10 +65,15 @@ unsafe impl Sync for Sink {}
 impl Source {
     /// A view that is read as `compute`.
     pub fn new(view: &DynView, compute: Dtype) -> Source {
+        Source::with_linear(view, compute, Linear::new(&view.shape, &view.strides))
+    }
+
+    /// Elements of a view in another order or number than its shape's.
+    pub fn with_linear(view: &DynView, compute: Dtype, linear: Linear) -> Source {
         Source {
             pointer: view.pointer,
             dtype: view.dtype,
-            linear: Linear::new(&view.shape, &view.strides),
+            linear,
             convert: (view.dtype != compute).then(|| converter(view.dtype, compute)),
         }
     }

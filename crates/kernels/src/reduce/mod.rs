@@ -1,0 +1,437 @@
+//! Sums, products, extremes and truth over any set of axes.
+//!
+//! The order of additions follows from the logical shape alone, never from strides or threads
+//! (docs/NUMERICS.md). Let *row* be the last axes, as far as they are reduced, taken together;
+//! *outer* the other reduced axes.
+//!
+//! - A row is summed in 16 lanes (lane *i* takes elements *i*, *i*+16 …), which fold as a tree;
+//!   a row of more than 65,536 elements is cut in segments of that length, each summed so.
+//! - Rows and segments of one output are added in ascending order, first within groups of at
+//!   least 65,536 elements, then group by group.
+//! - If the last axis is kept, each output is one ascending chain over the outer elements,
+//!   segment by segment of 512.
+//!
+//! Half types accumulate in f32 and round once. Integers wrap. `Max` and `Min` are NaN if any
+//! element is. The output may not alias the source.
+
+mod arg;
+mod geometry;
+
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mica_threads::{Scratch, Task};
+
+pub use arg::{ArgReduceOp, arg_reduce};
+use geometry::Geometry;
+
+use crate::dtype::{Dtype, DynView, DynViewMut};
+use crate::element::{Bool8, Element};
+use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, TILE_BYTES, check_output};
+use crate::error::KernelError;
+use crate::layout::Linear;
+
+/// Elements of a row, or of several rows of one output, that are summed apart.
+const SEGMENT: usize = 65_536;
+/// Outer elements that are summed apart when the last axis is kept.
+const OUTER_SEGMENT: usize = 512;
+/// Outputs that a chunk computes when the last axis is kept.
+const COLUMNS: usize = 256;
+/// Lanes of a row reduction, on every instruction set.
+const LANES: usize = 16;
+
+/// How elements are joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReduceOp {
+    /// The sum; 0 of none.
+    Sum,
+    /// The product; 1 of none.
+    Prod,
+    /// The largest; NaN if any is.
+    Max,
+    /// The smallest; NaN if any is.
+    Min,
+    /// Whether no element is zero; true of none.
+    All,
+    /// Whether some element is not zero; false of none.
+    Any,
+}
+
+impl ReduceOp {
+    /// The name, as MLX spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ReduceOp::Sum => "sum",
+            ReduceOp::Prod => "prod",
+            ReduceOp::Max => "max",
+            ReduceOp::Min => "min",
+            ReduceOp::All => "all",
+            ReduceOp::Any => "any",
+        }
+    }
+
+    /// The type of the result for elements of `dtype`, MLX's rule: sums and products of small
+    /// integers are 32 bits wide.
+    pub const fn output_dtype(self, dtype: Dtype) -> Dtype {
+        match (self, dtype) {
+            (ReduceOp::All | ReduceOp::Any, _) => Dtype::Bool,
+            (ReduceOp::Max | ReduceOp::Min, _) => dtype,
+            (_, Dtype::Bool | Dtype::I8 | Dtype::I16) => Dtype::I32,
+            (_, Dtype::U8 | Dtype::U16) => Dtype::U32,
+            _ => dtype,
+        }
+    }
+}
+
+/// `out = op` over `axes` of `source`. `out` has [`ReduceOp::output_dtype`] and the shape of
+/// `source` without the axes, or with 1 in their places.
+pub fn reduce(
+    op: ReduceOp,
+    source: DynView,
+    axes: &[usize],
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
+    let name = op.name();
+    let expected = op.output_dtype(source.dtype);
+    if out.dtype != expected {
+        let message = format!("of {} gives {expected}, the output is {}", source.dtype, out.dtype);
+        return Err(KernelError::new(name, message));
+    }
+    check_output(name, &out)?;
+    let geometry = Geometry::new(name, &source, axes, &out.shape)?;
+    if geometry.reduced() == 0 && geometry.outputs() > 0 && matches!(op, ReduceOp::Max | ReduceOp::Min) {
+        return Err(KernelError::new(
+            name,
+            format!("of no elements: shape {:?}, axes {axes:?}", source.shape),
+        ));
+    }
+    // What the accumulator is: half types f32, else the output's type.
+    let compute = match (op, expected) {
+        (_, Dtype::F16 | Dtype::BF16) => Dtype::F32,
+        (_, other) => other,
+    };
+    macro_rules! number {
+        ($t:ty, $zero:expr, $one:expr, $low:expr, $high:expr, $add:expr, $multiply:expr, $max:expr, $min:expr) => {
+            match op {
+                ReduceOp::Sum => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $zero, $add)),
+                ReduceOp::Prod => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $one, $multiply)),
+                ReduceOp::Max => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $low, $max)),
+                ReduceOp::Min => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $high, $min)),
+                ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
+            }
+        };
+    }
+    macro_rules! integer {
+        ($t:ty) => {
+            number!(
+                $t,
+                0,
+                1,
+                <$t>::MIN,
+                <$t>::MAX,
+                |a: $t, b: $t| a.wrapping_add(b),
+                |a: $t, b: $t| a.wrapping_mul(b),
+                |a: $t, b: $t| a.max(b),
+                |a: $t, b: $t| a.min(b)
+            )
+        };
+    }
+    macro_rules! float {
+        ($t:ident) => {
+            number!(
+                $t,
+                0.0,
+                1.0,
+                $t::NEG_INFINITY,
+                $t::INFINITY,
+                |a: $t, b: $t| a + b,
+                |a: $t, b: $t| a * b,
+                |a: $t, b: $t| if a.is_nan() || a > b { a } else { b },
+                |a: $t, b: $t| if a.is_nan() || a < b { a } else { b }
+            )
+        };
+    }
+    match compute {
+        Dtype::Bool => Ok(match op {
+            ReduceOp::All | ReduceOp::Min => {
+                let and = |a: Bool8, b: Bool8| Bool8(a.0 & b.0);
+                Reduce::boxed(name, geometry, &source, &out, Bool8(1), and)
+            }
+            _ => {
+                let or = |a: Bool8, b: Bool8| Bool8(a.0 | b.0);
+                Reduce::boxed(name, geometry, &source, &out, Bool8(0), or)
+            }
+        }),
+        Dtype::U8 => integer!(u8),
+        Dtype::U16 => integer!(u16),
+        Dtype::U32 => integer!(u32),
+        Dtype::U64 => integer!(u64),
+        Dtype::I8 => integer!(i8),
+        Dtype::I16 => integer!(i16),
+        Dtype::I32 => integer!(i32),
+        Dtype::I64 => integer!(i64),
+        Dtype::F32 => float!(f32),
+        Dtype::F64 => float!(f64),
+        Dtype::F16 | Dtype::BF16 | Dtype::C64 => {
+            Err(KernelError::new(name, format!("not defined for {}", source.dtype)))
+        }
+    }
+}
+
+/// Accumulators of type T, joined by F.
+struct Reduce<T, F> {
+    name: &'static str,
+    source: Source,
+    outer: Linear,
+    /// Where each output's elements start.
+    kept: Linear,
+    out: Sink,
+    neutral: T,
+    join: F,
+    work: Work,
+    /// Partial results and how many chunks have left theirs; unused when there is one part.
+    parts: UnsafeCell<Box<[T]>>,
+    done: AtomicUsize,
+}
+
+/// How the work is cut.
+enum Work {
+    /// The last axis is reduced; few elements an output: so many outputs a chunk.
+    Rows { outputs: usize },
+    /// The last axis is reduced; a chunk is one group of one output. `pieces` segments a group.
+    Groups { groups: usize, pieces: usize },
+    /// The last axis is kept: a chunk is a segment of outer elements of a block of outputs.
+    Columns { segments: usize },
+}
+
+// SAFETY: views may be used from any thread (their maker's promise); `parts` is written by chunks
+// at disjoint places, and read by the one that finds all others done (`done`, AcqRel).
+unsafe impl<T: Send + Sync, F: Sync> Sync for Reduce<T, F> {}
+
+impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
+    fn boxed(
+        name: &'static str,
+        geometry: Geometry,
+        source: &DynView,
+        out: &DynViewMut,
+        neutral: T,
+        join: F,
+    ) -> Box<dyn Task> {
+        let Geometry { kept, outer, row, by_columns } = geometry;
+        let outputs = kept.size();
+        let (work, parts) = if by_columns {
+            let segments = outer.size().div_ceil(OUTER_SEGMENT).max(1);
+            (Work::Columns { segments }, if segments > 1 { segments * outputs } else { 0 })
+        } else {
+            let per_output = row.size() * outer.size();
+            let pieces = outer.size() * row.size().div_ceil(SEGMENT);
+            let pieces_a_group = (SEGMENT / row.size().clamp(1, SEGMENT)).max(1);
+            let groups = pieces.div_ceil(pieces_a_group);
+            if groups <= 1 {
+                (Work::Rows { outputs: (CHUNK / per_output.max(1)).max(1) }, 0)
+            } else {
+                (Work::Groups { groups, pieces: pieces_a_group }, groups * outputs)
+            }
+        };
+        let linear = if by_columns { &kept } else { &row };
+        Box::new(Reduce {
+            name,
+            source: Source::with_linear(source, T::DTYPE, linear.clone()),
+            outer,
+            kept,
+            out: Sink::new(out, T::DTYPE),
+            neutral,
+            join,
+            work,
+            parts: UnsafeCell::new(vec![neutral; parts].into_boxed_slice()),
+            done: AtomicUsize::new(0),
+        })
+    }
+
+    /// Joins elements `start .. start + count` of the row at `base`.
+    ///
+    /// # Safety
+    /// They are inside the source.
+    unsafe fn row(&self, base: isize, start: usize, count: usize, scratch: &Buffers) -> T {
+        let mut lanes = [self.neutral; LANES];
+        for at in (0..count).step_by(TILE) {
+            let length = TILE.min(count - at);
+            // SAFETY: inside the source; the buffers hold a tile.
+            let values = unsafe {
+                let tile = self.source.load(base, start + at, length, scratch.tile, scratch.raw);
+                std::slice::from_raw_parts(tile.cast::<T>(), length)
+            };
+            let (blocks, tail) = values.as_chunks::<LANES>();
+            for block in blocks {
+                for lane in 0..LANES {
+                    lanes[lane] = (self.join)(lanes[lane], block[lane]);
+                }
+            }
+            for (lane, &value) in tail.iter().enumerate() {
+                lanes[lane] = (self.join)(lanes[lane], value);
+            }
+        }
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                lanes[lane] = (self.join)(lanes[lane], lanes[lane + width]);
+            }
+        }
+        lanes[0]
+    }
+
+    /// Joins pieces `first .. last` of output `output`.
+    unsafe fn pieces(&self, output: usize, first: usize, last: usize, scratch: &Buffers) -> T {
+        let length = self.source.linear.size();
+        let a_row = length.div_ceil(SEGMENT);
+        let base = self.kept.offset(output);
+        let mut total = self.neutral;
+        for piece in first..last {
+            let (at, segment) = (piece / a_row, piece % a_row);
+            let start = segment * SEGMENT;
+            let count = SEGMENT.min(length - start);
+            // SAFETY: inside the source, which these layouts were cut from.
+            let value = unsafe { self.row(base + self.outer.offset(at), start, count, scratch) };
+            total = if piece == first { value } else { (self.join)(total, value) };
+        }
+        total
+    }
+
+    /// Writes outputs from `start`.
+    unsafe fn write(&self, start: usize, values: &[T], scratch: &Buffers) {
+        // SAFETY: the outputs belong to this chunk alone.
+        unsafe { self.out.store(values.as_ptr().cast(), start, values.len(), scratch.raw) }
+    }
+
+    fn rows_chunk(&self, outputs: usize, chunk: usize, scratch: &Buffers) {
+        let end = self.kept.size().min((chunk + 1) * outputs);
+        let a_row = self.source.linear.size().div_ceil(SEGMENT);
+        let mut batch = [self.neutral; 64];
+        for start in (chunk * outputs..end).step_by(64) {
+            let count = 64.min(end - start);
+            for (i, value) in batch[..count].iter_mut().enumerate() {
+                // SAFETY: all pieces of an output of this chunk.
+                *value = unsafe { self.pieces(start + i, 0, self.outer.size() * a_row, scratch) };
+            }
+            // SAFETY: outputs of this chunk.
+            unsafe { self.write(start, &batch[..count], scratch) }
+        }
+    }
+
+    fn group_chunk(&self, groups: usize, pieces: usize, chunk: usize, scratch: &Buffers) {
+        let (output, group) = (chunk / groups, chunk % groups);
+        let all = self.outer.size() * self.source.linear.size().div_ceil(SEGMENT);
+        let (first, last) = (group * pieces, all.min((group + 1) * pieces));
+        // SAFETY: pieces of this output; the part is this chunk's own.
+        unsafe {
+            let value = self.pieces(output, first, last, scratch);
+            (*self.parts.get()).as_mut_ptr().add(chunk).write(value);
+        }
+        if self.is_last() {
+            for output in 0..self.kept.size() {
+                // SAFETY: every other chunk is done with its part.
+                unsafe {
+                    let parts = &(&(*self.parts.get()))[output * groups..(output + 1) * groups];
+                    let total = parts[1..].iter().fold(parts[0], |total, &part| (self.join)(total, part));
+                    self.write(output, &[total], scratch);
+                }
+            }
+        }
+    }
+
+    fn column_chunk(&self, segments: usize, chunk: usize, scratch: &Buffers) {
+        let outputs = self.kept.size();
+        let (segment, block) = (chunk % segments, chunk / segments);
+        let start = block * COLUMNS;
+        let count = COLUMNS.min(outputs - start);
+        let mut totals = [self.neutral; COLUMNS];
+        let totals = &mut totals[..count];
+        let from = segment * OUTER_SEGMENT;
+        let length = OUTER_SEGMENT.min(self.outer.size() - from);
+        self.outer.runs(from, length, |offset, stride, length| {
+            for i in 0..length as isize {
+                // SAFETY: inside the source; the buffers hold a tile.
+                let values = unsafe {
+                    let base = offset + i * stride;
+                    let tile = self.source.load(base, start, count, scratch.tile, scratch.raw);
+                    std::slice::from_raw_parts(tile.cast::<T>(), count)
+                };
+                for (total, &value) in totals.iter_mut().zip(values) {
+                    *total = (self.join)(*total, value);
+                }
+            }
+        });
+        if segments == 1 {
+            // SAFETY: outputs of this chunk.
+            return unsafe { self.write(start, totals, scratch) };
+        }
+        // SAFETY: parts [segment][start..] are this chunk's own.
+        unsafe {
+            let part = (*self.parts.get()).as_mut_ptr().add(segment * outputs + start);
+            std::ptr::copy_nonoverlapping(totals.as_ptr(), part, count);
+        }
+        if self.is_last() {
+            // SAFETY: every other chunk is done with its parts.
+            let parts = unsafe { &mut **self.parts.get() };
+            let (first, rest) = parts.split_at_mut(outputs);
+            for part in rest.chunks_exact(outputs) {
+                for (total, &value) in first.iter_mut().zip(part) {
+                    *total = (self.join)(*total, value);
+                }
+            }
+            for (block, totals) in first.chunks(TILE).enumerate() {
+                // SAFETY: this chunk alone writes outputs.
+                unsafe { self.write(block * TILE, totals, scratch) }
+            }
+        }
+    }
+
+    /// Whether all other chunks have left their parts. Resets for the next run.
+    fn is_last(&self) -> bool {
+        let last = self.done.fetch_add(1, Ordering::AcqRel) + 1 == self.chunks();
+        if last {
+            self.done.store(0, Ordering::Relaxed);
+        }
+        last
+    }
+}
+
+/// A tile's scratch.
+struct Buffers {
+    tile: *mut u8,
+    raw: *mut u8,
+}
+
+impl Buffers {
+    fn new(scratch: &Scratch) -> Buffers {
+        Buffers {
+            tile: scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
+            raw: scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
+        }
+    }
+}
+
+impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Reduce<T, F> {
+    fn chunks(&self) -> usize {
+        match self.work {
+            Work::Rows { outputs } => self.kept.size().div_ceil(outputs),
+            Work::Groups { groups, .. } => self.kept.size() * groups,
+            Work::Columns { segments } => self.kept.size().div_ceil(COLUMNS) * segments,
+        }
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let buffers = Buffers::new(scratch);
+        match self.work {
+            Work::Rows { outputs } => self.rows_chunk(outputs, chunk, &buffers),
+            Work::Groups { groups, pieces } => self.group_chunk(groups, pieces, chunk, &buffers),
+            Work::Columns { segments } => self.column_chunk(segments, chunk, &buffers),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+#[cfg(test)]
+mod tests;
