@@ -14,8 +14,10 @@
 //!   never a part, whatever moment the process or the machine stops at.
 
 pub mod atomic;
+mod content;
 mod dtype;
 mod error;
+pub mod gguf;
 pub mod hash;
 mod input;
 pub mod jsonl;
@@ -24,5 +26,6 @@ pub mod safetensors;
 mod strict_json;
 pub mod weights;
 
+pub use content::ContentResult;
 pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};

@@ -16,8 +16,8 @@ mod read;
 mod write;
 
 pub use read::{SafeTensors, TensorInfo};
-pub use write::{ContentResult, Writer};
-pub(crate) use write::{Entry, Source};
+pub(crate) use write::Entry;
+pub use write::Writer;
 
 /// The key of the header that is no tensor but a table of texts.
 const METADATA: &str = "__metadata__";

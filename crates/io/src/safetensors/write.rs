@@ -1,15 +1,13 @@
 //! Writing a file, tensor by tensor.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::{self, Cursor, Seek, SeekFrom, Write};
+use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use super::METADATA;
 use crate::atomic::AtomicFile;
+use crate::content::{ContentResult, Source};
 use crate::{DType, Error, Result};
-
-/// What a closure that supplies a tensor's bytes returns. `?` turns any error into it.
-pub type ContentResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 /// A safetensors file to be written.
 ///
@@ -28,11 +26,6 @@ pub(crate) struct Entry<'a> {
     pub dtype: DType,
     pub shape: Vec<usize>,
     pub source: Source<'a>,
-}
-
-pub(crate) enum Source<'a> {
-    Bytes(&'a [u8]),
-    Stream(Box<dyn FnOnce(&mut dyn Write) -> ContentResult + 'a>),
 }
 
 impl<'a> Writer<'a> {
@@ -111,47 +104,10 @@ impl<'a> Writer<'a> {
             if position != start {
                 out.seek(SeekFrom::Start(start)).map_err(io)?;
             }
-            match entry.source {
-                Source::Bytes(bytes) => out.write_all(bytes).map_err(io)?,
-                Source::Stream(content) => {
-                    let name = &entry.name;
-                    let mut exact = Exact { out, left: len };
-                    content(&mut exact).map_err(|source| Error::Content {
-                        path: path.to_owned(),
-                        what: format!("tensor {name:?}"),
-                        source,
-                    })?;
-                    if exact.left > 0 {
-                        let got = len - exact.left;
-                        let what = format!("tensor {name:?} takes {len} bytes, {got} were supplied");
-                        return Err(Error::invalid(path, what));
-                    }
-                }
-            }
+            entry.source.write(out, len, path, &entry.name)?;
             position = start + len;
         }
         Ok(())
-    }
-}
-
-/// Lets exactly so many bytes through.
-struct Exact<'w, W> {
-    out: &'w mut W,
-    left: u64,
-}
-
-impl<W: Write> Write for Exact<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() as u64 > self.left {
-            return Err(io::Error::other("more bytes than the tensor's type and shape allow"));
-        }
-        let n = self.out.write(bytes)?;
-        self.left -= n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
     }
 }
 
@@ -177,12 +133,9 @@ impl Plan {
             let size = dtype
                 .bytes_of(shape)
                 .ok_or_else(|| format!("tensor {name:?}: {dtype} {shape:?} is no possible size"))?;
-            if let Source::Bytes(bytes) = source
-                && bytes.len() != size
-            {
+            if let Some(given) = source.mismatch(size) {
                 return Err(format!(
-                    "tensor {name:?}: {dtype} {shape:?} takes {size} bytes, {} were given",
-                    bytes.len()
+                    "tensor {name:?}: {dtype} {shape:?} takes {size} bytes, {given} were given"
                 ));
             }
             sizes.push(size as u64);
@@ -229,6 +182,7 @@ fn json(value: &(impl serde::Serialize + ?Sized)) -> String {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::io;
 
     use super::*;
     use crate::ErrorKind;

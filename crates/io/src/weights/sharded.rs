@@ -6,7 +6,8 @@ use std::io::Write;
 use std::path::Path;
 
 use super::{INDEX, SINGLE, index};
-use crate::safetensors::{ContentResult, Entry, Source, Writer};
+use crate::content::{ContentResult, Source};
+use crate::safetensors::{Entry, Writer};
 use crate::{DType, Error, Result, atomic};
 
 /// Bytes of weights in one file unless told otherwise: 5 GB, as Hugging Face's tools do.
