@@ -22,9 +22,11 @@ pub mod hash;
 mod input;
 pub mod jsonl;
 pub mod npy;
+pub mod npz;
 pub mod safetensors;
 mod strict_json;
 pub mod weights;
+mod zip;
 
 pub use content::ContentResult;
 pub use dtype::DType;

@@ -65,9 +65,14 @@ pub fn read(path: impl AsRef<Path>) -> Result<Npy> {
 
 /// Reads the content of a `.npy` file. The error says what is wrong with it.
 pub fn parse(content: &[u8]) -> Result<Npy, String> {
-    let header = Header::parse(content, content.len())?;
-    let data = content[header.data..].to_vec();
-    Ok(header.array(data))
+    parse_vec(content.to_vec())
+}
+
+/// [`parse`] for a content that is no longer needed.
+pub(crate) fn parse_vec(mut content: Vec<u8>) -> Result<Npy, String> {
+    let header = Header::parse(&content, content.len())?;
+    content.drain(..header.data);
+    Ok(header.array(content))
 }
 
 /// Writes a `.npy` file. `bytes` are the elements, row-major and little-endian.
@@ -77,15 +82,7 @@ pub fn parse(content: &[u8]) -> Result<Npy, String> {
 /// when the number of bytes is not that of type and shape.
 pub fn write(path: impl AsRef<Path>, dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
-    let content = || {
-        let header = header(dtype, shape)?;
-        let expected = dtype.bytes_of(shape);
-        if expected != Some(bytes.len()) {
-            return Err(format!("{dtype} {shape:?} was given {} bytes", bytes.len()));
-        }
-        Ok(header)
-    };
-    let header = content().map_err(|what| Error::invalid(path, what))?;
+    let header = header_for(dtype, shape, bytes.len()).map_err(|what| Error::invalid(path, what))?;
     atomic::write_with(path, |file: &mut AtomicFile| {
         use std::io::Write;
         file.write_all(&header)?;
@@ -114,6 +111,15 @@ pub fn header(dtype: DType, shape: &[usize]) -> Result<Vec<u8>, String> {
     text += &" ".repeat(padded - 1 - text.len());
     text.push('\n');
     Ok([MAGIC, &[1, 0], &length.to_le_bytes(), text.as_bytes()].concat())
+}
+
+/// The header of an array that is given as so many bytes.
+pub(crate) fn header_for(dtype: DType, shape: &[usize], bytes: usize) -> Result<Vec<u8>, String> {
+    let header = header(dtype, shape)?;
+    if dtype.bytes_of(shape) != Some(bytes) {
+        return Err(format!("{dtype} {shape:?} was given {bytes} bytes"));
+    }
+    Ok(header)
 }
 
 struct Header {
