@@ -166,13 +166,26 @@ cast_to_half!(u8 u16 u32 u64 i8 i16 i32 i64 f32);
 
 impl CastTo<f16> for f64 {
     fn cast(self) -> f16 {
-        f16::from_f64(self)
+        f16::from_f32(round_to_odd(self))
     }
 }
 impl CastTo<bf16> for f64 {
     fn cast(self) -> bf16 {
-        bf16::from_f64(self)
+        round_bf16(round_to_odd(self))
     }
+}
+
+/// The f32 that rounds on to any narrower type as `value` itself would: of the two neighbours
+/// of an inexact value the odd one (Boldo and Melquiond, 2008). The `half` crate's `from_f64`
+/// drops the low 32 bits instead.
+fn round_to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    if near as f64 == value || near.is_nan() || near.is_infinite() && value.is_infinite() {
+        return near;
+    }
+    let away = (near as f64).abs() > value.abs();
+    let towards_zero = near.to_bits() - away as u32;
+    f32::from_bits(towards_zero | 1)
 }
 
 /// Round to nearest even, without a branch, so that loops over it vectorise.
@@ -216,6 +229,26 @@ impl CastTo<Complex32> for Complex32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn f64_rounds_once_to_half_types() {
+        // Just above, at and below the middle between two neighbours, where two roundings differ.
+        let above = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
+        for (name, value, expected) in [
+            ("above the middle", above, 1.0 + 2f32.powi(-7)),
+            ("the middle", 1.0 + 2f64.powi(-8), 1.0),
+            ("below the middle", 1.0 + 3.0 * 2f64.powi(-8) - 2f64.powi(-40), 1.0 + 2f32.powi(-7)),
+            ("negative", -above, -1.0 - 2f32.powi(-7)),
+            ("too large", 1e300, f32::INFINITY),
+            ("too small", 1e-300, 0.0),
+            ("infinite", f64::NEG_INFINITY, f32::NEG_INFINITY),
+        ] {
+            let got: bf16 = value.cast();
+            assert_eq!(got.to_f32(), expected, "{name}");
+        }
+        let got: f16 = (1.0 + 2f64.powi(-11) + 2f64.powi(-45)).cast();
+        assert_eq!(got.to_f32(), 1.0 + 2f32.powi(-10));
+    }
 
     #[test]
     fn bf16_rounds_as_the_half_crate_does() {
