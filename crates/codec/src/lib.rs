@@ -1,1 +1,13 @@
-//! Block formats of quantized weights, over bytes.
+//! Block formats of quantized weights, over slices.
+//!
+//! Knows how numbers become bits and bits become numbers, nothing of files, arrays or kernels:
+//! [`affine`] is MLX's running quantizer, bit for bit; [`bits`] packs the bit stream that its
+//! words hold; [`QuantSpec`] names a format and refuses the combinations that do not exist.
+
+pub mod affine;
+pub mod bits;
+mod float;
+mod spec;
+
+pub use float::Float;
+pub use spec::{CodecError, QuantMode, QuantSpec};

@@ -15,6 +15,7 @@ pub mod elementwise;
 mod error;
 pub mod index;
 mod layout;
+pub mod quant;
 pub mod reduce;
 #[cfg(test)]
 mod testing;

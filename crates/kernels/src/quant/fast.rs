@@ -1,0 +1,353 @@
+//! The product with int8 activations: y = x·wᵀ for inference.
+//!
+//! y[n] = Σ_g s·d·(Σ q·a) + Σ_g b·e. The inner sum is exact in int32, then there is one f32 chain
+//! over groups in ascending order, a second one for the bias term, and one final add: the same
+//! operations for every m, tier and cut, so a row has the same bits alone and in a batch.
+//!
+//! Up to [`GEMV_ROWS`] rows the tiles are streamed once and unpacked in registers; the cost is
+//! that of reading them. With more rows a panel of tiles is unpacked to bytes once per
+//! [`ROW_BLOCK`] rows, and either multiplied by `vpdpbusd` or by AMX tiles.
+
+use mica_simd::Isa;
+use mica_threads::{Scratch, Task};
+
+use super::lanes::Lanes;
+use super::sink::Sink;
+use super::stage::Staged;
+use super::tier::{PerTier, at_tier};
+use super::tile::{SUB, SUB_BYTES, TILE_ROWS, each_unit, unit, unpack_any};
+use super::weight::QuantWeight;
+
+/// The most rows that are multiplied without unpacking to memory.
+const GEMV_ROWS: usize = 8;
+/// Rows of x per chunk of the larger product: unpacking a panel costs a few percent of it.
+const ROW_BLOCK: usize = 512;
+/// Tiles whose panel is unpacked at a time: 3 vectors × 8 rows fill AVX-512's registers.
+const PANEL_TILES: usize = 3;
+/// A chunk of the smaller product reads at least this much where the matrix is large…
+const CHUNK_BYTES: usize = 1 << 20;
+/// …and a matrix above this size is cut into at least this many chunks.
+const SMALL_BYTES: usize = 64 << 10;
+const FEWEST_CHUNKS: usize = 8;
+
+/// See the module.
+pub(super) struct FastTask<'a> {
+    pub weight: &'a QuantWeight,
+    pub x: Staged<'a>,
+    pub sink: Sink<'a>,
+    pub isa: Isa,
+}
+
+impl Task for FastTask<'_> {
+    fn chunks(&self) -> usize {
+        let layout = &self.weight.layout;
+        match self.x.m {
+            0 => 0,
+            1..=GEMV_ROWS => gemv_chunks(layout.tiles, layout.tile),
+            m => layout.tiles.div_ceil(PANEL_TILES) * m.div_ceil(ROW_BLOCK),
+        }
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let (tiles, m) = (self.weight.layout.tiles, self.x.m);
+        // SAFETY: the tier, the shapes and the views were checked when the task was made; chunks
+        // cover disjoint tiles or disjoint rows.
+        unsafe {
+            if m <= GEMV_ROWS {
+                let chunks = self.chunks();
+                let range = (tiles * chunk / chunks, tiles * (chunk + 1) / chunks);
+                at_tier(self.isa, Gemv { task: self, range });
+            } else {
+                let panels = tiles.div_ceil(PANEL_TILES);
+                let (panel, block) = (chunk % panels * PANEL_TILES, chunk / panels * ROW_BLOCK);
+                let range = (panel, (panel + PANEL_TILES).min(tiles));
+                let rows = (block, (block + ROW_BLOCK).min(m));
+                at_tier(self.isa, Gemm { task: self, range, rows, scratch });
+            }
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "quantized product, int8"
+    }
+}
+
+/// Chunks of a product that streams `tiles` tiles of `tile` bytes.
+fn gemv_chunks(tiles: usize, tile: usize) -> usize {
+    let bytes = tiles * tile;
+    if bytes <= SMALL_BYTES { tiles.min(1) } else { (bytes / CHUNK_BYTES).max(FEWEST_CHUNKS).min(tiles) }
+}
+
+struct Gemv<'a> {
+    task: &'a FastTask<'a>,
+    range: (usize, usize),
+}
+
+impl PerTier for Gemv<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: passed on.
+        unsafe {
+            match self.task.weight.layout.bits {
+                1 => self.tiles::<L, 1>(),
+                2 => self.tiles::<L, 2>(),
+                3 => self.tiles::<L, 3>(),
+                4 => self.tiles::<L, 4>(),
+                5 => self.tiles::<L, 5>(),
+                6 => self.tiles::<L, 6>(),
+                8 => self.tiles::<L, 8>(),
+                _ => unreachable!("QuantSpec has no other widths"),
+            }
+        }
+    }
+}
+
+impl Gemv<'_> {
+    /// The tiles per pass are as many as the accumulators of M rows leave registers for: with one
+    /// row, four streams from memory are faster than one.
+    #[inline(always)]
+    unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
+        // SAFETY: passed on.
+        unsafe {
+            match self.task.x.m {
+                1 => self.rows::<L, BITS, 4, 1>(),
+                2 => self.rows::<L, BITS, 2, 2>(),
+                3 | 4 => self.rows::<L, BITS, 2, 4>(),
+                5 | 6 => self.rows::<L, BITS, 1, 6>(),
+                _ => self.rows::<L, BITS, 1, 8>(),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const M: usize>(&self) {
+        let (mut tile, end) = self.range;
+        // SAFETY: tiles below `end` exist.
+        unsafe {
+            while tile + R <= end {
+                self.block::<L, BITS, R, M>(tile);
+                tile += R;
+            }
+            if R > 1 {
+                while tile < end {
+                    self.block::<L, BITS, 1, M>(tile);
+                    tile += 1;
+                }
+            }
+        }
+    }
+
+    /// R tiles by M rows of x; rows past the last repeat it and are not written.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize>(&self, tile: usize) {
+        let FastTask { weight, x, sink, .. } = self.task;
+        let layout = weight.layout;
+        // SAFETY: tiles tile..tile+R exist; every row index is below m; a staged row holds all
+        // groups.
+        unsafe {
+            let tiles: [*const u8; R] = std::array::from_fn(|r| weight.tile_pointer(tile + r));
+            let row = |m: usize| m.min(x.m - 1);
+            let values: [*const i8; M] =
+                std::array::from_fn(|m| x.values.add(row(m) * x.stride).cast::<i8>().cast_const());
+            let d: [*const f32; M] =
+                std::array::from_fn(|m| x.scales.add(row(m) * layout.groups).cast_const());
+            let e: [*const f32; M] = std::array::from_fn(|m| x.sums.add(row(m) * layout.groups).cast_const());
+            let mut products = [[L::splat(0.0); M]; R];
+            let mut biases = [[L::splat(0.0); M]; R];
+            for g in 0..layout.groups {
+                let mut sums = [[L::zero(); M]; R];
+                for sub in 0..layout.group / SUB {
+                    let k = g * layout.group + sub * SUB;
+                    let at = g * layout.block + sub * 64 * BITS;
+                    macro_rules! units {
+                        ($($unit:literal)*) => { $(
+                            for r in 0..R {
+                                let q = unit::<L, BITS, $unit>(tiles[r].add(at));
+                                for m in 0..M {
+                                    sums[r][m] = dot::<L, BITS>(sums[r][m], q, values[m].add(k + 4 * $unit));
+                                }
+                            }
+                        )* };
+                    }
+                    each_unit!(units);
+                }
+                for r in 0..R {
+                    let block = tiles[r].add(g * layout.block);
+                    let s = L::load_scales(block.add(layout.scales()), layout.scale);
+                    let b = L::load_scales(block.add(layout.biases()), layout.scale);
+                    for m in 0..M {
+                        let scale = L::mul(s, L::splat(*d[m].add(g)));
+                        products[r][m] = L::fma(L::to_f32(sums[r][m]), scale, products[r][m]);
+                        biases[r][m] = L::fma(b, L::splat(*e[m].add(g)), biases[r][m]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for m in 0..M.min(x.m) {
+                    sink.put::<L>(m, (tile + r) * TILE_ROWS, L::add(products[r][m], biases[r][m]));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot<L: Lanes, const BITS: usize>(acc: L::I, q: L::I, a: *const i8) -> L::I {
+    // SAFETY: passed on.
+    unsafe { if BITS == 8 { L::dot::<true>(acc, q, a) } else { L::dot::<false>(acc, q, a) } }
+}
+
+struct Gemm<'a> {
+    task: &'a FastTask<'a>,
+    /// Tiles, at most [`PANEL_TILES`].
+    range: (usize, usize),
+    /// Rows of x.
+    rows: (usize, usize),
+    scratch: &'a Scratch,
+}
+
+/// Tiles brought into the form that products read many times.
+struct Panel<'a> {
+    /// `[tile][k / 4][16 rows × 4]`.
+    codes: &'a [u8],
+    /// `[tile][group][16]`.
+    scales: &'a [f32],
+    /// `[tile][group][16]`.
+    biases: &'a [f32],
+}
+
+impl PerTier for Gemm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: passed on; the panel has the tiles of the range.
+        unsafe {
+            let panel = self.unpack::<L>();
+            let wide = self.task.weight.layout.bits == 8;
+            match (self.range.1 - self.range.0, wide) {
+                (3, false) => self.multiply::<L, 3, false>(&panel),
+                (2, false) => self.multiply::<L, 2, false>(&panel),
+                (_, false) => self.multiply::<L, 1, false>(&panel),
+                (3, true) => self.multiply::<L, 3, true>(&panel),
+                (2, true) => self.multiply::<L, 2, true>(&panel),
+                (_, true) => self.multiply::<L, 1, true>(&panel),
+            }
+        }
+    }
+}
+
+/// Rows of x per pass.
+const COLUMNS: usize = 8;
+
+impl Gemm<'_> {
+    #[inline(always)]
+    unsafe fn unpack<L: Lanes>(&self) -> Panel<'_> {
+        let weight = self.task.weight;
+        let layout = weight.layout;
+        let tiles = self.range.1 - self.range.0;
+        let codes = self.scratch.take::<u8>(tiles * layout.groups * layout.group * TILE_ROWS);
+        let scales = self.scratch.take::<f32>(tiles * layout.groups * TILE_ROWS);
+        let biases = self.scratch.take::<f32>(tiles * layout.groups * TILE_ROWS);
+        for tile in 0..tiles {
+            for g in 0..layout.groups {
+                let at = tile * layout.groups + g;
+                // SAFETY: block g of a tile that exists; the panel has room for it.
+                unsafe {
+                    let block = weight.tile_pointer(self.range.0 + tile).add(g * layout.block);
+                    let subs = layout.group / SUB;
+                    unpack_any::<L>(layout.bits, block, codes.as_mut_ptr().add(at * subs * SUB_BYTES), subs);
+                    let s = L::load_scales(block.add(layout.scales()), layout.scale);
+                    let b = L::load_scales(block.add(layout.biases()), layout.scale);
+                    L::store_f32(scales.as_mut_ptr().add(at * TILE_ROWS), s);
+                    L::store_f32(biases.as_mut_ptr().add(at * TILE_ROWS), b);
+                }
+            }
+        }
+        Panel { codes, scales, biases }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply<L: Lanes, const T: usize, const WIDE: bool>(&self, panel: &Panel) {
+        let chains = self.scratch.take::<f32>(T * COLUMNS * TILE_ROWS);
+        let mut row = self.rows.0;
+        while row < self.rows.1 {
+            chains.fill(0.0);
+            // SAFETY: passed on; rows past the last are clamped.
+            unsafe { self.block::<L, T, WIDE>(panel, row, chains.as_mut_ptr()) };
+            row += COLUMNS;
+        }
+    }
+
+    /// T tiles by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const T: usize, const WIDE: bool>(
+        &self,
+        panel: &Panel,
+        row: usize,
+        chains: *mut f32,
+    ) {
+        let FastTask { weight, x, sink, .. } = self.task;
+        let layout = weight.layout;
+        let groups = layout.groups;
+        let tile_codes = groups * layout.group * TILE_ROWS;
+        // SAFETY: offsets stay inside the panel; row indices are clamped to the chunk's rows.
+        unsafe {
+            let at = |c: usize| (row + c).min(self.rows.1 - 1);
+            let values: [*const i8; COLUMNS] =
+                std::array::from_fn(|c| x.values.add(at(c) * x.stride).cast::<i8>().cast_const());
+            let d: [*const f32; COLUMNS] = std::array::from_fn(|c| x.scales.add(at(c) * groups).cast_const());
+            let e: [*const f32; COLUMNS] = std::array::from_fn(|c| x.sums.add(at(c) * groups).cast_const());
+            for g in 0..groups {
+                let mut sums = [[L::zero(); COLUMNS]; T];
+                let codes = panel.codes.as_ptr().add(g * layout.group * TILE_ROWS);
+                let first = g * layout.group;
+                for unit in 0..layout.group / 4 {
+                    let q: [L::I; T] = load_units::<L, T>(codes.add(unit * 64), tile_codes);
+                    for c in 0..COLUMNS {
+                        let a = values[c].add(first + unit * 4);
+                        for t in 0..T {
+                            sums[t][c] = L::dot::<WIDE>(sums[t][c], q[t], a);
+                        }
+                    }
+                }
+                for t in 0..T {
+                    let s = L::load_f32(panel.scales.as_ptr().add((t * groups + g) * TILE_ROWS));
+                    for c in 0..COLUMNS {
+                        let chain = chains.add((t * COLUMNS + c) * TILE_ROWS);
+                        let scale = L::mul(s, L::splat(*d[c].add(g)));
+                        L::store_f32(chain, L::fma(L::to_f32(sums[t][c]), scale, L::load_f32(chain)));
+                    }
+                }
+            }
+            for t in 0..T {
+                let mut biases = [L::splat(0.0); COLUMNS];
+                for g in 0..groups {
+                    let b = L::load_f32(panel.biases.as_ptr().add((t * groups + g) * TILE_ROWS));
+                    for c in 0..COLUMNS {
+                        biases[c] = L::fma(b, L::splat(*e[c].add(g)), biases[c]);
+                    }
+                }
+                for c in 0..COLUMNS.min(self.rows.1 - row) {
+                    let product = L::load_f32(chains.add((t * COLUMNS + c) * TILE_ROWS));
+                    sink.put::<L>(row + c, (self.range.0 + t) * TILE_ROWS, L::add(product, biases[c]));
+                }
+            }
+        }
+    }
+}
+
+/// The same unit of T tiles that lie `stride` bytes apart.
+#[inline(always)]
+unsafe fn load_units<L: Lanes, const T: usize>(from: *const u8, stride: usize) -> [L::I; T] {
+    // SAFETY: passed on.
+    unsafe {
+        let mut units = [L::zero(); T];
+        for (t, unit) in units.iter_mut().enumerate() {
+            *unit = L::load(from.add(t * stride));
+        }
+        units
+    }
+}

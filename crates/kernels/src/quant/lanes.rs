@@ -1,0 +1,84 @@
+//! Sixteen 32-bit lanes: the one vector shape that the quantized kernels are written in.
+//!
+//! A tile of a quantized weight has 16 rows, so a lane is an output row whatever the instruction
+//! set: one AVX-512 register, two AVX2 registers, or an array. Kernels are generic over [`Lanes`]
+//! and are instantiated once per tier inside a function that enables the tier's features; every
+//! method is inlined into it. [`at_tier`](super::tier::at_tier) picks the instance.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512;
+pub(super) use scalar::Scalar;
+
+use super::tile::ScaleType;
+
+/// 16 lanes of 32 bits. All methods are unsafe for one reason: the caller runs on a processor
+/// (and inside a function) that has the tier's features; pointers are valid for what is read or
+/// written and need no alignment.
+#[allow(clippy::missing_safety_doc)] // stated once, above
+pub(super) trait Lanes: Copy + 'static {
+    /// 64 bytes of integers.
+    type I: Copy;
+    /// 16 f32.
+    type F: Copy;
+
+    /// Reads 64 bytes.
+    unsafe fn load(from: *const u8) -> Self::I;
+    /// Writes 64 bytes.
+    unsafe fn store(to: *mut u8, value: Self::I);
+    /// Whether there are 32 registers of 16 lanes, rather than the room of 8.
+    const MANY: bool;
+
+    /// All bytes the same.
+    unsafe fn splat8(value: u8) -> Self::I;
+    /// Byte `BYTE` of each lane, as f32.
+    unsafe fn byte_f32<const BYTE: u32>(a: Self::I) -> Self::F;
+    /// All bits zero.
+    unsafe fn zero() -> Self::I;
+    /// Bitwise and.
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    /// Bitwise or.
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Each lane shifted right by `count` (below 32), a constant after inlining.
+    unsafe fn shift_right(a: Self::I, count: u32) -> Self::I;
+    /// Each lane shifted left by `count` (below 32), a constant after inlining.
+    unsafe fn shift_left(a: Self::I, count: u32) -> Self::I;
+
+    /// acc + Σ over the four bytes of each lane of q (unsigned) · a (signed; the same four bytes,
+    /// read at `a`, for every lane). Exact if q·a sums fit, which 8-bit codes do; `WIDE` says
+    /// that codes may pass 127.
+    unsafe fn dot<const WIDE: bool>(acc: Self::I, q: Self::I, a: *const i8) -> Self::I;
+
+    /// Signed integers to f32.
+    unsafe fn to_f32(a: Self::I) -> Self::F;
+    /// All lanes the same.
+    unsafe fn splat(value: f32) -> Self::F;
+    /// Reads 16 f32.
+    unsafe fn load_f32(from: *const f32) -> Self::F;
+    /// Writes 16 f32.
+    unsafe fn store_f32(to: *mut f32, value: Self::F);
+    /// a + b.
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    /// a · b.
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// a · b + c, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+
+    /// Reads 16 scales or biases of `kind`.
+    unsafe fn load_scales(from: *const u8, kind: ScaleType) -> Self::F;
+    /// Reads 16 bytes as unsigned integers, as f32.
+    unsafe fn load_u8(from: *const u8) -> Self::F;
+
+    /// Each lane: bf16(low) | bf16(high) << 16.
+    unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::I;
+    /// acc + w·x over the pair of bf16 in each lane of w and the pair read at `x`: one fused chain,
+    /// low half first, or the instruction for it (docs/NUMERICS.md).
+    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: *const u32) -> Self::F;
+}

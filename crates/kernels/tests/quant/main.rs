@@ -1,0 +1,6 @@
+//! Quantized products through the public door: every tier, width, group size and scale type.
+
+mod cases;
+mod forward;
+mod rows;
+mod transposed;
