@@ -32,9 +32,7 @@ pub enum Error {
     },
 
     /// More lines were bad than `skip_bad_lines` allows; the last one is told.
-    #[error(
-        "{count} bad lines are more than the {allowed} that skip_bad_lines allows; the latest: {latest}"
-    )]
+    #[error("{count} bad lines are more than the {allowed} that skip_bad_lines allows; the latest: {latest}")]
     TooManyBadLines {
         /// Bad lines so far.
         count: usize,
@@ -92,9 +90,7 @@ impl Error {
     pub fn file(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         match source.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-                Error::DiskFull { path }
-            }
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Error::DiskFull { path },
             _ => Error::File { path, source },
         }
     }

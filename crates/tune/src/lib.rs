@@ -2,6 +2,8 @@
 
 pub mod data;
 mod error;
+pub mod quickstart;
 pub mod rng;
+pub mod schedule;
 
 pub use error::{Error, Result};

@@ -66,8 +66,8 @@ impl Rng {
     }
 
     /// One element of a slice that is not empty.
-    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
-        &items[self.index(items.len())]
+    pub fn pick<T: Copy>(&mut self, items: &[T]) -> T {
+        items[self.index(items.len())]
     }
 
     /// Puts a slice into random order (Fisher-Yates; every order equally likely up to the 64-bit state).
@@ -86,11 +86,7 @@ mod tests {
     fn splitmix_matches_its_published_sequence() {
         // First outputs of SplitMix64 from state 1234567 (Vigna's reference C code).
         let mut rng = Rng { state: 1_234_567 };
-        let expected = [
-            6_457_827_717_110_365_317,
-            3_203_168_211_198_807_973,
-            9_817_491_932_198_370_423,
-        ];
+        let expected = [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
         for value in expected {
             assert_eq!(rng.next_u64(), value);
         }
@@ -99,14 +95,7 @@ mod tests {
     #[test]
     fn paths_are_ordered_and_distinct() {
         let first = |path: &[u64]| Rng::new(7, path).next_u64();
-        let all = [
-            first(&[]),
-            first(&[0]),
-            first(&[1]),
-            first(&[0, 0]),
-            first(&[1, 2]),
-            first(&[2, 1]),
-        ];
+        let all = [first(&[]), first(&[0]), first(&[1]), first(&[0, 0]), first(&[1, 2]), first(&[2, 1])];
         for (i, a) in all.iter().enumerate() {
             assert!(!all[..i].contains(a), "streams {i} collides");
         }

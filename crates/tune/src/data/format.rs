@@ -154,10 +154,7 @@ impl Form {
             Form::Prompt
         } else {
             let keys: Vec<&str> = row.keys().map(String::as_str).collect();
-            return Err(format!(
-                "no known form: the columns are [{}]; {EXPECTED_FORMS}",
-                keys.join(", ")
-            ));
+            return Err(format!("no known form: the columns are [{}]; {EXPECTED_FORMS}", keys.join(", ")));
         };
         Ok(form)
     }
@@ -167,26 +164,14 @@ impl Form {
         let row = &mut row;
         Ok(match self {
             Form::Messages => {
-                let (messages, tools) = (
-                    take_messages(row, &columns.chat)?,
-                    take_tools(row, columns)?,
-                );
+                let (messages, tools) = (take_messages(row, &columns.chat)?, take_tools(row, columns)?);
                 Record::Messages { messages, tools }
             }
             Form::PromptCompletion => {
-                let (prompt, completion) = (
-                    take_turns(row, &columns.prompt)?,
-                    take_turns(row, &columns.completion)?,
-                );
-                same_kind(&[
-                    (&columns.prompt, &prompt),
-                    (&columns.completion, &completion),
-                ])?;
-                Record::PromptCompletion {
-                    prompt,
-                    completion,
-                    tools: take_tools(row, columns)?,
-                }
+                let (prompt, completion) =
+                    (take_turns(row, &columns.prompt)?, take_turns(row, &columns.completion)?);
+                same_kind(&[(&columns.prompt, &prompt), (&columns.completion, &completion)])?;
+                Record::PromptCompletion { prompt, completion, tools: take_tools(row, columns)? }
             }
             Form::Text => match take(row, &columns.text)? {
                 Value::String(text) => Record::Text(text),
@@ -194,49 +179,31 @@ impl Form {
             },
             Form::Prompt => {
                 let prompt = take_turns(row, &columns.prompt)?;
-                Record::Prompt {
-                    prompt,
-                    extra: std::mem::take(row),
-                }
+                Record::Prompt { prompt, extra: std::mem::take(row) }
             }
             Form::Preference => {
                 let prompt = match row.get(&columns.prompt) {
                     None | Some(Value::Null) => None,
                     Some(_) => Some(take_turns(row, &columns.prompt)?),
                 };
-                let (chosen, rejected) = (
-                    take_turns(row, &columns.chosen)?,
-                    take_turns(row, &columns.rejected)?,
-                );
+                let (chosen, rejected) =
+                    (take_turns(row, &columns.chosen)?, take_turns(row, &columns.rejected)?);
                 let mut parts = vec![(&columns.chosen, &chosen), (&columns.rejected, &rejected)];
                 parts.extend(prompt.as_ref().map(|prompt| (&columns.prompt, prompt)));
                 same_kind(&parts)?;
-                Record::Preference {
-                    prompt,
-                    chosen,
-                    rejected,
-                }
+                Record::Preference { prompt, chosen, rejected }
             }
             Form::Labelled => {
-                let (prompt, completion) = (
-                    take_turns(row, &columns.prompt)?,
-                    take_turns(row, &columns.completion)?,
-                );
-                same_kind(&[
-                    (&columns.prompt, &prompt),
-                    (&columns.completion, &completion),
-                ])?;
+                let (prompt, completion) =
+                    (take_turns(row, &columns.prompt)?, take_turns(row, &columns.completion)?);
+                same_kind(&[(&columns.prompt, &prompt), (&columns.completion, &completion)])?;
                 let label = match take(row, &columns.label)? {
                     Value::Bool(label) => label,
                     Value::Number(n) if n.as_u64() == Some(1) => true,
                     Value::Number(n) if n.as_u64() == Some(0) => false,
                     other => return Err(wrong(&columns.label, "true or false", &other)),
                 };
-                Record::Labelled {
-                    prompt,
-                    completion,
-                    label,
-                }
+                Record::Labelled { prompt, completion, label }
             }
             Form::TokenIds => token_ids(row)?,
             Form::ShareGpt => sharegpt(row, columns)?,
@@ -263,9 +230,7 @@ fn wrong(name: &str, expected: &str, got: &Value) -> String {
 
 fn take(row: &mut Map<String, Value>, name: &str) -> Result<Value, String> {
     match row.remove(name) {
-        None | Some(Value::Null) => Err(format!(
-            "\"{name}\" is missing, as the file's first record has it"
-        )),
+        None | Some(Value::Null) => Err(format!("\"{name}\" is missing, as the file's first record has it")),
         Some(value) => Ok(value),
     }
 }
@@ -296,17 +261,11 @@ fn take_messages(row: &mut Map<String, Value>, name: &str) -> Result<Vec<Value>,
 /// Every message is an object with a role, and with content or tool calls.
 fn check_messages(list: Vec<Value>, name: &str) -> Result<Vec<Value>, String> {
     if list.is_empty() {
-        return Err(format!(
-            "\"{name}\" is an empty list; a conversation needs at least one message"
-        ));
+        return Err(format!("\"{name}\" is an empty list; a conversation needs at least one message"));
     }
     for (i, message) in list.iter().enumerate() {
         let Value::Object(message) = message else {
-            return Err(wrong(
-                &format!("{name}[{i}]"),
-                "an object with \"role\" and \"content\"",
-                message,
-            ));
+            return Err(wrong(&format!("{name}[{i}]"), "an object with \"role\" and \"content\"", message));
         };
         match message.get("role") {
             Some(Value::String(_)) => {}
@@ -317,16 +276,10 @@ fn check_messages(list: Vec<Value>, name: &str) -> Result<Vec<Value>, String> {
             Some(Value::String(_) | Value::Array(_)) => {}
             None | Some(Value::Null) if message.contains_key("tool_calls") => {}
             None => {
-                return Err(format!(
-                    "\"{name}[{i}]\" has neither \"content\" nor \"tool_calls\""
-                ));
+                return Err(format!("\"{name}[{i}]\" has neither \"content\" nor \"tool_calls\""));
             }
             Some(other) => {
-                return Err(wrong(
-                    &format!("{name}[{i}].content"),
-                    "a string or a list of parts",
-                    other,
-                ));
+                return Err(wrong(&format!("{name}[{i}].content"), "a string or a list of parts", other));
             }
         }
     }
@@ -343,9 +296,7 @@ fn take_tools(row: &mut Map<String, Value>, columns: &Columns) -> Result<Vec<Val
         Some(Value::String(text)) => match serde_json::from_str(&text) {
             Ok(Value::Array(tools)) => Ok(tools),
             Ok(other) => Err(wrong(name, "a list of tools", &other)),
-            Err(error) => Err(format!(
-                "\"{name}\" is a string that holds no JSON list: {error}"
-            )),
+            Err(error) => Err(format!("\"{name}\" is a string that holds no JSON list: {error}")),
         },
         Some(other) => Err(wrong(name, "a list of tools", &other)),
     }
@@ -355,23 +306,16 @@ fn take_tools(row: &mut Map<String, Value>, columns: &Columns) -> Result<Vec<Val
 fn same_kind(parts: &[(&String, &Turns)]) -> Result<(), String> {
     let is_text = |turns: &Turns| matches!(turns, Turns::Text(_));
     let (first_name, first) = parts[0];
-    match parts
-        .iter()
-        .find(|(_, turns)| is_text(turns) != is_text(first))
-    {
+    match parts.iter().find(|(_, turns)| is_text(turns) != is_text(first)) {
         None => Ok(()),
-        Some((name, _)) => Err(format!(
-            "\"{first_name}\" and \"{name}\" must both be strings or both be lists of messages"
-        )),
+        Some((name, _)) => {
+            Err(format!("\"{first_name}\" and \"{name}\" must both be strings or both be lists of messages"))
+        }
     }
 }
 
 fn token_ids(row: &mut Map<String, Value>) -> Result<Record, String> {
-    let name = if row.contains_key("input_ids") {
-        "input_ids"
-    } else {
-        "tokens"
-    };
+    let name = if row.contains_key("input_ids") { "input_ids" } else { "tokens" };
     let numbers = |name: &str, value: Value| match value {
         Value::Array(list) => Ok(list),
         other => Err(wrong(name, "a list of numbers", &other)),
@@ -389,11 +333,7 @@ fn token_ids(row: &mut Map<String, Value>) -> Result<Record, String> {
         Some(labels) => {
             let labels = numbers("labels", labels)?;
             if labels.len() != tokens.len() {
-                return Err(format!(
-                    "\"labels\" has {} entries for {} tokens",
-                    labels.len(),
-                    tokens.len()
-                ));
+                return Err(format!("\"labels\" has {} entries for {} tokens", labels.len(), tokens.len()));
             }
             let target = |(i, label): (usize, &Value)| match label.as_i64() {
                 Some(-100) => Ok(false),
@@ -403,13 +343,7 @@ fn token_ids(row: &mut Map<String, Value>) -> Result<Record, String> {
                     tokens[i]
                 )),
             };
-            Some(
-                labels
-                    .iter()
-                    .enumerate()
-                    .map(target)
-                    .collect::<Result<Vec<bool>, String>>()?,
-            )
+            Some(labels.iter().enumerate().map(target).collect::<Result<Vec<bool>, String>>()?)
         }
     };
     Ok(Record::TokenIds { tokens, targets })
@@ -429,11 +363,7 @@ fn sharegpt(row: &mut Map<String, Value>, columns: &Columns) -> Result<Record, S
     }
     for (i, turn) in list.into_iter().enumerate() {
         let Value::Object(mut turn) = turn else {
-            return Err(wrong(
-                &format!("{name}[{i}]"),
-                "an object with \"from\" and \"value\"",
-                &turn,
-            ));
+            return Err(wrong(&format!("{name}[{i}]"), "an object with \"from\" and \"value\"", &turn));
         };
         if turn.contains_key("role") {
             messages.push(Value::Object(turn));
@@ -456,10 +386,7 @@ fn sharegpt(row: &mut Map<String, Value>, columns: &Columns) -> Result<Record, S
         };
         messages.push(serde_json::json!({"role": role, "content": value}));
     }
-    Ok(Record::Messages {
-        messages: check_messages(messages, name)?,
-        tools: take_tools(row, columns)?,
-    })
+    Ok(Record::Messages { messages: check_messages(messages, name)?, tools: take_tools(row, columns)? })
 }
 
 /// Alpaca: the instruction and, after an empty line, its input are the prompt; the output is learnt.
@@ -477,8 +404,7 @@ fn alpaca(row: &mut Map<String, Value>) -> Result<Record, String> {
     let completion = take_string(row, "output")?;
     let (prompt, completion) = match row.remove("system") {
         Some(Value::String(system)) if !system.is_empty() => {
-            let message =
-                |role: &str, content: String| serde_json::json!({"role": role, "content": content});
+            let message = |role: &str, content: String| serde_json::json!({"role": role, "content": content});
             (
                 Turns::Messages(vec![message("system", system), message("user", prompt)]),
                 Turns::Messages(vec![message("assistant", completion)]),
@@ -486,11 +412,7 @@ fn alpaca(row: &mut Map<String, Value>) -> Result<Record, String> {
         }
         _ => (Turns::Text(prompt), Turns::Text(completion)),
     };
-    Ok(Record::PromptCompletion {
-        prompt,
-        completion,
-        tools: Vec::new(),
-    })
+    Ok(Record::PromptCompletion { prompt, completion, tools: Vec::new() })
 }
 
 #[cfg(test)]
@@ -499,9 +421,7 @@ mod tests {
     use serde_json::json;
 
     fn read(line: Value, columns: &Columns) -> Result<(Form, Record), String> {
-        let Value::Object(row) = line else {
-            panic!("test lines are objects")
-        };
+        let Value::Object(row) = line else { panic!("test lines are objects") };
         let form = Form::detect(&row, columns)?;
         Ok((form, form.parse(row, columns)?))
     }
@@ -509,88 +429,37 @@ mod tests {
     #[test]
     fn forms_are_recognised_by_their_columns() {
         let cases = [
-            (
-                "messages",
-                json!({"messages": [{"role": "user", "content": "hi"}]}),
-                Form::Messages,
-            ),
+            ("messages", json!({"messages": [{"role": "user", "content": "hi"}]}), Form::Messages),
             (
                 "messages beside text",
                 json!({"text": "x", "messages": [{"role": "user", "content": "hi"}]}),
                 Form::Messages,
             ),
-            (
-                "null columns are absent",
-                json!({"messages": null, "text": "x"}),
-                Form::Text,
-            ),
-            (
-                "pair",
-                json!({"prompt": "a", "completion": "b", "id": 3}),
-                Form::PromptCompletion,
-            ),
-            (
-                "verdict",
-                json!({"prompt": "a", "completion": "b", "label": true}),
-                Form::Labelled,
-            ),
-            (
-                "preference",
-                json!({"prompt": "a", "chosen": "b", "rejected": "c"}),
-                Form::Preference,
-            ),
-            (
-                "implicit prompt",
-                json!({"chosen": "ab", "rejected": "ac"}),
-                Form::Preference,
-            ),
-            (
-                "prompt only",
-                json!({"prompt": "a", "answer": "42"}),
-                Form::Prompt,
-            ),
-            (
-                "token ids",
-                json!({"input_ids": [1, 2], "labels": [-100, 2]}),
-                Form::TokenIds,
-            ),
-            (
-                "sharegpt",
-                json!({"conversations": [{"from": "human", "value": "a"}]}),
-                Form::ShareGpt,
-            ),
-            (
-                "alpaca",
-                json!({"instruction": "a", "input": "", "output": "b"}),
-                Form::Alpaca,
-            ),
+            ("null columns are absent", json!({"messages": null, "text": "x"}), Form::Text),
+            ("pair", json!({"prompt": "a", "completion": "b", "id": 3}), Form::PromptCompletion),
+            ("verdict", json!({"prompt": "a", "completion": "b", "label": true}), Form::Labelled),
+            ("preference", json!({"prompt": "a", "chosen": "b", "rejected": "c"}), Form::Preference),
+            ("implicit prompt", json!({"chosen": "ab", "rejected": "ac"}), Form::Preference),
+            ("prompt only", json!({"prompt": "a", "answer": "42"}), Form::Prompt),
+            ("token ids", json!({"input_ids": [1, 2], "labels": [-100, 2]}), Form::TokenIds),
+            ("sharegpt", json!({"conversations": [{"from": "human", "value": "a"}]}), Form::ShareGpt),
+            ("alpaca", json!({"instruction": "a", "input": "", "output": "b"}), Form::Alpaca),
         ];
         for (name, line, form) in cases {
-            assert_eq!(
-                read(line, &Columns::default()).map(|(form, _)| form),
-                Ok(form),
-                "{name}"
-            );
+            assert_eq!(read(line, &Columns::default()).map(|(form, _)| form), Ok(form), "{name}");
         }
     }
 
     #[test]
     fn renamed_columns_are_used() {
-        let columns = Columns {
-            prompt: "question".into(),
-            completion: "answer".into(),
-            ..Columns::default()
-        };
+        let columns =
+            Columns { prompt: "question".into(), completion: "answer".into(), ..Columns::default() };
         let line = json!({"question": "q", "answer": "a", "prompt": "not this"});
         let (_, record) = read(line, &columns).unwrap();
         let text = |t: &str| Turns::Text(t.into());
         assert_eq!(
             record,
-            Record::PromptCompletion {
-                prompt: text("q"),
-                completion: text("a"),
-                tools: vec![]
-            }
+            Record::PromptCompletion { prompt: text("q"), completion: text("a"), tools: vec![] }
         );
     }
 
@@ -602,11 +471,7 @@ mod tests {
         assert_eq!(
             read(line, &columns).unwrap().1,
             Record::Messages {
-                messages: vec![
-                    message("system", "S"),
-                    message("user", "a"),
-                    message("assistant", "b")
-                ],
+                messages: vec![message("system", "S"), message("user", "a"), message("assistant", "b")],
                 tools: vec![]
             }
         );
@@ -614,28 +479,17 @@ mod tests {
         let text = |t: &str| Turns::Text(t.into());
         assert_eq!(
             read(line, &columns).unwrap().1,
-            Record::PromptCompletion {
-                prompt: text("Add.\n\n1 2"),
-                completion: text("3"),
-                tools: vec![]
-            }
+            Record::PromptCompletion { prompt: text("Add.\n\n1 2"), completion: text("3"), tools: vec![] }
         );
     }
 
     #[test]
     fn labels_of_token_ids_become_targets() {
-        let record = read(
-            json!({"tokens": [5, 6, 7], "labels": [-100, 6, -100]}),
-            &Columns::default(),
-        )
-        .unwrap()
-        .1;
+        let record =
+            read(json!({"tokens": [5, 6, 7], "labels": [-100, 6, -100]}), &Columns::default()).unwrap().1;
         assert_eq!(
             record,
-            Record::TokenIds {
-                tokens: vec![5, 6, 7],
-                targets: Some(vec![false, true, false])
-            }
+            Record::TokenIds { tokens: vec![5, 6, 7], targets: Some(vec![false, true, false]) }
         );
     }
 
@@ -643,14 +497,9 @@ mod tests {
     fn tools_may_be_a_list_or_a_string_that_holds_one() {
         let messages = json!([{"role": "user", "content": "a"}]);
         for tools in [json!([{"name": "f"}]), json!("[{\"name\": \"f\"}]")] {
-            let (_, record) = read(
-                json!({"messages": messages, "tools": tools}),
-                &Columns::default(),
-            )
-            .unwrap();
-            let Record::Messages { tools, .. } = record else {
-                panic!("{record:?}")
-            };
+            let (_, record) =
+                read(json!({"messages": messages, "tools": tools}), &Columns::default()).unwrap();
+            let Record::Messages { tools, .. } = record else { panic!("{record:?}") };
             assert_eq!(tools, vec![json!({"name": "f"})]);
         }
     }
@@ -658,62 +507,22 @@ mod tests {
     #[test]
     fn bad_records_say_what_is_wrong() {
         let cases = [
-            (
-                "no form",
-                json!({"foo": 1, "bar": 2}),
-                "columns are [foo, bar]; expected one of",
-            ),
-            (
-                "empty conversation",
-                json!({"messages": []}),
-                "at least one message",
-            ),
-            (
-                "no role",
-                json!({"messages": [{"content": "x"}]}),
-                "messages[0]\" has no \"role\"",
-            ),
-            (
-                "no content",
-                json!({"messages": [{"role": "user"}]}),
-                "neither \"content\" nor \"tool_calls\"",
-            ),
-            (
-                "content is a number",
-                json!({"messages": [{"role": "user", "content": 3}]}),
-                "got a number",
-            ),
-            (
-                "text is a list",
-                json!({"text": ["a"]}),
-                "\"text\" must be a string, got a list",
-            ),
+            ("no form", json!({"foo": 1, "bar": 2}), "columns are [foo, bar]; expected one of"),
+            ("empty conversation", json!({"messages": []}), "at least one message"),
+            ("no role", json!({"messages": [{"content": "x"}]}), "messages[0]\" has no \"role\""),
+            ("no content", json!({"messages": [{"role": "user"}]}), "neither \"content\" nor \"tool_calls\""),
+            ("content is a number", json!({"messages": [{"role": "user", "content": 3}]}), "got a number"),
+            ("text is a list", json!({"text": ["a"]}), "\"text\" must be a string, got a list"),
             (
                 "mixed kinds",
                 json!({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}),
                 "must both be strings",
             ),
-            (
-                "label is a word",
-                json!({"prompt": "a", "completion": "b", "label": "yes"}),
-                "true or false",
-            ),
+            ("label is a word", json!({"prompt": "a", "completion": "b", "label": "yes"}), "true or false"),
             ("negative id", json!({"input_ids": [1, -2]}), "input_ids[1]"),
-            (
-                "label of another token",
-                json!({"input_ids": [1, 2], "labels": [1, 3]}),
-                "labels[1]",
-            ),
-            (
-                "labels too short",
-                json!({"input_ids": [1, 2], "labels": [1]}),
-                "1 entries for 2 tokens",
-            ),
-            (
-                "unknown speaker",
-                json!({"conversations": [{"from": "alien", "value": "a"}]}),
-                "\"alien\"",
-            ),
+            ("label of another token", json!({"input_ids": [1, 2], "labels": [1, 3]}), "labels[1]"),
+            ("labels too short", json!({"input_ids": [1, 2], "labels": [1]}), "1 entries for 2 tokens"),
+            ("unknown speaker", json!({"conversations": [{"from": "alien", "value": "a"}]}), "\"alien\""),
         ];
         for (name, line, part) in cases {
             let error = read(line, &Columns::default()).expect_err(name);

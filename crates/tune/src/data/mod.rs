@@ -9,5 +9,12 @@
 //! Nothing here knows an array or a model: a [`batch::Batch`] is plain vectors of tokens, targets,
 //! positions and segments.
 
+pub mod batch;
+pub mod encode;
 pub mod format;
+pub mod loader;
+pub mod order;
+pub mod prefetch;
 pub mod read;
+pub mod sample;
+pub mod samples;

@@ -58,10 +58,7 @@ impl Source {
         let path = path.as_ref().to_path_buf();
         let file = File::open(&path).map_err(|e| Error::file(&path, e))?;
         if file.metadata().map_err(|e| Error::file(&path, e))?.is_dir() {
-            return Err(Error::Data {
-                path,
-                cause: "is a folder; expected a data file".into(),
-            });
+            return Err(Error::Data { path, cause: "is a folder; expected a data file".into() });
         }
         let container = Container::of(&path, &file)?;
         let (mut spans, sha256) = scan(&path, &file, container)?;
@@ -77,14 +74,11 @@ impl Source {
         };
         if let Container::Table { separator } = container {
             if spans.is_empty() {
-                return Err(
-                    source.fault("is empty; expected a header line with the names of the columns")
-                );
+                return Err(source.fault("is empty; expected a header line with the names of the columns"));
             }
             let first = spans.remove(0);
             let bytes = source.bytes(first)?;
-            source.header =
-                fields(&bytes, separator).map_err(|cause| source.bad(first, None, cause))?;
+            source.header = fields(&bytes, separator).map_err(|cause| source.bad(first, None, cause))?;
         }
         source.spans = spans;
         if source.spans.is_empty() {
@@ -101,8 +95,7 @@ impl Source {
         let mut first_error = None;
         for i in 0..self.spans.len().min(100) {
             let found = self.row(i).and_then(|row| {
-                Form::detect(&row, &self.columns)
-                    .map_err(|cause| self.bad(self.spans[i], None, cause))
+                Form::detect(&row, &self.columns).map_err(|cause| self.bad(self.spans[i], None, cause))
             });
             match found {
                 Ok(form) => return Ok(form),
@@ -146,14 +139,12 @@ impl Source {
     pub fn record(&self, index: usize) -> Result<Record> {
         if self.container == Container::Text {
             let bytes = self.bytes(self.spans[index])?;
-            let text = String::from_utf8(bytes)
-                .map_err(|e| self.not_text(self.spans[index], &e.utf8_error()))?;
+            let text =
+                String::from_utf8(bytes).map_err(|e| self.not_text(self.spans[index], &e.utf8_error()))?;
             return Ok(Record::Text(text));
         }
         let row = self.row(index)?;
-        self.form
-            .parse(row, &self.columns)
-            .map_err(|cause| self.bad(self.spans[index], None, cause))
+        self.form.parse(row, &self.columns).map_err(|cause| self.bad(self.spans[index], None, cause))
     }
 
     /// Record `index` as an object of columns.
@@ -168,16 +159,9 @@ impl Source {
         }
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(row)) => Ok(row),
-            Ok(_) => Err(self.bad(
-                span,
-                None,
-                format!("is JSON but no object; {EXPECTED_FORMS}"),
-            )),
+            Ok(_) => Err(self.bad(span, None, format!("is JSON but no object; {EXPECTED_FORMS}"))),
             Err(error) => {
-                let at = Span {
-                    line: span.line + (error.line() as u32).saturating_sub(1),
-                    ..span
-                };
+                let at = Span { line: span.line + (error.line() as u32).saturating_sub(1), ..span };
                 let text = error.to_string();
                 let cause = text.split(" at line ").next().unwrap_or(&text);
                 Err(self.bad(at, Some(error.column()), format!("not valid JSON: {cause}")))
@@ -190,11 +174,7 @@ impl Source {
         let bad = |cause: String| self.bad(span, None, cause);
         let fields = fields(bytes, separator).map_err(bad)?;
         if fields.len() != self.header.len() {
-            return Err(bad(format!(
-                "has {} fields; the header names {}",
-                fields.len(),
-                self.header.len()
-            )));
+            return Err(bad(format!("has {} fields; the header names {}", fields.len(), self.header.len())));
         }
         let structured = [&self.columns.chat, &self.columns.tools, &self.columns.label];
         let is_structured = |name: &String| {
@@ -206,11 +186,7 @@ impl Source {
             let value = if field.is_empty() && is_structured(name) {
                 Value::Null
             } else if is_structured(name) {
-                let text = if *name == self.columns.label {
-                    field.to_lowercase()
-                } else {
-                    field
-                };
+                let text = if *name == self.columns.label { field.to_lowercase() } else { field };
                 serde_json::from_str(&text)
                     .map_err(|e| bad(format!("column \"{name}\" should hold JSON: {e}")))?
             } else {
@@ -223,71 +199,43 @@ impl Source {
 
     fn bytes(&self, span: Span) -> Result<Vec<u8>> {
         let mut bytes = vec![0; span.length as usize];
-        self.file
-            .read_exact_at(&mut bytes, span.offset)
-            .map_err(|e| match e.kind() {
-                std::io::ErrorKind::UnexpectedEof => {
-                    self.fault("became shorter while it was in use")
-                }
-                _ => Error::file(&self.path, e),
-            })?;
+        self.file.read_exact_at(&mut bytes, span.offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => self.fault("became shorter while it was in use"),
+            _ => Error::file(&self.path, e),
+        })?;
         Ok(bytes)
     }
 
     fn bad(&self, span: Span, column: Option<usize>, cause: String) -> Error {
-        Error::BadLine {
-            path: self.path.clone(),
-            line: u64::from(span.line),
-            column,
-            cause,
-        }
+        Error::BadLine { path: self.path.clone(), line: u64::from(span.line), column, cause }
     }
 
     fn not_text(&self, span: Span, error: &std::str::Utf8Error) -> Error {
-        self.bad(
-            span,
-            Some(error.valid_up_to() + 1),
-            "not valid UTF-8".into(),
-        )
+        self.bad(span, Some(error.valid_up_to() + 1), "not valid UTF-8".into())
     }
 
     fn fault(&self, cause: &str) -> Error {
-        Error::Data {
-            path: self.path.clone(),
-            cause: cause.into(),
-        }
+        Error::Data { path: self.path.clone(), cause: cause.into() }
     }
 }
 
 impl Container {
     fn of(path: &Path, file: &File) -> Result<Container> {
-        let ending = path
-            .extension()
-            .and_then(|e| e.to_str())
-            .unwrap_or("")
-            .to_lowercase();
+        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_lowercase();
         Ok(match ending.as_str() {
             "csv" => Container::Table { separator: b',' },
             "tsv" => Container::Table { separator: b'\t' },
             "txt" | "md" => Container::Text,
             "parquet" | "arrow" | "gz" | "zst" | "zip" => {
-                let cause = format!(
-                    "files ending in .{ending} are not read; convert to .jsonl, .json or .csv"
-                );
-                return Err(Error::Data {
-                    path: path.into(),
-                    cause,
-                });
+                let cause =
+                    format!("files ending in .{ending} are not read; convert to .jsonl, .json or .csv");
+                return Err(Error::Data { path: path.into(), cause });
             }
             // JSON lines are often called .json, so the first character decides.
             _ => {
                 let mut start = [0; 256];
-                let read = file
-                    .read_at(&mut start, 0)
-                    .map_err(|e| Error::file(path, e))?;
-                let start = start[..read]
-                    .strip_prefix(b"\xef\xbb\xbf")
-                    .unwrap_or(&start[..read]);
+                let read = file.read_at(&mut start, 0).map_err(|e| Error::file(path, e))?;
+                let start = start[..read].strip_prefix(b"\xef\xbb\xbf").unwrap_or(&start[..read]);
                 match start.iter().find(|b| !b.is_ascii_whitespace()) {
                     Some(b'[') => Container::JsonList,
                     _ => Container::JsonLines,
@@ -299,10 +247,7 @@ impl Container {
 
 /// One pass over the file: the spans of its records, and its hash.
 fn scan(path: &Path, file: &File, container: Container) -> Result<(Vec<Span>, String)> {
-    let mut scanner = Scanner {
-        container,
-        ..Scanner::default()
-    };
+    let mut scanner = Scanner { container, ..Scanner::default() };
     let (mut hash, mut buffer, mut reader) = (Sha256::new(), vec![0u8; 1 << 20], file);
     loop {
         let read = match reader.read(&mut buffer) {
@@ -316,16 +261,9 @@ fn scan(path: &Path, file: &File, container: Container) -> Result<(Vec<Span>, St
         hash.update(&buffer[..read]);
         scanner.feed(&buffer[..read]);
     }
-    let fault = |cause: String| Error::Data {
-        path: path.into(),
-        cause,
-    };
+    let fault = |cause: String| Error::Data { path: path.into(), cause };
     let spans = scanner.finish().map_err(fault)?;
-    let hex = hash
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hex = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     Ok((spans, hex))
 }
 
@@ -391,11 +329,7 @@ impl Scanner {
             return;
         };
         match (u32::try_from(self.end - offset), u32::try_from(line)) {
-            (Ok(length), Ok(line)) => self.spans.push(Span {
-                offset,
-                length,
-                line,
-            }),
+            (Ok(length), Ok(line)) => self.spans.push(Span { offset, length, line }),
             _ => self.fail(format!(
                 "line {line}: records above 4 GiB and files above 4,294,967,295 lines are not read"
             )),
@@ -440,10 +374,7 @@ impl Scanner {
         }
         match byte {
             b' ' | b'\t' | b'\r' | b'\n' => {}
-            _ if self.closed => self.fail(format!(
-                "line {}: text after the end of the list",
-                self.line
-            )),
+            _ if self.closed => self.fail(format!("line {}: text after the end of the list", self.line)),
             b'[' if self.depth == 0 => self.depth = 1,
             b']' if self.depth == 1 => {
                 self.close();
@@ -452,10 +383,7 @@ impl Scanner {
             }
             b',' if self.depth == 1 => {
                 if self.open.is_none() {
-                    self.fail(format!(
-                        "line {}: a comma without an element before it",
-                        self.line
-                    ));
+                    self.fail(format!("line {}: a comma without an element before it", self.line));
                 }
                 self.close();
             }
@@ -469,10 +397,7 @@ impl Scanner {
             }
             b']' | b'}' => {
                 if self.depth <= 1 {
-                    self.fail(format!(
-                        "line {}: unexpected \"{}\"",
-                        self.line, byte as char
-                    ));
+                    self.fail(format!("line {}: unexpected \"{}\"", self.line, byte as char));
                 } else {
                     self.depth -= 1;
                 }
@@ -544,51 +469,25 @@ impl Splits {
         let about = std::fs::metadata(path).map_err(|e| Error::file(path, e))?;
         if !about.is_dir() {
             let train = vec![Source::open(path, columns)?];
-            return Ok(Splits {
-                train,
-                valid: Vec::new(),
-                test: Vec::new(),
-            });
+            return Ok(Splits { train, valid: Vec::new(), test: Vec::new() });
         }
         let split = |name: &str| -> Result<Vec<Source>> {
-            let mut found: Vec<PathBuf> = ENDINGS
-                .iter()
-                .map(|e| path.join(format!("{name}.{e}")))
-                .collect();
+            let mut found: Vec<PathBuf> = ENDINGS.iter().map(|e| path.join(format!("{name}.{e}"))).collect();
             found.retain(|file| file.is_file());
             if let [first, second, ..] = &found[..] {
-                let cause = format!(
-                    "both {} and {} are there; keep one",
-                    first.display(),
-                    second.display()
-                );
-                return Err(Error::Data {
-                    path: path.into(),
-                    cause,
-                });
+                let cause = format!("both {} and {} are there; keep one", first.display(), second.display());
+                return Err(Error::Data { path: path.into(), cause });
             }
-            found
-                .iter()
-                .map(|file| Source::open(file, columns))
-                .collect()
+            found.iter().map(|file| Source::open(file, columns)).collect()
         };
-        let mut splits = Splits {
-            train: split("train")?,
-            valid: split("valid")?,
-            test: split("test")?,
-        };
+        let mut splits = Splits { train: split("train")?, valid: split("valid")?, test: split("test")? };
         if splits.train.is_empty() && splits.valid.is_empty() && splits.test.is_empty() {
-            splits.train = documents(path)?
-                .iter()
-                .map(|file| Source::open(file, columns))
-                .collect::<Result<_>>()?;
+            splits.train =
+                documents(path)?.iter().map(|file| Source::open(file, columns)).collect::<Result<_>>()?;
         }
         if splits.train.is_empty() && splits.valid.is_empty() && splits.test.is_empty() {
             let cause = "has no train.jsonl (or .json, .csv, .tsv, .txt), valid.jsonl or test.jsonl, and no text files";
-            return Err(Error::Data {
-                path: path.into(),
-                cause: cause.into(),
-            });
+            return Err(Error::Data { path: path.into(), cause: cause.into() });
         }
         Ok(splits)
     }
@@ -600,8 +499,7 @@ fn documents(folder: &Path) -> Result<Vec<PathBuf>> {
     for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
         let file = entry.map_err(|e| Error::file(folder, e))?.path();
         let is_text = file.extension().is_some_and(|e| e == "txt" || e == "md");
-        let empty =
-            std::fs::metadata(&file).map_or(true, |about| about.len() == 0 || about.is_dir());
+        let empty = std::fs::metadata(&file).map_or(true, |about| about.len() == 0 || about.is_dir());
         if is_text && !empty {
             files.push(file);
         }
@@ -621,10 +519,7 @@ pub struct BadLines {
 impl BadLines {
     /// None may be passed over with 0.
     pub fn allow(allowed: usize) -> Self {
-        BadLines {
-            allowed,
-            ..Self::default()
-        }
+        BadLines { allowed, ..Self::default() }
     }
 
     /// Takes a failure: a bad line within the limit is noted and passed over, anything else comes back.
@@ -643,11 +538,7 @@ impl BadLines {
         self.seen.push(key);
         if self.seen.len() > self.allowed {
             let (count, allowed) = (self.seen.len(), self.allowed);
-            return Err(Error::TooManyBadLines {
-                count,
-                allowed,
-                latest: Box::new(error),
-            });
+            return Err(Error::TooManyBadLines { count, allowed, latest: Box::new(error) });
         }
         self.messages.push(error.to_string());
         Ok(())
@@ -684,23 +575,26 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cases = [
             ("lines.jsonl", "{\"text\": \"a\"}\n{\"text\": \"b\\n\\\"c\\\", d\"}\n".to_string()),
-            ("no last newline, blank lines.jsonl", "\n{\"text\": \"a\"}\r\n  \n\n {\"text\": \"b\\n\\\"c\\\", d\"}".into()),
+            (
+                "no last newline, blank lines.jsonl",
+                "\n{\"text\": \"a\"}\r\n  \n\n {\"text\": \"b\\n\\\"c\\\", d\"}".into(),
+            ),
             ("byte order mark.jsonl", "\u{feff}{\"text\": \"a\"}\n{\"text\": \"b\\n\\\"c\\\", d\"}\n".into()),
             ("lines called.json", "{\"text\": \"a\"}\n{\"text\": \"b\\n\\\"c\\\", d\"}\n".into()),
-            ("list.json", "[{\"text\": \"a\", \"x\": [1, {\"y\": \"]}\"}]},\n {\"text\":\n\"b\\n\\\"c\\\", d\"}]\n".into()),
+            (
+                "list.json",
+                "[{\"text\": \"a\", \"x\": [1, {\"y\": \"]}\"}]},\n {\"text\":\n\"b\\n\\\"c\\\", d\"}]\n"
+                    .into(),
+            ),
             ("table.csv", "id,text\n1,a\n2,\"b\n\"\"c\"\", d\"\n".into()),
             ("table.tsv", "text\tid\r\na\t1\r\n\"b\n\"\"c\"\", d\"\t2\r\n".into()),
         ];
         for (name, text) in cases {
-            let source =
-                Source::open(write(folder.path(), name, text), &Columns::default()).unwrap();
+            let source = Source::open(write(folder.path(), name, text), &Columns::default()).unwrap();
             assert_eq!(texts(&source), ["a", "b\n\"c\", d"], "{name}");
         }
-        let source = Source::open(
-            write(folder.path(), "whole.txt", "one\ntwo\n"),
-            &Columns::default(),
-        )
-        .unwrap();
+        let source =
+            Source::open(write(folder.path(), "whole.txt", "one\ntwo\n"), &Columns::default()).unwrap();
         assert_eq!(texts(&source), ["one\ntwo\n"]);
     }
 
@@ -708,11 +602,8 @@ mod tests {
     fn records_larger_than_the_read_buffer_are_whole() {
         let folder = tempfile::tempdir().unwrap();
         let long = "x".repeat(3 << 20);
-        let path = write(
-            folder.path(),
-            "a.jsonl",
-            format!("{{\"text\": \"{long}\"}}\n{{\"text\": \"b\"}}\n"),
-        );
+        let path =
+            write(folder.path(), "a.jsonl", format!("{{\"text\": \"{long}\"}}\n{{\"text\": \"b\"}}\n"));
         let source = Source::open(path, &Columns::default()).unwrap();
         assert_eq!(texts(&source), [long, "b".to_string()]);
     }
@@ -727,12 +618,7 @@ mod tests {
                 1,
                 &["a.jsonl, line 3, column 10", "not valid JSON"],
             ),
-            (
-                "b.jsonl",
-                "{\"text\": \"a\"}\n[1]\n",
-                1,
-                &["line 2", "no object", "expected one of"],
-            ),
+            ("b.jsonl", "{\"text\": \"a\"}\n[1]\n", 1, &["line 2", "no object", "expected one of"]),
             (
                 "c.jsonl",
                 "{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}\n",
@@ -745,41 +631,19 @@ mod tests {
                 1,
                 &["line 4, column 2", "not valid JSON"],
             ),
-            (
-                "e.csv",
-                "text\na\nb,c\n",
-                1,
-                &["line 3", "2 fields", "header names 1"],
-            ),
-            (
-                "f.jsonl",
-                "{\"text\": \"a\"}\n{\"text\": 1}",
-                1,
-                &["line 2", "must be a string"],
-            ),
+            ("e.csv", "text\na\nb,c\n", 1, &["line 3", "2 fields", "header names 1"]),
+            ("f.jsonl", "{\"text\": \"a\"}\n{\"text\": 1}", 1, &["line 2", "must be a string"]),
         ];
         for (name, text, record, parts) in cases {
-            let source =
-                Source::open(write(folder.path(), name, text), &Columns::default()).unwrap();
+            let source = Source::open(write(folder.path(), name, text), &Columns::default()).unwrap();
             let error = source.record(record).expect_err(name).to_string();
             for part in parts {
                 assert!(error.contains(part), "{name}: {error}");
             }
         }
-        let path = write(
-            folder.path(),
-            "utf8.jsonl",
-            b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}",
-        );
-        let error = Source::open(path, &Columns::default())
-            .unwrap()
-            .record(1)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("line 2, column 11") && error.contains("UTF-8"),
-            "{error}"
-        );
+        let path = write(folder.path(), "utf8.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}");
+        let error = Source::open(path, &Columns::default()).unwrap().record(1).unwrap_err().to_string();
+        assert!(error.contains("line 2, column 11") && error.contains("UTF-8"), "{error}");
     }
 
     #[test]
@@ -791,11 +655,7 @@ mod tests {
             ("no form.jsonl", "{\"foo\": 1}", "columns are [foo]"),
             ("cut.json", "[{\"text\": \"a\"}, {\"te", "not closed"),
             ("after.json", "[{\"text\": \"a\"}] 3", "after the end"),
-            (
-                "quotes.csv",
-                "text\n\"a\nb\n",
-                "line 2: a quoted field is never closed",
-            ),
+            ("quotes.csv", "text\n\"a\nb\n", "line 2: a quoted field is never closed"),
             ("a.parquet", "PAR1", "convert to .jsonl"),
             ("empty list.json", "[]", "has no records"),
         ];
@@ -811,20 +671,14 @@ mod tests {
     fn tables_may_hold_conversations_and_verdicts() {
         let folder = tempfile::tempdir().unwrap();
         let text = "prompt,completion,label\nq,a,True\nq,b,0\n";
-        let source =
-            Source::open(write(folder.path(), "kto.csv", text), &Columns::default()).unwrap();
+        let source = Source::open(write(folder.path(), "kto.csv", text), &Columns::default()).unwrap();
         let verdict = |i| match source.record(i).unwrap() {
-            Record::Labelled {
-                prompt: Turns::Text(_),
-                label,
-                ..
-            } => label,
+            Record::Labelled { prompt: Turns::Text(_), label, .. } => label,
             other => panic!("{other:?}"),
         };
         assert_eq!([verdict(0), verdict(1)], [true, false]);
         let text = "messages\n\"[{\"\"role\"\": \"\"user\"\", \"\"content\"\": \"\"hi\"\"}]\"\n";
-        let source =
-            Source::open(write(folder.path(), "chat.csv", text), &Columns::default()).unwrap();
+        let source = Source::open(write(folder.path(), "chat.csv", text), &Columns::default()).unwrap();
         assert!(matches!(source.record(0).unwrap(), Record::Messages { .. }));
     }
 
@@ -832,64 +686,30 @@ mod tests {
     fn folders_have_splits_or_documents() {
         let folder = tempfile::tempdir().unwrap();
         let columns = Columns::default();
-        assert!(
-            Splits::open(folder.path(), &columns)
-                .unwrap_err()
-                .to_string()
-                .contains("train.jsonl")
-        );
+        assert!(Splits::open(folder.path(), &columns).unwrap_err().to_string().contains("train.jsonl"));
         write(folder.path(), "b.txt", "second");
         write(folder.path(), "a.md", "first");
         let splits = Splits::open(folder.path(), &columns).unwrap();
-        assert_eq!(
-            splits.train.iter().flat_map(texts).collect::<Vec<_>>(),
-            ["first", "second"]
-        );
+        assert_eq!(splits.train.iter().flat_map(texts).collect::<Vec<_>>(), ["first", "second"]);
         write(folder.path(), "train.jsonl", "{\"text\": \"t\"}");
         write(folder.path(), "valid.csv", "text\nv\n");
         let splits = Splits::open(folder.path(), &columns).unwrap();
-        assert_eq!(
-            (texts(&splits.train[0]), texts(&splits.valid[0])),
-            (vec!["t".into()], vec!["v".into()])
-        );
+        assert_eq!((texts(&splits.train[0]), texts(&splits.valid[0])), (vec!["t".into()], vec!["v".into()]));
         assert!(splits.test.is_empty());
         write(folder.path(), "train.json", "[]");
-        assert!(
-            Splits::open(folder.path(), &columns)
-                .unwrap_err()
-                .to_string()
-                .contains("keep one")
-        );
+        assert!(Splits::open(folder.path(), &columns).unwrap_err().to_string().contains("keep one"));
     }
 
     #[test]
     fn bad_lines_are_forgiven_up_to_the_limit_and_once_each() {
-        let bad = |line| Error::BadLine {
-            path: "f".into(),
-            line,
-            column: None,
-            cause: "c".into(),
-        };
-        assert!(matches!(
-            BadLines::allow(0).forgive(bad(1)),
-            Err(Error::BadLine { .. })
-        ));
+        let bad = |line| Error::BadLine { path: "f".into(), line, column: None, cause: "c".into() };
+        assert!(matches!(BadLines::allow(0).forgive(bad(1)), Err(Error::BadLine { .. })));
         let mut lines = BadLines::allow(2);
         for line in [1, 2, 1, 2] {
             lines.forgive(bad(line)).unwrap();
         }
         assert_eq!(lines.messages().len(), 2);
-        assert!(matches!(
-            lines.forgive(bad(3)),
-            Err(Error::TooManyBadLines {
-                count: 3,
-                allowed: 2,
-                ..
-            })
-        ));
-        assert!(matches!(
-            lines.forgive(Error::Tokenize("x".into())),
-            Err(Error::Tokenize(_))
-        ));
+        assert!(matches!(lines.forgive(bad(3)), Err(Error::TooManyBadLines { count: 3, allowed: 2, .. })));
+        assert!(matches!(lines.forgive(Error::Tokenize("x".into())), Err(Error::Tokenize(_))));
     }
 }
