@@ -15,12 +15,17 @@ pub mod elementwise;
 mod error;
 pub mod index;
 mod layout;
+pub mod norm;
+mod plan;
 pub mod quant;
 pub mod reduce;
+pub mod rope;
+mod rows;
 #[cfg(test)]
 mod testing;
 pub mod view;
 
 pub use dtype::{Dtype, DynView, DynViewMut};
 pub use error::KernelError;
+pub use plan::Plan;
 pub use view::{View, ViewMut};
