@@ -172,6 +172,7 @@ fn advice(error: &io::Error) -> &'static str {
 mod tests {
     use super::*;
 
+    #[cfg(unix)]
     #[test]
     fn kinds_of_system_errors() {
         let cases = [
@@ -195,7 +196,7 @@ mod tests {
 
     #[test]
     fn messages_name_the_file_and_the_way_out() {
-        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        let full = io::ErrorKind::StorageFull.into();
         let message = Error::io("write", "/a/b", full).to_string();
         assert!(message.starts_with("cannot write /a/b: "), "{message}");
         assert!(message.contains("free some space"), "{message}");

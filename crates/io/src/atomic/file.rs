@@ -1,10 +1,10 @@
 //! One file, replaced as a whole.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 
 use super::{TEMPORARY_SUFFIX, parent_of, sync_folder, temporary_prefix};
 use crate::{Error, Result};
@@ -18,7 +18,9 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct AtomicFile {
     target: PathBuf,
-    temporary: BufWriter<NamedTempFile>,
+    /// Before `temporary`, so that it is closed before it is removed.
+    file: BufWriter<File>,
+    temporary: TempPath,
 }
 
 impl AtomicFile {
@@ -35,10 +37,12 @@ impl AtomicFile {
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temporary = builder.tempfile_in(parent_of(target)).map_err(|e| Error::io("create", target, e))?;
+        let (file, temporary) = temporary.into_parts();
         // The sign to `remove_leftovers` that someone is still at work. Where the file system has
         // no locks, it leaves the file alone as well.
-        let _ = temporary.as_file().try_lock();
-        Ok(AtomicFile { target: target.to_owned(), temporary: BufWriter::with_capacity(1 << 18, temporary) })
+        let _ = file.try_lock();
+        let file = BufWriter::with_capacity(1 << 18, file);
+        Ok(AtomicFile { target: target.to_owned(), file, temporary })
     }
 
     /// Where the content will be.
@@ -48,16 +52,16 @@ impl AtomicFile {
 
     /// Brings the content to disk and puts it in the target's place.
     pub fn commit(self) -> Result<()> {
-        let AtomicFile { target, temporary } = self;
-        let temporary = temporary.into_inner().map_err(|e| Error::io("write", &target, e.into_error()))?;
-        let file = temporary.as_file();
+        let AtomicFile { target, file, temporary } = self;
+        let write = |e| Error::io("write", &target, e);
+        let file = file.into_inner().map_err(|e| write(e.into_error()))?;
         if let Ok(existing) = fs::symlink_metadata(&target)
             && existing.is_file()
         {
             file.set_permissions(existing.permissions())
                 .map_err(|e| Error::io("set the permissions of", &target, e))?;
         }
-        file.sync_all().map_err(|e| Error::io("write", &target, e))?;
+        file.sync_all().map_err(write)?;
         temporary.persist(&target).map_err(|e| Error::io("replace", &target, e.error))?;
         sync_folder(&parent_of(&target))
     }
@@ -65,17 +69,17 @@ impl AtomicFile {
 
 impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.temporary.write(bytes)
+        self.file.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.temporary.flush()
+        self.file.flush()
     }
 }
 
 impl Seek for AtomicFile {
     fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
-        self.temporary.seek(position)
+        self.file.seek(position)
     }
 }
 
@@ -137,7 +141,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["f"]);
 
-        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
         let error = write_with(&path, |file| {
             file.write_all(&[1; 1_000_000])?;
             Err(full())

@@ -268,7 +268,7 @@ mod tests {
                 w.stream("a", DType::U8, &[2], |_| Err("no data today".into()));
             }),
             ("full disk", ErrorKind::DiskFull, |w| {
-                w.stream("a", DType::U8, &[2], |_| Err(io::Error::from_raw_os_error(libc::ENOSPC).into()));
+                w.stream("a", DType::U8, &[2], |_| Err(io::Error::from(io::ErrorKind::StorageFull).into()));
             }),
             ("source is broken", ErrorKind::BadData, |w| {
                 w.stream("a", DType::U8, &[2], |_| Err(Error::bad_data("other", "x").into()));
