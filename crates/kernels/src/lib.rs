@@ -13,6 +13,7 @@ pub mod dtype;
 pub mod element;
 pub mod elementwise;
 mod error;
+pub mod gemm;
 pub mod index;
 mod layout;
 pub mod norm;

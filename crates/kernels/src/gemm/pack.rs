@@ -1,0 +1,257 @@
+//! Packing: from operands with any strides, or from packed weights, into the panels that the
+//! micro-kernels read (their layouts are in [`super::micro`]).
+
+use half::f16;
+use mica_simd::Isa;
+
+use super::block::{self, BlockFn, Job};
+use super::micro::Line;
+use super::types::{FloatType, Matrix};
+use super::weight::Tiles;
+
+/// The second operand.
+#[derive(Clone, Debug)]
+pub(super) enum BSource {
+    /// Rows are k, columns are n.
+    Strided(Matrix),
+    /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around.
+    Weight { tiles: Tiles, transposed: bool },
+}
+
+/// In which direction an operand is contiguous, and the block mover for it.
+#[derive(Clone, Copy)]
+struct Reader {
+    /// Byte strides along k and along the other direction (rows of A, columns of B).
+    along_k: isize,
+    along_other: isize,
+    float: FloatType,
+    how: How,
+    block: BlockFn,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    /// Lines run along k.
+    LinesAlongK,
+    /// Lines run along the other direction.
+    LinesAlongOther,
+    /// Elements are collected one by one into lines along the other direction.
+    Gather,
+}
+
+impl Reader {
+    /// `turn_for` is the kind of line that has to be turned around.
+    fn new(
+        isa: Isa,
+        float: FloatType,
+        along_k: isize,
+        along_other: isize,
+        turned: How,
+        into: block::Into,
+    ) -> Reader {
+        let size = float.size() as isize;
+        let how = if along_k == size {
+            How::LinesAlongK
+        } else if along_other == size {
+            How::LinesAlongOther
+        } else {
+            How::Gather
+        };
+        let from = match (float, how) {
+            (FloatType::Bf16, How::Gather) => block::From::Words,
+            (FloatType::F32, _) | (FloatType::F16, How::Gather) => block::From::F32,
+            (FloatType::Bf16, _) => block::From::High,
+            (FloatType::F16, _) => block::From::F16,
+        };
+        let lines = if how == How::Gather { How::LinesAlongOther } else { how };
+        Reader { along_k, along_other, float, how, block: block::mover(isa, from, lines == turned, into) }
+    }
+
+    /// Moves `ks` x `others` elements (each at most 16) that start at `from`.
+    ///
+    /// # Safety
+    /// Those elements are readable and the destination is writable.
+    unsafe fn read(
+        &self,
+        from: *const u8,
+        (ks, others): (usize, usize),
+        into: *mut u8,
+        into_step: usize,
+        into_lines: usize,
+    ) {
+        let mut gathered = [[0u32; 16]; 16];
+        let (from, from_step, lines, lanes) = match self.how {
+            How::LinesAlongK => (from, self.along_other, others, ks),
+            How::LinesAlongOther => (from, self.along_k, ks, others),
+            How::Gather => {
+                for (k, line) in gathered[..ks].iter_mut().enumerate() {
+                    for (other, word) in line[..others].iter_mut().enumerate() {
+                        let offset = k as isize * self.along_k + other as isize * self.along_other;
+                        let at = from.wrapping_offset(offset);
+                        // SAFETY: inside the elements that the caller promises.
+                        *word = unsafe {
+                            match self.float {
+                                FloatType::F32 => at.cast::<u32>().read(),
+                                FloatType::Bf16 => (at.cast::<u16>().read() as u32) << 16,
+                                FloatType::F16 => at.cast::<f16>().read().to_f32().to_bits(),
+                            }
+                        };
+                    }
+                }
+                (gathered.as_ptr().cast(), 64, ks, others)
+            }
+        };
+        // SAFETY: the lines are those of the caller, or of `gathered`.
+        unsafe { (self.block)(&Job { from, from_step, lines, lanes, into, into_step, into_lines }) }
+    }
+}
+
+/// Packs rows of A.
+pub(super) struct PackA {
+    reader: Reader,
+    pairs: bool,
+}
+
+impl PackA {
+    pub fn new(isa: Isa, a: &Matrix, line: Line, round: bool) -> PackA {
+        let pairs = line == Line::Pairs;
+        let into = match (pairs, round) {
+            (true, _) => block::Into::High,
+            (false, true) => block::Into::Rounded,
+            (false, false) => block::Into::F32,
+        };
+        PackA { reader: Reader::new(isa, a.float, a.column, a.row, How::LinesAlongOther, into), pairs }
+    }
+
+    /// Bytes per row for `k` elements.
+    pub fn row_bytes(line: Line, k: usize) -> usize {
+        let block = if line == Line::Pairs { 32 } else { 16 };
+        k.div_ceil(block) * 64
+    }
+
+    /// Packs one panel: `rows` rows (stored as `padded`) by `k` elements, from `from`.
+    ///
+    /// # Safety
+    /// The elements are readable, `padded * row_bytes(k)` bytes from `into` writable.
+    pub unsafe fn panel(&self, from: *const u8, rows: usize, padded: usize, k: usize, into: *mut u8) {
+        let k_padded = if self.pairs { k.next_multiple_of(32) } else { k.next_multiple_of(16) };
+        for k0 in (0..k_padded).step_by(16) {
+            let ks = k.saturating_sub(k0).min(16);
+            let (block, half) = if self.pairs { (k0 / 32, k0 / 16 % 2 * 32) } else { (k0 / 16, 0) };
+            for row in (0..padded).step_by(16) {
+                let offset = k0 as isize * self.reader.along_k + row as isize * self.reader.along_other;
+                // SAFETY: as promised by the caller; rows and k beyond the end are not read.
+                unsafe {
+                    let into = into.add(block * padded * 64 + row * 64 + half);
+                    let there = rows.saturating_sub(row).min(16);
+                    let from = from.wrapping_offset(offset);
+                    self.reader.read(from, (ks, there), into, 64, (padded - row).min(16));
+                }
+            }
+        }
+    }
+}
+
+/// Packs panels of B.
+pub(super) struct PackB {
+    source: BSource,
+    reader: Option<Reader>,
+    block: Option<BlockFn>,
+    line: Line,
+}
+
+impl PackB {
+    pub fn new(isa: Isa, source: &BSource, line: Line, round: bool) -> PackB {
+        let into = match (line, round) {
+            (Line::Pairs, _) => block::Into::Pairs,
+            (_, true) => block::Into::Rounded,
+            _ => block::Into::F32,
+        };
+        let (reader, block) = match source {
+            BSource::Strided(b) => {
+                (Some(Reader::new(isa, b.float, b.row, b.column, How::LinesAlongK, into)), None)
+            }
+            BSource::Weight { tiles, transposed } => {
+                let from = match tiles.float {
+                    FloatType::F32 => block::From::F32,
+                    FloatType::Bf16 => block::From::Pairs,
+                    FloatType::F16 => block::From::F16,
+                };
+                (None, Some(block::mover(isa, from, *transposed, into)))
+            }
+        };
+        PackB { source: source.clone(), reader, block, line }
+    }
+
+    /// Packs `k` elements from `k0` (a multiple of 32) of `panels` panels from column `n0` (a
+    /// multiple of 16), of a product with `n` columns. `base` is the batch entry's matrix for
+    /// strided operands.
+    ///
+    /// # Safety
+    /// The operand has those elements; `panels * stride` bytes from `into` are writable, and
+    /// `stride` is at least `line.panel_bytes(k)`.
+    pub unsafe fn panels(
+        &self,
+        base: *const u8,
+        (n0, n, panels): (usize, usize, usize),
+        (k0, k): (usize, usize),
+        into: *mut u8,
+        stride: usize,
+    ) {
+        let (k_padded, step) = match self.line {
+            Line::Pairs => (k.next_multiple_of(32), 32),
+            _ => (k.next_multiple_of(16), 64),
+        };
+        let one = |panel: usize, at: usize| {
+            let ks = k.saturating_sub(at).min(16);
+            let column = n0 + panel * 16;
+            let columns = (n - column).min(16);
+            // SAFETY: inside what the caller promises.
+            unsafe {
+                let into = into.add(panel * stride + at * step);
+                match (&self.source, self.reader, self.block) {
+                    (BSource::Strided(_), Some(reader), _) => {
+                        let offset =
+                            (k0 + at) as isize * reader.along_k + column as isize * reader.along_other;
+                        reader.read(base.wrapping_offset(offset), (ks, columns), into, 64, 16);
+                    }
+                    (BSource::Weight { tiles, transposed }, _, Some(block)) => {
+                        let exists = if ks == 0 { 0 } else { 16 };
+                        let (panel, within) =
+                            if *transposed { ((k0 + at) / 16, column) } else { (column / 16, k0 + at) };
+                        let from = tiles.pointer.wrapping_add(tiles.offset(panel, within));
+                        let from_step = if tiles.float == FloatType::F16 { 32 } else { 64 };
+                        block(&Job {
+                            from,
+                            from_step,
+                            lines: exists,
+                            lanes: 16,
+                            into,
+                            into_step: 64,
+                            into_lines: 16,
+                        });
+                    }
+                    _ => unreachable!("a reader for strided operands, a block for weights"),
+                }
+            }
+        };
+        let panel_by_panel = match &self.source {
+            BSource::Strided(_) => self.reader.is_some_and(|reader| reader.how == How::LinesAlongK),
+            BSource::Weight { transposed, .. } => !transposed,
+        };
+        if panel_by_panel {
+            for panel in 0..panels {
+                for at in (0..k_padded).step_by(16) {
+                    one(panel, at);
+                }
+            }
+        } else {
+            // Rows of memory cross the panels: 16 of them at a time.
+            for at in (0..k_padded).step_by(16) {
+                for panel in 0..panels {
+                    one(panel, at);
+                }
+            }
+        }
+    }
+}

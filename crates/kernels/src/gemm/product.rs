@@ -1,0 +1,613 @@
+//! One product as tasks: how it is cut into blocks, and the loops around the micro-kernel.
+//!
+//! A *chunk* is a block of `mc` rows by `nc` columns with the whole of k. It walks k in steps of
+//! `kc`, with its sums in scratch memory, so a block of B (`kc` x a few panels) stays in the
+//! first-level cache while the rows of A pass by. Cutting never changes a bit: each output is one
+//! chain over k, whatever the blocks.
+//!
+//! A is packed by a task of its own when several chunks read the same rows, otherwise by the
+//! chunk. B is read in place when a packed weight has the right kind of lines, packed by the chunk
+//! when it would be used by few of them, and by a task for AMX, whose products are so fast that
+//! packing twice would show.
+
+use std::sync::Arc;
+
+use mica_simd::Isa;
+use mica_threads::{Scratch, Task};
+
+use super::micro::{self, Call, Line, Micro};
+use super::pack::{BSource, PackA, PackB};
+use super::store::{Place, StoreFn, StoreJob, storer};
+use super::types::{FloatType, Matrix, Precision};
+use crate::view::Dims;
+
+/// Up to this many rows a product is bound by reading B: weights are read in place even if they
+/// must be widened, and each chunk packs its own A.
+const FEW_ROWS: usize = 32;
+/// Widening in the loop costs two operations per line and call; more rows than two panels repeat
+/// it too often.
+const WIDEN_ROWS: usize = 16;
+/// Bytes of packed A that exist at one time.
+const A_LIMIT: usize = 64 << 20;
+/// Bytes of B up to which it is packed by a task for AMX.
+const B_LIMIT: usize = 256 << 20;
+/// Bytes of a packed weight per chunk when rows are few: long reads for the prefetchers, and still
+/// many chunks to share out.
+const STREAM_BYTES: usize = 128 << 10;
+
+/// A product, checked and cut. Operands must outlive the tasks made from it.
+pub(super) struct Product {
+    isa: Isa,
+    batch: Dims,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Matrix,
+    b: BSource,
+    out: Matrix,
+    addends: Vec<Matrix>,
+    micro: Micro,
+    store: StoreFn,
+    pack_a: PackA,
+    pack_b: PackB,
+    /// B panels are read where a packed weight has them.
+    in_place: bool,
+    cut: Cut,
+    a_shared: bool,
+    b_shared: bool,
+}
+
+// SAFETY: the pointers are operands of a checked product: inputs are only read, and chunks write
+// disjoint places of the output.
+unsafe impl Send for Product {}
+// SAFETY: as above.
+unsafe impl Sync for Product {}
+
+/// Block sizes.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    mc: usize,
+    nc: usize,
+    kc: usize,
+}
+
+/// What [`Product::new`] takes: checked matrices.
+pub(super) struct Request {
+    pub isa: Isa,
+    pub precision: Precision,
+    pub batch: Dims,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: Matrix,
+    pub b: BSource,
+    pub out: Matrix,
+    pub addends: Vec<Matrix>,
+}
+
+impl Product {
+    pub fn new(mut request: Request) -> Product {
+        request.fold_batch();
+        request.turn_if_narrow();
+        let Request { isa, precision, batch, m, n, k, mut a, mut b, out, addends } = request;
+        // A single row (column) is contiguous across whatever its stride says.
+        if m == 1 && a.column != a.float.size() as isize {
+            a.row = a.float.size() as isize;
+        }
+        if let BSource::Strided(b) = &mut b
+            && n == 1
+            && b.row != b.float.size() as isize
+        {
+            b.column = b.float.size() as isize;
+        }
+        let pairs = micro::uses_pairs(isa, precision);
+        let round = precision == Precision::Bf16;
+        let panels_line = if pairs { Line::Pairs } else { Line::F32 };
+        let place = match &b {
+            BSource::Weight { tiles, transposed: false } => match tiles.float {
+                FloatType::F32 if !round => Some(Line::F32),
+                FloatType::Bf16 if pairs => Some(Line::Pairs),
+                FloatType::Bf16 if m <= WIDEN_ROWS => Some(Line::WidenBf16),
+                FloatType::F16 if !round && m <= WIDEN_ROWS => Some(Line::WidenF16),
+                _ => None,
+            },
+            _ => None,
+        };
+        let micro = micro::select(isa, place.unwrap_or(panels_line));
+        let in_place = place.is_some();
+        let batches: usize = batch.iter().product();
+        let cut = Cut::new(&micro, in_place, batches, m, n, k);
+        let strided = matches!(b, BSource::Strided(_));
+        let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
+        Product {
+            a_shared: m > FEW_ROWS && n > cut.nc,
+            b_shared: strided && micro.tile_rows.is_some() && m > cut.mc && b_bytes <= B_LIMIT,
+            store: storer(isa),
+            pack_a: PackA::new(isa, &a, micro.line, round),
+            pack_b: PackB::new(isa, &b, panels_line, round),
+            isa,
+            batch,
+            m,
+            n,
+            k,
+            a,
+            b,
+            out,
+            addends,
+            micro,
+            in_place,
+            cut,
+        }
+    }
+
+    fn batches(&self) -> usize {
+        self.batch.iter().product()
+    }
+
+    fn row_blocks(&self) -> usize {
+        self.m.div_ceil(self.cut.mc)
+    }
+
+    fn column_blocks(&self) -> usize {
+        self.n.div_ceil(self.cut.nc)
+    }
+
+    /// Batch entries of A that differ.
+    fn a_batches(&self) -> usize {
+        if self.a.batch.iter().all(|&stride| stride == 0) { 1 } else { self.batches() }
+    }
+
+    fn a_block_bytes(&self) -> usize {
+        self.cut.mc * PackA::row_bytes(self.micro.line, self.k)
+    }
+
+    /// Row blocks (of all batch entries) whose packed A exists at one time.
+    fn a_group(&self) -> usize {
+        let blocks = self.a_batches() * self.row_blocks();
+        (A_LIMIT / self.a_block_bytes().max(1)).clamp(1, blocks.max(1))
+    }
+
+    /// Batch entries of B that differ.
+    fn b_batches(&self) -> usize {
+        match &self.b {
+            BSource::Strided(b) if b.batch.iter().any(|&stride| stride != 0) => self.batches(),
+            _ => 1,
+        }
+    }
+
+    fn b_panels(&self) -> usize {
+        self.n.div_ceil(16)
+    }
+
+    fn b_bytes(&self) -> usize {
+        if !self.b_shared {
+            return 0;
+        }
+        self.b_batches() * self.b_panels() * self.micro.line.panel_bytes(self.k)
+    }
+
+    pub fn workspace_bytes(&self) -> usize {
+        let a = if self.a_shared { self.a_group() * self.a_block_bytes() } else { 0 };
+        a + self.b_bytes()
+    }
+
+    /// Appends the product's tasks.
+    ///
+    /// # Safety
+    /// The operands are valid while the tasks live; `workspace` is aligned to 64 bytes, as long as
+    /// `workspace_bytes`, and used by nothing else while they run.
+    pub unsafe fn tasks<'a>(self: &Arc<Self>, workspace: *mut u8, list: &mut Vec<Box<dyn Task + 'a>>) {
+        if self.batches() * self.m * self.n == 0 {
+            return;
+        }
+        let packed_b = workspace;
+        let packed_a = workspace.wrapping_add(self.b_bytes());
+        let stage =
+            |first, blocks, what| Stage { product: self.clone(), packed_a, packed_b, first, blocks, what };
+        let blocks = self.a_batches() * self.row_blocks();
+        let group = if self.a_shared { self.a_group() } else { blocks };
+        for first in (0..blocks).step_by(group) {
+            let here = group.min(blocks - first);
+            let with_b = self.b_shared && first == 0;
+            if self.a_shared || with_b {
+                list.push(Box::new(stage(first, here, What::Pack { with_b })));
+            }
+            list.push(Box::new(stage(first, here, What::Multiply)));
+        }
+    }
+
+    /// Packs row block `block` (over batch entries and rows) to `into`.
+    ///
+    /// # Safety
+    /// `into` has room for a block.
+    unsafe fn pack_rows(&self, block: usize, (k0, k): (usize, usize), row_bytes: usize, into: *mut u8) {
+        let (entry, block) = (block / self.row_blocks(), block % self.row_blocks());
+        let base = self.a.at(entry, &self.batch);
+        let first = block * self.cut.mc;
+        let rows = self.cut.mc.min(self.m - first);
+        for row in (0..rows).step_by(self.micro.rows) {
+            let here = self.micro.rows.min(rows - row);
+            let offset = (first + row) as isize * self.a.row + k0 as isize * self.a.column;
+            // SAFETY: the rows are inside A; panels follow each other in the block.
+            unsafe {
+                let into = into.add(row * row_bytes);
+                let from = base.wrapping_offset(offset);
+                self.pack_a.panel(from, here, self.micro.padded(here, rows), k, into);
+            }
+        }
+    }
+
+    /// Computes one block of the output.
+    ///
+    /// # Safety
+    /// As [`Product::tasks`]; the packing tasks have run.
+    unsafe fn multiply(
+        &self,
+        entry: usize,
+        row_block: usize,
+        column_block: usize,
+        packed_a: Option<*const u8>,
+        packed_b: *const u8,
+        scratch: &Scratch,
+    ) {
+        let Cut { mc, nc, kc } = self.cut;
+        let micro = &self.micro;
+        let (m0, n0) = (row_block * mc, column_block * nc);
+        let (rows, columns) = (mc.min(self.m - m0), nc.min(self.n - n0));
+        let panels = columns.div_ceil(16);
+        let wide = micro.panels_for(rows.min(micro.rows));
+        let k_blocks = self.k.div_ceil(kc).max(1);
+        let tile = micro.rows * 16;
+        let row_panels = rows.div_ceil(micro.rows);
+        let sums = if k_blocks > 1 { row_panels * panels } else { wide };
+        let acc = scratch.take::<f32>(sums * tile).as_mut_ptr();
+        let a_row_bytes = PackA::row_bytes(micro.line, if packed_a.is_some() { self.k } else { kc });
+        let padded_rows = row_panels * micro.rows;
+        let own_a = match packed_a {
+            Some(_) => std::ptr::null_mut(),
+            None => scratch.take::<u8>(padded_rows * a_row_bytes).as_mut_ptr(),
+        };
+        let own_b = !self.in_place && !self.b_shared;
+        let b_stride = micro.line.panel_bytes(if own_b { kc } else { self.k });
+        let b_scratch = match own_b {
+            true => scratch.take::<u8>(panels * b_stride).as_mut_ptr(),
+            false => std::ptr::null_mut(),
+        };
+        let b_base = match &self.b {
+            BSource::Strided(b) => b.at(entry, &self.batch) as *const u8,
+            BSource::Weight { .. } => std::ptr::null(),
+        };
+        let panels_in_place: *const u8 = match &self.b {
+            BSource::Weight { tiles, .. } if self.in_place => {
+                tiles.pointer.wrapping_add(tiles.offset(n0 / 16, 0))
+            }
+            _ if self.b_shared => {
+                let entry = if self.b_batches() == 1 { 0 } else { entry };
+                packed_b.wrapping_add((entry * self.b_panels() + n0 / 16) * b_stride)
+            }
+            _ => std::ptr::null(),
+        };
+        let out = place(&self.out, entry, &self.batch).moved(m0, n0);
+        let addends: Vec2 = Vec2::of(&self.addends, entry, &self.batch, m0, n0);
+
+        // SAFETY: packed panels and tiles have the sizes computed above; the output block is this
+        // chunk's own.
+        unsafe {
+            let _tiles = micro.tile_rows.map(|_| super::tile_scope(rows));
+            for k_block in 0..k_blocks {
+                let k0 = k_block * kc;
+                let k = kc.min(self.k - k0);
+                let last = k_block + 1 == k_blocks;
+                let steps = if micro.line == Line::Pairs { k.div_ceil(2) } else { k };
+                if packed_a.is_none() {
+                    let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
+                    self.pack_rows(block, (k0, k), a_row_bytes, own_a);
+                }
+                let b = if own_b {
+                    let range = (n0, self.n, panels);
+                    self.pack_b.panels(b_base, range, (k0, k), b_scratch, b_stride);
+                    b_scratch as *const u8
+                } else {
+                    panels_in_place.wrapping_add(micro.line.k_offset(k0))
+                };
+                for panel in (0..panels).step_by(wide) {
+                    let wide = wide.min(panels - panel);
+                    for row_panel in 0..row_panels {
+                        let row = row_panel * micro.rows;
+                        let here = micro.rows.min(rows - row);
+                        let padded = micro.padded(here, rows);
+                        let a = match packed_a {
+                            Some(block) => {
+                                block.wrapping_add(row * a_row_bytes + micro.line.blocks(k0) * padded * 64)
+                            }
+                            None => own_a.wrapping_add(row * a_row_bytes),
+                        };
+                        let at = if k_blocks > 1 { row_panel * panels + panel } else { 0 };
+                        let sums = acc.add(at * tile);
+                        micro.get(here, wide)(&Call {
+                            steps,
+                            a,
+                            a_block: padded * 64,
+                            b: b.wrapping_add(panel * b_stride),
+                            b_panel: b_stride,
+                            acc: sums,
+                            acc_panel: tile,
+                            load: k_block > 0,
+                        });
+                        if last {
+                            for p in 0..wide {
+                                let column = (panel + p) * 16;
+                                (self.store)(&StoreJob {
+                                    sums: sums.add(p * tile),
+                                    rows: here,
+                                    columns: 16.min(columns - column),
+                                    out: out.moved(row, column),
+                                    addends: addends.moved(row, column).as_slice(),
+                                });
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn place(matrix: &Matrix, entry: usize, batch: &[usize]) -> Place {
+    Place { pointer: matrix.at(entry, batch), float: matrix.float, row: matrix.row, column: matrix.column }
+}
+
+/// Up to two places: bias and residual.
+struct Vec2 {
+    places: [Place; 2],
+    count: usize,
+}
+
+impl Vec2 {
+    fn of(addends: &[Matrix], entry: usize, batch: &[usize], row: usize, column: usize) -> Vec2 {
+        let nowhere = Place { pointer: std::ptr::null_mut(), float: FloatType::F32, row: 0, column: 0 };
+        let mut places = [nowhere; 2];
+        for (slot, matrix) in places.iter_mut().zip(addends) {
+            *slot = place(matrix, entry, batch).moved(row, column);
+        }
+        Vec2 { places, count: addends.len().min(2) }
+    }
+
+    fn moved(&self, row: usize, column: usize) -> Vec2 {
+        Vec2 { places: self.places.map(|place| place.moved(row, column)), count: self.count }
+    }
+
+    fn as_slice(&self) -> &[Place] {
+        &self.places[..self.count]
+    }
+}
+
+impl Request {
+    /// Batch dimensions over which B stays the same are rows of A that follow each other: a
+    /// `[batch, m, k]` by `[k, n]` product is one of `batch * m` rows.
+    fn fold_batch(&mut self) {
+        while let Some(&size) = self.batch.last() {
+            let axis = self.batch.len() - 1;
+            let b_stride = match &self.b {
+                BSource::Strided(b) => b.batch[axis],
+                BSource::Weight { .. } => 0,
+            };
+            let m = self.m as isize;
+            let mut walkers: Vec<&mut Matrix> = vec![&mut self.a, &mut self.out];
+            walkers.extend(self.addends.iter_mut());
+            let folds = |matrix: &Matrix| m == 1 || size == 1 || matrix.row * m == matrix.batch[axis];
+            if (b_stride != 0 && size != 1) || !walkers.iter().all(|matrix| folds(matrix)) {
+                return;
+            }
+            for matrix in walkers {
+                let stride = matrix.batch.pop().expect("every matrix has all batch dimensions");
+                if m == 1 && size != 1 {
+                    matrix.row = stride;
+                }
+            }
+            if let BSource::Strided(b) = &mut self.b {
+                b.batch.pop();
+            }
+            self.batch.pop();
+            self.m *= size;
+        }
+    }
+
+    /// With fewer than 16 columns and more rows the product is turned around (Cᵀ = Bᵀ·Aᵀ, the
+    /// same chains): lanes are columns, and most would be empty.
+    fn turn_if_narrow(&mut self) {
+        let BSource::Strided(b) = &self.b else { return };
+        if self.n >= 16 || self.m <= self.n {
+            return;
+        }
+        let b = b.clone();
+        let a = std::mem::replace(&mut self.a, b.transposed());
+        self.b = BSource::Strided(a.transposed());
+        self.out = self.out.clone().transposed();
+        for addend in &mut self.addends {
+            *addend = addend.clone().transposed();
+        }
+        std::mem::swap(&mut self.m, &mut self.n);
+    }
+}
+
+impl Cut {
+    fn new(micro: &Micro, in_place: bool, batches: usize, m: usize, n: usize, k: usize) -> Cut {
+        let wide = micro.panels_for(m.min(micro.rows)) * 16;
+        let lines = 256;
+        let unit = if micro.line == Line::Pairs { 2 * lines } else { lines };
+        let few = m <= FEW_ROWS;
+        // Read in place with few rows: straight through. Otherwise 256 lines, so that three panels
+        // of B (48 KB of f32) stay near the first-level cache.
+        let kc = if (few && in_place) || k <= unit + unit / 2 { k.max(1) } else { unit };
+        let kc = kc.next_multiple_of(32);
+        // Rows of A per chunk: `mc * kc` is half of a 1 MB second-level cache at most.
+        let most_rows = if micro.tile_rows.is_some() { 512 } else { 192 };
+        let blocks = m.div_ceil(most_rows).max(1);
+        let mut mc = m.div_ceil(blocks).max(1).next_multiple_of(micro.rows);
+        let mut nc = if few {
+            let panel = micro.line.panel_bytes(if in_place { k.max(1) } else { kc });
+            (STREAM_BYTES / panel).max(1) * 16
+        } else {
+            384
+        };
+        nc = nc.next_multiple_of(wide).min(n.max(1).next_multiple_of(wide));
+        // Enough chunks for many cores, as long as the blocks stay worth their packing.
+        let chunks = |mc: usize, nc: usize| batches * m.div_ceil(mc) * n.div_ceil(nc);
+        while chunks(mc, nc) < 16 && nc >= 2 * wide && !few {
+            nc = (nc / 2).next_multiple_of(wide);
+            if chunks(mc, nc) < 16 && mc >= 128 {
+                mc = (mc / 2).next_multiple_of(micro.rows);
+            }
+        }
+        Cut { mc, nc, kc }
+    }
+}
+
+impl Line {
+    /// Bytes in a panel before element `k` (a multiple of 32).
+    fn k_offset(self, k: usize) -> usize {
+        if self == Line::F32 { k * 64 } else { k * 32 }
+    }
+
+    /// Blocks of packed A before element `k` (a multiple of 32).
+    fn blocks(self, k: usize) -> usize {
+        if self == Line::Pairs { k / 32 } else { k / 16 }
+    }
+}
+
+enum What {
+    Pack { with_b: bool },
+    Multiply,
+}
+
+/// A range of row blocks, packed or multiplied.
+struct Stage {
+    product: Arc<Product>,
+    packed_a: *mut u8,
+    packed_b: *mut u8,
+    first: usize,
+    blocks: usize,
+    what: What,
+}
+
+// SAFETY: the workspace is the product's own while its tasks run; packing chunks write disjoint
+// parts of it, multiplying chunks only read it.
+unsafe impl Send for Stage {}
+// SAFETY: as above.
+unsafe impl Sync for Stage {}
+
+/// B panels that one packing chunk takes.
+const PANELS_PER_CHUNK: usize = 8;
+
+impl Stage {
+    /// Products per row block: column blocks, times batch entries if they share A.
+    fn columns(&self) -> usize {
+        let product = &self.product;
+        let entries = if product.a_batches() == 1 { product.batches() } else { 1 };
+        entries * product.column_blocks()
+    }
+
+    fn a_chunks(&self) -> usize {
+        if self.product.a_shared { self.blocks } else { 0 }
+    }
+}
+
+impl Task for Stage {
+    fn chunks(&self) -> usize {
+        let product = &self.product;
+        match self.what {
+            What::Pack { with_b: false } => self.a_chunks(),
+            What::Pack { with_b: true } => {
+                let groups = product.b_panels().div_ceil(PANELS_PER_CHUNK);
+                self.a_chunks() + product.b_batches() * groups
+            }
+            What::Multiply => self.blocks * self.columns(),
+        }
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let product = &*self.product;
+        match self.what {
+            What::Pack { .. } if chunk < self.a_chunks() => {
+                let row_bytes = PackA::row_bytes(product.micro.line, product.k);
+                // SAFETY: the workspace has room for `a_group` blocks.
+                unsafe {
+                    let into = self.packed_a.add(chunk * product.a_block_bytes());
+                    product.pack_rows(self.first + chunk, (0, product.k), row_bytes, into);
+                }
+            }
+            What::Pack { .. } => {
+                let chunk = chunk - self.a_chunks();
+                let groups = product.b_panels().div_ceil(PANELS_PER_CHUNK);
+                let (entry, first) = (chunk / groups, chunk % groups * PANELS_PER_CHUNK);
+                let panels = PANELS_PER_CHUNK.min(product.b_panels() - first);
+                let stride = product.micro.line.panel_bytes(product.k);
+                let BSource::Strided(b) = &product.b else {
+                    unreachable!("only strided operands are packed by a task")
+                };
+                // SAFETY: the workspace has room for all panels.
+                unsafe {
+                    let into = self.packed_b.add((entry * product.b_panels() + first) * stride);
+                    let base = b.at(entry, &product.batch);
+                    let range = (first * 16, product.n, panels);
+                    product.pack_b.panels(base, range, (0, product.k), into, stride);
+                }
+            }
+            What::Multiply => {
+                let (column, block) = (chunk / self.blocks, chunk % self.blocks);
+                let unit = self.first + block;
+                let (entry, column) = if product.a_batches() == 1 {
+                    (column / product.column_blocks(), column % product.column_blocks())
+                } else {
+                    (unit / product.row_blocks(), column)
+                };
+                let packed =
+                    product.a_shared.then(|| self.packed_a.wrapping_add(block * product.a_block_bytes()));
+                let row_block = unit % product.row_blocks();
+                // SAFETY: promised to `Product::tasks`.
+                unsafe {
+                    product.multiply(
+                        entry,
+                        row_block,
+                        column,
+                        packed.map(|pointer| pointer as *const u8),
+                        self.packed_b,
+                        scratch,
+                    )
+                }
+            }
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self.what {
+            What::Pack { .. } => "gemm pack",
+            What::Multiply => "gemm",
+        }
+    }
+}
+
+impl std::fmt::Debug for Product {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "product {:?} x {}x{}x{} on {}: {:?} {:?}, A {}, B {}",
+            self.batch,
+            self.m,
+            self.n,
+            self.k,
+            self.isa,
+            self.micro.line,
+            self.cut,
+            if self.a_shared { "by a task" } else { "by chunks" },
+            if self.in_place {
+                "in place"
+            } else if self.b_shared {
+                "by a task"
+            } else {
+                "by chunks"
+            },
+        )
+    }
+}

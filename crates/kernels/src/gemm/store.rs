@@ -1,0 +1,170 @@
+//! The epilogue: adds what is to be added to finished sums, converts, stores.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use mica_simd::Isa;
+
+use super::block::round_to_bf16;
+use super::types::FloatType;
+
+/// Where a place of the output is, or of something that is added to it.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub pointer: *mut u8,
+    pub float: FloatType,
+    /// Byte strides.
+    pub row: isize,
+    pub column: isize,
+}
+
+impl Place {
+    /// The place `rows` further down and `columns` to the right.
+    pub fn moved(self, rows: usize, columns: usize) -> Place {
+        let by = rows as isize * self.row + columns as isize * self.column;
+        Place { pointer: self.pointer.wrapping_offset(by), ..self }
+    }
+}
+
+/// A tile of sums, 16 a row, of which `rows` x `columns` exist.
+pub(super) struct StoreJob<'a> {
+    pub sums: *const f32,
+    pub rows: usize,
+    pub columns: usize,
+    pub out: Place,
+    /// Added in this order.
+    pub addends: &'a [Place],
+}
+
+/// Stores a tile.
+///
+/// # Safety
+/// The processor has the tier's features; the places are valid for `rows` x `columns`, and the
+/// sums for `rows` x 16.
+pub(super) type StoreFn = unsafe fn(&StoreJob);
+
+/// The storer of a tier.
+pub(super) fn storer(isa: Isa) -> StoreFn {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => store_avx512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => store_avx2,
+        _ => store_portable,
+    }
+}
+
+/// # Safety
+/// As [`StoreFn`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn store_avx512(job: &StoreJob) {
+    // SAFETY: promised by the caller.
+    unsafe { store(job) }
+}
+
+/// # Safety
+/// As [`StoreFn`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn store_avx2(job: &StoreJob) {
+    // SAFETY: promised by the caller.
+    unsafe { store(job) }
+}
+
+/// # Safety
+/// As [`StoreFn`].
+unsafe fn store_portable(job: &StoreJob) {
+    // SAFETY: promised by the caller.
+    unsafe { store(job) }
+}
+
+/// # Safety
+/// As [`StoreFn`].
+#[inline(always)]
+unsafe fn store(job: &StoreJob) {
+    for row in 0..job.rows {
+        // SAFETY: the rows and columns are those that the caller promises.
+        unsafe {
+            let mut line = job.sums.add(row * 16).cast::<[f32; 16]>().read();
+            for addend in job.addends {
+                let other = load_line(addend.moved(row, 0), job.columns);
+                for (sum, x) in line.iter_mut().zip(other) {
+                    *sum += x;
+                }
+            }
+            store_line(job.out.moved(row, 0), job.columns, &line);
+        }
+    }
+}
+
+/// # Safety
+/// `columns` (at most 16) elements are readable.
+#[inline(always)]
+unsafe fn load_line(place: Place, columns: usize) -> [f32; 16] {
+    let size = place.float.size();
+    let mut line = [0f32; 16];
+    // SAFETY: promised by the caller.
+    unsafe {
+        if place.column == size as isize {
+            if place.float == FloatType::F32 {
+                if columns == 16 {
+                    return place.pointer.cast::<[f32; 16]>().read_unaligned();
+                }
+                std::ptr::copy_nonoverlapping(place.pointer, line.as_mut_ptr().cast(), 4 * columns);
+                return line;
+            }
+            let mut words = [0u16; 16];
+            std::ptr::copy_nonoverlapping(place.pointer, words.as_mut_ptr().cast(), 2 * columns);
+            if place.float == FloatType::Bf16 {
+                return words.map(|word| f32::from_bits((word as u32) << 16));
+            }
+            words.map(f16::from_bits).convert_to_f32_slice(&mut line);
+            return line;
+        }
+        for (column, value) in line[..columns].iter_mut().enumerate() {
+            let at = place.pointer.wrapping_offset(column as isize * place.column);
+            *value = match place.float {
+                FloatType::F32 => at.cast::<f32>().read(),
+                FloatType::Bf16 => at.cast::<bf16>().read().to_f32(),
+                FloatType::F16 => at.cast::<f16>().read().to_f32(),
+            };
+        }
+    }
+    line
+}
+
+/// # Safety
+/// `columns` (at most 16) elements are writable.
+#[inline(always)]
+unsafe fn store_line(place: Place, columns: usize, line: &[f32; 16]) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if place.column == place.float.size() as isize {
+            if place.float == FloatType::F32 {
+                if columns == 16 {
+                    place.pointer.cast::<[f32; 16]>().write_unaligned(*line);
+                } else {
+                    std::ptr::copy_nonoverlapping(line.as_ptr().cast(), place.pointer, 4 * columns);
+                }
+                return;
+            }
+            let words = if place.float == FloatType::Bf16 {
+                line.map(round_to_bf16)
+            } else {
+                let mut halves = [f16::ZERO; 16];
+                halves.convert_from_f32_slice(line);
+                halves.map(f16::to_bits)
+            };
+            std::ptr::copy_nonoverlapping(words.as_ptr().cast(), place.pointer, 2 * columns);
+            return;
+        }
+        for (column, &value) in line[..columns].iter().enumerate() {
+            let at = place.pointer.wrapping_offset(column as isize * place.column);
+            match place.float {
+                FloatType::F32 => at.cast::<f32>().write(value),
+                FloatType::Bf16 => at.cast::<u16>().write(round_to_bf16(value)),
+                FloatType::F16 => at.cast::<f16>().write(f16::from_f32(value)),
+            }
+        }
+    }
+}
