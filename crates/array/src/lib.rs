@@ -1,1 +1,33 @@
 //! Lazy arrays with function transformations.
+//!
+//! Building an [`Array`] records a graph; [`Array::eval`], or reading a value, computes it. The
+//! functions in [`transforms`] turn functions of arrays into their gradients.
+//!
+//! This crate knows arrays, not models: see `mica-nn` for layers and `mica-lm` for language models.
+
+mod array;
+pub mod backend;
+mod dtype;
+mod error;
+mod eval;
+pub mod fast;
+pub mod files;
+pub mod kv;
+pub mod memory;
+pub mod op;
+mod ops;
+mod packed;
+mod shape;
+mod storage;
+pub mod transforms;
+
+pub use array::Array;
+pub use dtype::{Dtype, Element, promote};
+pub use error::{Error, Result};
+pub use eval::{async_eval, eval, set_backend, set_threads, threads};
+pub use op::{Precision, Scalar};
+pub use ops::custom::CustomOp;
+pub use ops::elementwise::Operand;
+pub use ops::random;
+pub use packed::{PackedWeight, Quantized, quantize};
+pub use shape::{Shape, Strides};

@@ -20,6 +20,12 @@ pub enum ErrorKind {
     BadData,
     /// It is well formed, but mica cannot do it.
     Unsupported,
+    /// It does not fit in memory.
+    Memory,
+    /// The disk is full.
+    DiskFull,
+    /// A file is not what its checksum says.
+    Integrity,
     /// The caller asked for something that has no meaning (an option out of range, say).
     Usage,
     /// Anything else: reading failed half-way, for example.
@@ -101,6 +107,12 @@ pub enum Error {
         /// Whether it is the options' fault (else it is the logits').
         usage: bool,
     },
+    /// A file could not be read or written, or is broken.
+    #[error(transparent)]
+    File(#[from] mica_io::Error),
+    /// Computing failed.
+    #[error(transparent)]
+    Array(#[from] mica_array::Error),
     /// An argument that has no meaning.
     #[error("{0}")]
     Usage(String),
@@ -118,6 +130,16 @@ impl Error {
                 _ => ErrorKind::Failed,
             },
             Error::NotFound { .. } => ErrorKind::NotFound,
+            Error::File(error) => match error.kind() {
+                mica_io::ErrorKind::NotFound => ErrorKind::NotFound,
+                mica_io::ErrorKind::Access => ErrorKind::Access,
+                mica_io::ErrorKind::DiskFull => ErrorKind::DiskFull,
+                mica_io::ErrorKind::BadData => ErrorKind::BadData,
+                mica_io::ErrorKind::Integrity => ErrorKind::Integrity,
+                _ => ErrorKind::Failed,
+            },
+            Error::Array(mica_array::Error::OutOfMemory { .. }) => ErrorKind::Memory,
+            Error::Array(_) => ErrorKind::Failed,
             Error::BadFile { .. } | Error::Field { .. } | Error::Tokenize(_) => ErrorKind::BadData,
             Error::Template { .. } => ErrorKind::BadData,
             Error::Unsupported { .. } => ErrorKind::Unsupported,

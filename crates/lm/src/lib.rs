@@ -1,10 +1,15 @@
 //! Language models: configuration, model families, tokenizer, chat, caches, sampling, generation.
 
+pub mod cache;
 pub mod config;
 pub mod detokenizer;
 pub mod error;
+pub mod layers;
+pub mod load;
+pub mod models;
 pub mod sample;
 pub mod stop;
 pub mod tokenizer;
+pub mod weights;
 
 pub use error::{Error, ErrorKind, Result};

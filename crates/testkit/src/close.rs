@@ -14,10 +14,7 @@ fn error(actual: f32, expected: f32) -> f64 {
 }
 
 fn check_lengths(name: &str, actual: usize, expected: usize) {
-    assert_eq!(
-        actual, expected,
-        "{name}: {actual} values, expected {expected}"
-    );
+    assert_eq!(actual, expected, "{name}: {actual} values, expected {expected}");
 }
 
 /// Panics unless |actual - expected| <= atol + rtol * |expected| holds for every element.
@@ -31,11 +28,7 @@ pub fn assert_close(name: &str, actual: &[f32], expected: &[f32], rtol: f32, ato
     let mut failures = 0usize;
     for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
         let error = error(a, e);
-        let bound = if e.is_finite() {
-            atol as f64 + rtol as f64 * (e as f64).abs()
-        } else {
-            0.0
-        };
+        let bound = if e.is_finite() { atol as f64 + rtol as f64 * (e as f64).abs() } else { 0.0 };
         if error > bound {
             failures += 1;
             let excess = error - bound;
@@ -64,16 +57,8 @@ pub fn assert_close(name: &str, actual: &[f32], expected: &[f32], rtol: f32, ato
 #[track_caller]
 pub fn max_abs_rel_to_max(actual: &[f32], expected: &[f32]) -> f64 {
     check_lengths("max_abs_rel_to_max", actual.len(), expected.len());
-    let worst = actual
-        .iter()
-        .zip(expected)
-        .map(|(&a, &e)| error(a, e))
-        .fold(0.0, f64::max);
-    let largest = expected
-        .iter()
-        .filter(|e| e.is_finite())
-        .map(|&e| (e as f64).abs())
-        .fold(0.0, f64::max);
+    let worst = actual.iter().zip(expected).map(|(&a, &e)| error(a, e)).fold(0.0, f64::max);
+    let largest = expected.iter().filter(|e| e.is_finite()).map(|&e| (e as f64).abs()).fold(0.0, f64::max);
     ratio(worst, largest)
 }
 
@@ -82,16 +67,8 @@ pub fn max_abs_rel_to_max(actual: &[f32], expected: &[f32]) -> f64 {
 #[track_caller]
 pub fn relative_l2(actual: &[f32], expected: &[f32]) -> f64 {
     check_lengths("relative_l2", actual.len(), expected.len());
-    let difference = actual
-        .iter()
-        .zip(expected)
-        .map(|(&a, &e)| error(a, e).powi(2))
-        .sum::<f64>();
-    let norm = expected
-        .iter()
-        .filter(|e| e.is_finite())
-        .map(|&e| (e as f64).powi(2))
-        .sum::<f64>();
+    let difference = actual.iter().zip(expected).map(|(&a, &e)| error(a, e).powi(2)).sum::<f64>();
+    let norm = expected.iter().filter(|e| e.is_finite()).map(|&e| (e as f64).powi(2)).sum::<f64>();
     ratio(difference.sqrt(), norm.sqrt())
 }
 
@@ -125,9 +102,7 @@ mod tests {
     const INF: f32 = f32::INFINITY;
 
     fn panics(f: impl FnOnce() + std::panic::UnwindSafe) -> Option<String> {
-        std::panic::catch_unwind(f)
-            .err()
-            .map(|e| e.downcast_ref::<String>().expect("a message").clone())
+        std::panic::catch_unwind(f).err().map(|e| e.downcast_ref::<String>().expect("a message").clone())
     }
 
     #[test]
@@ -160,10 +135,7 @@ mod tests {
         let message = panics(|| assert_close("case", &actual, &[1.0, 2.0, 3.0, 4.0], 0.0, 0.2));
         let message = message.expect("values differ");
         assert!(message.contains("2 of 4"), "{message}");
-        assert!(
-            message.contains("worst at [2]: actual 9e0, expected 3e0"),
-            "{message}"
-        );
+        assert!(message.contains("worst at [2]: actual 9e0, expected 3e0"), "{message}");
     }
 
     #[test]

@@ -32,8 +32,7 @@ impl Golden {
     #[track_caller]
     pub fn load(path: impl AsRef<Path>) -> Golden {
         let path = path.as_ref();
-        let data =
-            std::fs::read(path).unwrap_or_else(|e| panic!("golden file {}: {e}", path.display()));
+        let data = std::fs::read(path).unwrap_or_else(|e| panic!("golden file {}: {e}", path.display()));
         match Golden::parse(path, data) {
             Ok(golden) => golden,
             Err(what) => panic!("golden file {}: {what}", path.display()),
@@ -54,7 +53,10 @@ impl Golden {
         let mut metadata = BTreeMap::new();
         for (name, entry) in header {
             if name == "__metadata__" {
-                metadata = serde_json::from_value(entry).map_err(|e| format!("metadata: {e}"))?;
+                // MLX writes null where there is none.
+                let entry: Option<BTreeMap<String, String>> =
+                    serde_json::from_value(entry).map_err(|e| format!("metadata: {e}"))?;
+                metadata = entry.unwrap_or_default();
                 continue;
             }
             let tensor = Tensor::parse(&entry, body)
@@ -62,12 +64,7 @@ impl Golden {
                 .ok_or_else(|| format!("tensor {name}: {entry}"))?;
             tensors.insert(name, tensor);
         }
-        Ok(Golden {
-            path: path.to_owned(),
-            data,
-            tensors,
-            metadata,
-        })
+        Ok(Golden { path: path.to_owned(), data, tensors, metadata })
     }
 
     /// The names of all tensors, sorted.
@@ -179,17 +176,10 @@ impl Tensor {
             values.iter().map(|v| Some(v.as_u64()? as usize)).collect()
         };
         let shape = integers("shape")?;
-        let bytes = shape
-            .iter()
-            .try_fold(size, |n: usize, &d| n.checked_mul(d))?;
+        let bytes = shape.iter().try_fold(size, |n: usize, &d| n.checked_mul(d))?;
         let [start, end] = integers("data_offsets")?.try_into().ok()?;
         let (start, end) = (start.checked_add(body)?, end.checked_add(body)?);
-        (end.checked_sub(start)? == bytes).then_some(Tensor {
-            dtype,
-            shape,
-            start,
-            end,
-        })
+        (end.checked_sub(start)? == bytes).then_some(Tensor { dtype, shape, start, end })
     }
 }
 
@@ -220,12 +210,7 @@ mod tests {
                 r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}"#
             ));
         };
-        add(
-            "f32",
-            "F32",
-            "[1,2]",
-            &[1.5f32.to_le_bytes(), (-2.0f32).to_le_bytes()].concat(),
-        );
+        add("f32", "F32", "[1,2]", &[1.5f32.to_le_bytes(), (-2.0f32).to_le_bytes()].concat());
         add("f64", "F64", "[]", &0.25f64.to_le_bytes());
         add("f16", "F16", "[1]", &f16::from_f32(0.5).to_le_bytes());
         add("bf16", "BF16", "[1]", &bf16::from_f32(-3.0).to_le_bytes());
@@ -263,19 +248,10 @@ mod tests {
             ("no header", vec![1, 2, 3]),
             ("header beyond the file", u64::MAX.to_le_bytes().to_vec()),
             ("not JSON", file("{", &[])),
-            (
-                "beyond the end",
-                file(&entry("U8", "[4]", "[0,4]"), &[0; 3]),
-            ),
-            (
-                "size differs from shape",
-                file(&entry("F32", "[4]", "[0,4]"), &[0; 16]),
-            ),
+            ("beyond the end", file(&entry("U8", "[4]", "[0,4]"), &[0; 3])),
+            ("size differs from shape", file(&entry("F32", "[4]", "[0,4]"), &[0; 16])),
             ("unknown type", file(&entry("Q4", "[4]", "[0,4]"), &[0; 16])),
-            (
-                "negative range",
-                file(&entry("U8", "[0]", "[4,0]"), &[0; 16]),
-            ),
+            ("negative range", file(&entry("U8", "[0]", "[4,0]"), &[0; 16])),
         ];
         for (name, data) in cases {
             assert!(Golden::parse(Path::new(name), data).is_err(), "{name}");

@@ -133,15 +133,21 @@ impl Pool {
         // barrier of `run_list`, which this call waits for.
         let list: TaskList = unsafe { std::mem::transmute::<*const [Box<dyn Task + '_>], TaskList>(tasks) };
         shared.failed.store(false, Ordering::Relaxed);
-        if shared.threads > 1 {
+        // A list of small tasks is not worth waking anybody for.
+        let alone = shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1);
+        if !alone {
             let mut job = shared.job.lock().expect("no code panics while it holds the job");
             job.tasks = Some(list);
             job.epoch += 1;
             shared.epoch.store(job.epoch, Ordering::Release);
             shared.wake.notify_all();
         }
-        // SAFETY: `tasks` is borrowed for this call.
-        run_list(shared, 0, unsafe { &*list }, &mut scratch);
+        if alone {
+            run_alone(shared, tasks, &mut scratch);
+        } else {
+            // SAFETY: `tasks` is borrowed for this call.
+            run_list(shared, 0, unsafe { &*list }, &mut scratch);
+        }
         match shared.failure.lock().expect("no code panics while it holds the failure").take() {
             Some(panic) => Err(panic),
             None => Ok(()),
@@ -187,21 +193,52 @@ fn worker_loop(shared: &Shared, worker: usize) {
     }
 }
 
+/// Tasks that one worker runs between two barriers: one task, or several small ones in a row.
+fn stage<'a, 'b>(tasks: &'a [Box<dyn Task + 'b>]) -> &'a [Box<dyn Task + 'b>] {
+    let small = tasks.iter().take_while(|task| task.chunks() <= 1).count();
+    &tasks[..small.max(1)]
+}
+
 fn run_list(shared: &Shared, worker: usize, tasks: &[Box<dyn Task>], scratch: &mut Scratch) {
-    barrier(shared, || deal(shared, tasks[0].as_ref()));
-    for (index, task) in tasks.iter().enumerate() {
-        run_task(shared, worker, task.as_ref(), scratch);
-        barrier(shared, || {
-            if let Some(next) = tasks.get(index + 1) {
-                deal(shared, next.as_ref());
-            }
-        });
+    let mut rest = tasks;
+    barrier(shared, || deal(shared, rest));
+    while !rest.is_empty() {
+        let now = stage(rest);
+        rest = &rest[now.len()..];
+        if let [task] = now {
+            run_task(shared, worker, task.as_ref(), scratch);
+        } else if worker == 0 {
+            run_alone(shared, now, scratch);
+        }
+        barrier(shared, || deal(shared, rest));
     }
 }
 
-/// Gives each worker a contiguous range of the task's chunks.
-fn deal(shared: &Shared, task: &dyn Task) {
-    let chunks = if shared.failed.load(Ordering::Relaxed) { 0 } else { task.chunks() };
+/// Runs tasks one after another on this thread alone.
+fn run_alone<'a>(shared: &Shared, tasks: &[Box<dyn Task + 'a>], scratch: &mut Scratch) {
+    for task in tasks {
+        if shared.failed.load(Ordering::Relaxed) {
+            return;
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            for chunk in 0..task.chunks() {
+                task.run(chunk, scratch);
+                scratch.reset();
+            }
+        }));
+        if let Err(payload) = outcome {
+            scratch.reset();
+            fail(shared, task.name(), payload.as_ref());
+        }
+    }
+}
+
+/// Gives each worker a contiguous range of the next task's chunks.
+fn deal(shared: &Shared, rest: &[Box<dyn Task>]) {
+    let chunks = match rest.first() {
+        Some(task) if !shared.failed.load(Ordering::Relaxed) => task.chunks(),
+        _ => 0,
+    };
     assert!(chunks <= u32::MAX as usize, "a task has at most 2^32 chunks");
     for (worker, range) in shared.ranges.iter().enumerate() {
         range.set(chunks * worker / shared.threads, chunks * (worker + 1) / shared.threads);
@@ -226,13 +263,18 @@ fn run_task(shared: &Shared, worker: usize, task: &dyn Task, scratch: &mut Scrat
     }));
     if let Err(payload) = outcome {
         scratch.reset();
-        shared.failed.store(true, Ordering::Relaxed);
-        for range in &shared.ranges {
-            range.set(0, 0);
-        }
-        let mut failure = shared.failure.lock().expect("no code panics while it holds the failure");
-        failure.get_or_insert(TaskPanic { task: task.name(), message: message_of(payload.as_ref()) });
+        fail(shared, task.name(), payload.as_ref());
     }
+}
+
+/// Keeps the first panic and empties what is left to do.
+fn fail(shared: &Shared, task: &'static str, payload: &(dyn Any + Send)) {
+    shared.failed.store(true, Ordering::Relaxed);
+    for range in &shared.ranges {
+        range.set(0, 0);
+    }
+    let mut failure = shared.failure.lock().expect("no code panics while it holds the failure");
+    failure.get_or_insert(TaskPanic { task, message: message_of(payload) });
 }
 
 fn message_of(payload: &(dyn Any + Send)) -> String {

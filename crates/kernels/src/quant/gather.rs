@@ -1,6 +1,7 @@
 //! Rows of a quantized weight as numbers: the embedding lookup of a tied head, and dequantizing.
 //!
-//! Values are those of `mx.dequantize`: T(T(q·s) + b) in the type T of the scales.
+//! Written as the scales' type T, values are those of `mx.dequantize`: T(T(q·s) + b). Written as
+//! f32, they are s·q + b in f32, the weights that the exact product multiplies with.
 
 use half::{bf16, f16};
 use mica_codec::affine::dequantize_value;
@@ -67,8 +68,8 @@ impl QuantWeight {
         Ok(Box::new(Gather { weight: self, ids, rows, out }))
     }
 
-    /// One row's values in the scales' type, widened, group by group.
-    fn row_values(&self, row: usize, mut group_values: impl FnMut(usize, &[f32])) {
+    /// One row's values, group by group: computed in f32 if `wide`, else in the scales' type.
+    fn row_values(&self, row: usize, wide: bool, mut group_values: impl FnMut(usize, &[f32])) {
         let Layout { bits, group, groups, block, tile, scale, .. } = self.layout;
         let tile = &self.tiles.as_slice()[row / TILE_ROWS * tile..][..tile];
         let lane = row % TILE_ROWS;
@@ -86,7 +87,15 @@ impl QuantWeight {
                 let values = &mut values[sub * SUB..][..SUB];
                 match scale {
                     ScaleType::F32 => values_of::<f32, 4>(&codes, s, b, lane, f32::from_ne_bytes, values),
+                    ScaleType::Bf16 if wide => {
+                        let read = |bytes| bf16::from_ne_bytes(bytes).to_f32();
+                        values_of::<f32, 2>(&codes, s, b, lane, read, values)
+                    }
                     ScaleType::Bf16 => values_of::<bf16, 2>(&codes, s, b, lane, bf16::from_ne_bytes, values),
+                    ScaleType::F16 if wide => {
+                        let read = |bytes| f16::from_ne_bytes(bytes).to_f32();
+                        values_of::<f32, 2>(&codes, s, b, lane, read, values)
+                    }
                     ScaleType::F16 => values_of::<f16, 2>(&codes, s, b, lane, f16::from_ne_bytes, values),
                 }
             }
@@ -151,7 +160,8 @@ impl Task for Gather<'_> {
         let first = chunk * self.rows_per_chunk();
         for to in first..(first + self.rows_per_chunk()).min(self.rows) {
             let row = self.ids.map_or(to, |ids| ids[to] as usize);
-            self.weight.row_values(row, |at, values| {
+            let wide = matches!(self.out, Floats::F32(_));
+            self.weight.row_values(row, wide, |at, values| {
                 // SAFETY: row `to` of the output is contiguous and this chunk's alone.
                 unsafe {
                     match &self.out {

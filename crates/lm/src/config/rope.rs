@@ -313,7 +313,8 @@ fn kind(fields: &Fields, given: &Fields) -> Result<RopeKind> {
         "yarn" => {
             let factor = factor_or_ratio()?;
             let scale = |scale: f64, by: f64| if scale <= 1.0 { 1.0 } else { 0.1 * by * scale.ln() + 1.0 };
-            let nonzero = |name: &str| Ok(given.opt::<f64>(name)?.filter(|value| *value != 0.0));
+            let nonzero =
+                |name: &str| given.opt::<f64>(name).map(|value| value.filter(|value| *value != 0.0));
             let attention_factor =
                 match (given.opt::<f64>("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?)
                 {

@@ -1,0 +1,171 @@
+//! The CPU backend: lowers each step of a plan to kernel tasks, then runs all of them in one entry
+//! of the pool.
+//!
+//! Kernels that need temporary memory say how much; all steps share one workspace, because their
+//! tasks run one after another.
+
+mod elementwise;
+mod fused;
+mod products;
+
+use std::sync::Mutex;
+
+use mica_threads::{Pool, Task};
+
+use super::{Backend, Plan, Step};
+use crate::op::Op;
+use crate::storage::Buffer;
+use crate::{Error, Result};
+
+/// Tasks of a step, or a promise of tasks once there is a workspace.
+pub(crate) enum Lowered {
+    Tasks(Vec<Box<dyn Task>>),
+    /// Bytes needed, and the function that makes the tasks from a 64-byte aligned pointer to them.
+    WithWorkspace(usize, MakeTasks),
+}
+
+type MakeTasks = Box<dyn FnOnce(*mut u8, &mut Vec<Box<dyn Task>>) -> Result<()>>;
+
+impl From<Box<dyn Task>> for Lowered {
+    fn from(task: Box<dyn Task>) -> Lowered {
+        Lowered::Tasks(vec![task])
+    }
+}
+
+/// The backend. One pool, used by one plan at a time.
+pub struct Cpu {
+    pool: Pool,
+    /// Kept between plans, grown when a plan needs more.
+    workspace: Mutex<Option<Buffer>>,
+}
+
+impl Cpu {
+    /// A backend with a pool of so many threads.
+    pub fn new(threads: usize) -> Cpu {
+        Cpu { pool: Pool::new(threads), workspace: Mutex::new(None) }
+    }
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    fn pool(&self) -> Option<&Pool> {
+        Some(&self.pool)
+    }
+
+    fn run(&self, plan: &Plan) -> Result<()> {
+        let lowered = plan.steps.iter().map(lower).collect::<Result<Vec<_>>>()?;
+        let needed = lowered
+            .iter()
+            .map(|lowered| match lowered {
+                Lowered::Tasks(_) => 0,
+                Lowered::WithWorkspace(bytes, _) => *bytes,
+            })
+            .max()
+            .unwrap_or(0);
+        let mut workspace = self.workspace.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if workspace.as_ref().is_none_or(|buffer| buffer.bytes() < needed) {
+            workspace.take();
+            *workspace = Some(Buffer::new(needed, false)?);
+        }
+        let pointer = workspace.as_ref().expect("made above").pointer();
+        let mut tasks = Vec::with_capacity(lowered.len());
+        for lowered in lowered {
+            match lowered {
+                Lowered::Tasks(list) => tasks.extend(list),
+                Lowered::WithWorkspace(_, make) => make(pointer, &mut tasks)?,
+            }
+        }
+        self.pool.run(&tasks).map_err(|panic| Error::Kernel(panic.to_string().into()))
+    }
+
+    fn aliases_output(&self, op: &Op, input: usize, output: usize) -> bool {
+        match op {
+            Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
+            Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
+            Op::SliceUpdate { .. } => input == 0 && output == 0,
+            // Parameter, gradient, mean, square → parameter, mean, square.
+            Op::AdamW(_) => matches!((input, output), (0, 0) | (2, 1) | (3, 2)),
+            _ => false,
+        }
+    }
+}
+
+fn lower(step: &Step) -> Result<Lowered> {
+    let result = match &step.op {
+        Op::Full(_)
+        | Op::Arange { .. }
+        | Op::Unary(_)
+        | Op::Binary(_)
+        | Op::Compare(_)
+        | Op::Select
+        | Op::Cast
+        | Op::Reshape
+        | Op::Contiguous
+        | Op::Concatenate { .. }
+        | Op::SliceUpdate { .. }
+        | Op::Reduce { .. }
+        | Op::ArgReduce { .. }
+        | Op::Softmax
+        | Op::LogSumExp
+        | Op::Take { .. }
+        | Op::TakeAlong { .. }
+        | Op::ScatterAdd { .. }
+        | Op::ScatterAddAlong { .. }
+        | Op::RandomBits { .. }
+        | Op::AdamW(_) => elementwise::lower(step),
+        Op::Matmul { .. }
+        | Op::Linear { .. }
+        | Op::LinearTransposed { .. }
+        | Op::Embedding
+        | Op::Dequantize
+        | Op::LinearCrossEntropy(_) => products::lower(step),
+        Op::RmsNorm { .. }
+        | Op::RmsNormVjp { .. }
+        | Op::LayerNorm { .. }
+        | Op::Rope(_)
+        | Op::Attention(_)
+        | Op::AttentionVjp(_)
+        | Op::PagedAttention(_)
+        | Op::ShortConv(_)
+        | Op::ShortConvVjp(_) => fused::lower(step),
+        Op::Tracer(_)
+        | Op::StopGradient
+        | Op::After
+        | Op::Transpose(_)
+        | Op::Broadcast
+        | Op::Slice { .. } => Err(Error::Kernel("a view of a packed weight was asked for".into())),
+        Op::Custom(_) => Err(Error::Kernel("custom ops are expanded before they run".into())),
+    };
+    result.map_err(|error| match error {
+        Error::Unsupported { op: "eval", message } => Error::Unsupported { op: step.op.name(), message },
+        other => other,
+    })
+}
+
+/// The first input's or output's plain memory.
+fn input(step: &Step, index: usize) -> Result<mica_kernels::DynView> {
+    Ok(step.inputs[index].host()?.view())
+}
+
+fn output(step: &Step, index: usize) -> Result<mica_kernels::DynViewMut> {
+    Ok(step.outputs[index].host()?.view_mut())
+}
+
+/// A step that has no kernel runs as the reference does: right, but slow and on one thread.
+fn by_reference(step: &Step) -> Lowered {
+    let step = step.clone();
+    let run = move |_: usize, _: &mut mica_threads::Scratch| {
+        if let Err(error) = super::reference::run_step(&step) {
+            panic!("{error}");
+        }
+    };
+    let task: Box<dyn Task> = Box::new(mica_threads::FnTask::new("reference", 1, run));
+    task.into()
+}

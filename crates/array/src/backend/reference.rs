@@ -1,0 +1,102 @@
+//! The reference backend: naive loops in f64 and i128, the executable definition of every op.
+//!
+//! It is the oracle of tests, and what the CPU backend runs for an op that has no kernel yet. It
+//! rounds once, when a result is stored; kernels that round in between agree within their dtype's
+//! tolerance.
+
+mod dense;
+mod elementwise;
+mod fused;
+mod movement;
+mod products;
+
+use super::{Backend, Operand, Plan, Step};
+use crate::op::Op;
+use crate::{Error, Result};
+
+use dense::Dense;
+
+/// The backend. Single-threaded.
+pub struct Reference;
+
+impl Backend for Reference {
+    fn name(&self) -> &'static str {
+        "reference"
+    }
+
+    fn run(&self, plan: &Plan) -> Result<()> {
+        plan.steps.iter().try_for_each(run_step)
+    }
+}
+
+/// Computes one step.
+pub(crate) fn run_step(step: &Step) -> Result<()> {
+    if let Op::PagedAttention(paged) = &step.op {
+        return fused::paged_attention(paged, step);
+    }
+    let outputs = compute(step)?;
+    for (operand, value) in step.outputs.iter().zip(outputs) {
+        if let Operand::Host(view) = operand {
+            value.store(view)?;
+        }
+    }
+    Ok(())
+}
+
+fn compute(step: &Step) -> Result<Vec<Dense>> {
+    let input = |index: usize| Dense::load(&step.inputs[index]);
+    let out = step.outputs[0].host()?;
+    let all = || (0..step.inputs.len()).map(input).collect::<Result<Vec<Dense>>>();
+    let one = |value: Dense| Ok(vec![value]);
+    match &step.op {
+        Op::Full(value) => one(Dense::filled(&out.shape, out.dtype, *value)),
+        Op::Arange { start, step } => {
+            let values = (0..out.shape[0]).map(|i| start + i as f64 * step).collect();
+            one(Dense::floats(&out.shape, values))
+        }
+        Op::Unary(op) => one(elementwise::unary(*op, &input(0)?)),
+        Op::Binary(op) => one(elementwise::binary(*op, &input(0)?, &input(1)?, out.dtype)),
+        Op::Compare(op) => one(elementwise::compare(*op, &input(0)?, &input(1)?)),
+        Op::Select => one(elementwise::select(&input(0)?, &input(1)?, &input(2)?)),
+        Op::Cast | Op::Dequantize | Op::Contiguous => one(input(0)?),
+        Op::Reshape => one(input(0)?.with_shape(&out.shape)),
+        Op::Concatenate { axis } => one(movement::concatenate(&all()?, *axis, &out.shape)),
+        Op::SliceUpdate { start, step } => one(movement::slice_update(&input(0)?, &input(1)?, start, step)),
+        Op::Reduce { op, axes } => one(elementwise::reduce(*op, &input(0)?, axes, &out.shape)),
+        Op::ArgReduce { max, axis } => one(elementwise::arg_reduce(*max, &input(0)?, *axis, &out.shape)),
+        Op::Softmax => one(elementwise::softmax(&input(0)?)),
+        Op::LogSumExp => one(elementwise::logsumexp(&input(0)?, &out.shape)),
+        Op::Take { axis } => one(movement::take(&input(0)?, &input(1)?, *axis, &out.shape)),
+        Op::TakeAlong { axis } => one(movement::take_along(&input(0)?, &input(1)?, *axis)),
+        Op::ScatterAdd { axis } => one(movement::scatter_add(&input(0)?, &input(1)?, *axis, &out.shape)),
+        Op::ScatterAddAlong { axis } => {
+            one(movement::scatter_add_along(&input(0)?, &input(1)?, *axis, &out.shape))
+        }
+        Op::Matmul { .. } => one(products::matmul(&input(0)?, &input(1)?, &out.shape)),
+        Op::Linear { .. } => one(products::linear(&input(0)?, &input(1)?, &out.shape, false)),
+        Op::LinearTransposed { .. } => one(products::linear(&input(0)?, &input(1)?, &out.shape, true)),
+        Op::Embedding => one(movement::take(&input(0)?, &input(1)?, 0, &out.shape)),
+        Op::LinearCrossEntropy(spec) => products::linear_cross_entropy(spec, &all()?),
+        Op::RandomBits { width } => one(elementwise::random_bits(*width, &input(0)?, &out.shape)),
+        Op::RmsNorm { eps } => one(fused::rms_norm(*eps, &input(0)?, &input(1)?)),
+        Op::RmsNormVjp { eps } => Ok(fused::rms_norm_vjp(*eps, &all()?)),
+        Op::LayerNorm { eps } => one(fused::layer_norm(*eps, &all()?)),
+        Op::Rope(spec) => one(fused::rope(spec, &all()?)),
+        Op::Attention(spec) => Ok(fused::attention(spec, &all()?)),
+        Op::AttentionVjp(spec) => Ok(fused::attention_vjp(spec, &all()?)),
+        Op::ShortConv(spec) => Ok(fused::short_conv(*spec, &all()?)),
+        Op::ShortConvVjp(spec) => Ok(fused::short_conv_vjp(*spec, &all()?)),
+        Op::AdamW(spec) => Ok(elementwise::adamw(spec, &all()?)),
+        Op::PagedAttention(_)
+        | Op::Tracer(_)
+        | Op::StopGradient
+        | Op::After
+        | Op::Transpose(_)
+        | Op::Broadcast
+        | Op::Slice { .. }
+        | Op::Custom(_) => Err(Error::unsupported(
+            step.op.name(),
+            "the reference backend runs no such step (views and expansions)",
+        )),
+    }
+}

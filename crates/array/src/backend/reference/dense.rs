@@ -1,0 +1,211 @@
+//! Arrays as the reference computes with them: dense, row-major, f64 or i128.
+
+use half::{bf16, f16};
+use mica_kernels::quant::{QuantWeight, ScaleVec};
+
+use crate::backend::{HostView, Operand};
+use crate::op::Scalar;
+use crate::shape::{Shape, size_of};
+use crate::{Dtype, Error, PackedWeight, Result};
+
+/// Values of a float or an integer (or bool) array.
+#[derive(Clone, Debug)]
+pub(super) enum Values {
+    Float(Vec<f64>),
+    Int(Vec<i128>),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Dense {
+    pub shape: Shape,
+    pub values: Values,
+}
+
+impl Dense {
+    pub fn floats(shape: &[usize], values: Vec<f64>) -> Dense {
+        debug_assert_eq!(size_of(shape), values.len());
+        Dense { shape: shape.into(), values: Values::Float(values) }
+    }
+
+    pub fn ints(shape: &[usize], values: Vec<i128>) -> Dense {
+        debug_assert_eq!(size_of(shape), values.len());
+        Dense { shape: shape.into(), values: Values::Int(values) }
+    }
+
+    pub fn filled(shape: &[usize], dtype: Dtype, value: Scalar) -> Dense {
+        let count = size_of(shape);
+        match (value, dtype.is_float()) {
+            (Scalar::Int(value), false) => Dense::ints(shape, vec![value as i128; count]),
+            (Scalar::UInt(value), false) => Dense::ints(shape, vec![value as i128; count]),
+            _ => Dense::floats(shape, vec![value.to_f64(); count]),
+        }
+    }
+
+    pub fn with_shape(mut self, shape: &[usize]) -> Dense {
+        self.shape = shape.into();
+        self
+    }
+
+    pub fn size(&self) -> usize {
+        size_of(&self.shape)
+    }
+
+    /// The size of the last dimension, and how many rows there are.
+    pub fn rows(&self) -> (usize, usize) {
+        let width = self.shape.last().copied().unwrap_or(1);
+        (if width == 0 { 0 } else { self.size() / width }, width)
+    }
+
+    pub fn at(&self, index: usize) -> f64 {
+        match &self.values {
+            Values::Float(values) => values[index],
+            Values::Int(values) => values[index] as f64,
+        }
+    }
+
+    pub fn int(&self, index: usize) -> i128 {
+        match &self.values {
+            Values::Float(values) => values[index] as i128,
+            Values::Int(values) => values[index],
+        }
+    }
+
+    pub fn to_f64(&self) -> Vec<f64> {
+        (0..self.size()).map(|index| self.at(index)).collect()
+    }
+
+    pub fn load(operand: &Operand) -> Result<Dense> {
+        let view = match operand {
+            Operand::Host(view) => view,
+            Operand::Packed(weight) => {
+                let values = match weight.as_ref() {
+                    PackedWeight::Float(array) => return Dense::load(&Operand::of(array)?),
+                    PackedWeight::Quant(quant) => quantized_values(quant),
+                };
+                return Ok(Dense::floats(&weight.shape(), values));
+            }
+            Operand::Absent => return Err(Error::Kernel("an absent operand was read".into())),
+        };
+        let offsets = offsets(view);
+        let size = view.dtype.size() as isize;
+        macro_rules! read {
+            ($t:ty, $convert:expr) => {
+                offsets
+                    .iter()
+                    .map(|&offset| {
+                        // SAFETY: the evaluator gives views of live memory; the offset is inside.
+                        let value =
+                            unsafe { view.pointer.offset(offset * size).cast::<$t>().read_unaligned() };
+                        $convert(value)
+                    })
+                    .collect()
+            };
+        }
+        let values = match view.dtype {
+            Dtype::Bool | Dtype::U8 => Values::Int(read!(u8, i128::from)),
+            Dtype::U16 => Values::Int(read!(u16, i128::from)),
+            Dtype::U32 => Values::Int(read!(u32, i128::from)),
+            Dtype::U64 => Values::Int(read!(u64, i128::from)),
+            Dtype::I8 => Values::Int(read!(i8, i128::from)),
+            Dtype::I16 => Values::Int(read!(i16, i128::from)),
+            Dtype::I32 => Values::Int(read!(i32, i128::from)),
+            Dtype::I64 => Values::Int(read!(i64, i128::from)),
+            Dtype::F16 => Values::Float(read!(u16, |bits| f16::from_bits(bits).to_f64())),
+            Dtype::BF16 => Values::Float(read!(u16, |bits| bf16::from_bits(bits).to_f64())),
+            Dtype::F32 => Values::Float(read!(f32, f64::from)),
+            Dtype::F64 => Values::Float(read!(f64, |value| value)),
+            Dtype::C64 => return Err(Error::unsupported("reference", "complex64 has no reference yet")),
+        };
+        Ok(Dense { shape: view.shape.clone(), values })
+    }
+
+    /// Writes the values, rounded to the view's dtype.
+    pub fn store(&self, view: &HostView) -> Result<()> {
+        if size_of(&view.shape) != self.size() {
+            return Err(Error::Kernel(format!("a result of {:?} for {:?}", self.shape, view.shape).into()));
+        }
+        let size = view.dtype.size() as isize;
+        macro_rules! write {
+            ($t:ty, $value:expr) => {
+                for (index, offset) in offsets(view).into_iter().enumerate() {
+                    let value: $t = $value(index);
+                    // SAFETY: the evaluator gives outputs of live memory; the offset is inside.
+                    unsafe { view.pointer.offset(offset * size).cast::<$t>().write_unaligned(value) };
+                }
+            };
+        }
+        macro_rules! integer {
+            ($t:ty) => {
+                write!($t, |index| match &self.values {
+                    Values::Float(values) => values[index] as $t,
+                    Values::Int(values) => values[index] as $t,
+                })
+            };
+        }
+        match view.dtype {
+            Dtype::Bool => write!(u8, |index| (self.at(index) != 0.0) as u8),
+            Dtype::U8 => integer!(u8),
+            Dtype::U16 => integer!(u16),
+            Dtype::U32 => integer!(u32),
+            Dtype::U64 => integer!(u64),
+            Dtype::I8 => integer!(i8),
+            Dtype::I16 => integer!(i16),
+            Dtype::I32 => integer!(i32),
+            Dtype::I64 => integer!(i64),
+            Dtype::F16 => write!(u16, |index| f16::from_f64(self.at(index)).to_bits()),
+            Dtype::BF16 => write!(u16, |index| bf16::from_f64(self.at(index)).to_bits()),
+            Dtype::F32 => write!(f32, |index| self.at(index) as f32),
+            Dtype::F64 => write!(f64, |index| self.at(index)),
+            Dtype::C64 => return Err(Error::unsupported("reference", "complex64 has no reference yet")),
+        }
+        Ok(())
+    }
+}
+
+/// Every value of a quantized weight: code · scale + bias.
+fn quantized_values(weight: &QuantWeight) -> Vec<f64> {
+    let [out, inner] = weight.shape();
+    let (bits, group) = (weight.spec().bits(), weight.spec().group_size());
+    let parts = weight.unpack();
+    let scale = |scales: &ScaleVec, at: usize| match scales {
+        ScaleVec::F32(values) => values[at] as f64,
+        ScaleVec::Bf16(values) => values[at].to_f64(),
+        ScaleVec::F16(values) => values[at].to_f64(),
+    };
+    let words_per_row = inner * bits / 32;
+    let mut values = Vec::with_capacity(out * inner);
+    for row in 0..out {
+        for column in 0..inner {
+            let (word, shift) = (row * words_per_row + column * bits / 32, column * bits % 32);
+            let next = if shift + bits > 32 { parts.words[word + 1] as u64 } else { 0 };
+            let code = ((parts.words[word] as u64 | next << 32) >> shift) & ((1 << bits) - 1);
+            let at = row * (inner / group) + column / group;
+            values.push(code as f64 * scale(&parts.scales, at) + scale(&parts.biases, at));
+        }
+    }
+    values
+}
+
+/// Element offsets in row-major order.
+fn offsets(view: &HostView) -> Vec<isize> {
+    let mut list = vec![0isize];
+    for (&size, &stride) in view.shape.iter().zip(&view.strides) {
+        list = list.iter().flat_map(|&base| (0..size).map(move |i| base + i as isize * stride)).collect();
+    }
+    list
+}
+
+/// The index of an element per dimension.
+pub(super) fn unravel(mut index: usize, shape: &[usize]) -> Shape {
+    let mut result = Shape::from_elem(0, shape.len());
+    for axis in (0..shape.len()).rev() {
+        result[axis] = index % shape[axis];
+        index /= shape[axis];
+    }
+    result
+}
+
+/// The row-major number of an index.
+pub(super) fn ravel(index: &[usize], shape: &[usize]) -> usize {
+    index.iter().zip(shape).fold(0, |sum, (&at, &size)| sum * size + at)
+}

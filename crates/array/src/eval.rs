@@ -1,0 +1,506 @@
+//! Evaluation: from a lazy graph to values.
+//!
+//! One evaluation at a time holds the engine. It walks the graph depth-first without recursion,
+//! gives each node its memory in the order in which nodes will run, and detaches inputs as soon as
+//! they are consumed, so that dead buffers serve the nodes after them. The steps collected this
+//! way form a plan, which the backend runs in one go; very large graphs run in several plans.
+//!
+//! Values may be read once the run that writes them is complete: buffers carry the number of
+//! their run ([`Buffer::epoch`]).
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use mica_threads::Pool;
+use smallvec::{SmallVec, smallvec};
+
+use crate::array::{Inputs, Node, State};
+use crate::backend::{Backend, Operand, Plan, Step, cpu::Cpu};
+use crate::op::Op;
+use crate::shape::{Strides, broadcast_strides};
+use crate::storage::{Buffer, HostStorage, Spec, Storage};
+use crate::{Array, Error, Result, memory};
+
+/// Steps per plan. Enough that entering the pool costs nothing, few enough that the plan of a
+/// million-node graph needs no memory to speak of.
+const PLAN_STEPS: usize = 2048;
+
+/// The number of the last run that is complete.
+static COMPLETED: AtomicU64 = AtomicU64::new(0);
+/// Runs that failed, whose buffers hold nothing.
+static FAILED: Mutex<BTreeMap<u64, Error>> = Mutex::new(BTreeMap::new());
+
+struct Engine {
+    backend: Box<dyn Backend>,
+    /// The run that is being planned.
+    epoch: u64,
+    /// Marks nodes that the present walk has seen.
+    walk: u64,
+}
+
+static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
+
+thread_local! {
+    static EVALUATING: Cell<bool> = const { Cell::new(false) };
+}
+
+fn engine() -> MutexGuard<'static, Option<Engine>> {
+    let mut engine = ENGINE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if engine.is_none() {
+        *engine = Some(Engine { backend: Box::new(Cpu::new(default_threads())), epoch: 1, walk: 0 });
+    }
+    engine
+}
+
+/// `MICA_THREADS`, or the cores that this process may use.
+fn default_threads() -> usize {
+    let asked = std::env::var("MICA_THREADS").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |count| count.get()))
+}
+
+/// Sets how many threads compute, from the next evaluation on. Results do not depend on it.
+pub fn set_threads(threads: usize) {
+    set_backend(Box::new(Cpu::new(threads)));
+}
+
+/// How many threads compute.
+pub fn threads() -> usize {
+    engine().as_ref().expect("made by engine()").backend.threads()
+}
+
+/// Sets the backend that computes, from the next evaluation on.
+pub fn set_backend(backend: Box<dyn Backend>) {
+    engine().as_mut().expect("made by engine()").backend = backend;
+}
+
+/// Work on the backend's pool that is no op of a graph: repacking weights.
+pub(crate) fn with_pool<R>(work: impl FnOnce(&Pool) -> R) -> R {
+    let engine = engine();
+    match engine.as_ref().expect("made by engine()").backend.pool() {
+        Some(pool) => work(pool),
+        None => work(&Pool::new(1)),
+    }
+}
+
+/// Computes these arrays and all that they need.
+///
+/// # Errors
+/// The first error of the graph: of an op that could not be built, of a kernel, of memory. The
+/// arrays that failed keep it.
+pub fn eval(arrays: &[Array]) -> Result<()> {
+    if arrays.iter().all(|array| is_done(array)) {
+        return Ok(());
+    }
+    if EVALUATING.with(Cell::get) {
+        return Err(Error::unsupported("eval", "called from inside an evaluation"));
+    }
+    let mut guard = engine();
+    EVALUATING.with(|flag| flag.set(true));
+    let result = guard.as_mut().expect("made by engine()").eval(arrays);
+    EVALUATING.with(|flag| flag.set(false));
+    result
+}
+
+fn is_done(array: &Array) -> bool {
+    match &*array.node().state() {
+        State::Ready(storage) => match &storage[array.output()] {
+            Storage::Host(host) => is_complete(&host.buffer),
+            Storage::Packed(_) => true,
+            Storage::Absent => false,
+        },
+        _ => false,
+    }
+}
+
+fn is_complete(buffer: &Buffer) -> bool {
+    let epoch = buffer.epoch();
+    epoch == 0 || (epoch <= COMPLETED.load(Ordering::Acquire) && !has_failed(epoch))
+}
+
+fn has_failed(epoch: u64) -> bool {
+    FAILED.lock().is_ok_and(|failed| failed.contains_key(&epoch))
+}
+
+/// Waits until the run that writes this buffer is complete.
+pub(crate) fn wait_for(buffer: &Buffer) -> Result<()> {
+    let epoch = buffer.epoch();
+    if epoch > COMPLETED.load(Ordering::Acquire) {
+        // Whoever runs it holds the engine.
+        drop(engine());
+    }
+    match FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&epoch) {
+        Some(error) => Err(error.clone()),
+        None => Ok(()),
+    }
+}
+
+/// Starts computing on another thread and returns at once. A failure is kept in the arrays and
+/// returned by the next read.
+pub fn async_eval(arrays: &[Array]) {
+    use std::sync::OnceLock;
+    use std::sync::mpsc::{Sender, channel};
+    static QUEUE: OnceLock<Mutex<Sender<Vec<Array>>>> = OnceLock::new();
+    let queue = QUEUE.get_or_init(|| {
+        let (sender, receiver) = channel::<Vec<Array>>();
+        std::thread::Builder::new()
+            .name("mica-eval".to_string())
+            .spawn(move || {
+                for arrays in receiver {
+                    // The nodes keep the error for their readers.
+                    let _ = eval(&arrays);
+                }
+            })
+            .expect("the system can start a thread");
+        Mutex::new(sender)
+    });
+    let sender = queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    sender.send(arrays.to_vec()).expect("the evaluating thread lives as long as the process");
+}
+
+/// A pointer to a node that the roots, or a consumer that has not run yet, keep alive.
+#[derive(Clone, Copy)]
+struct NodePointer(*const Node);
+
+impl NodePointer {
+    fn of(array: &Array) -> NodePointer {
+        NodePointer(Arc::as_ptr(array.node()))
+    }
+
+    /// # Safety
+    /// The node is alive.
+    unsafe fn get<'a>(self) -> &'a Node {
+        // SAFETY: promised by the caller.
+        unsafe { &*self.0 }
+    }
+}
+
+impl Engine {
+    fn eval(&mut self, roots: &[Array]) -> Result<()> {
+        let order = self.order(roots)?;
+        memory::begin_planning();
+        let result = self.run(&order);
+        memory::end_planning();
+        result
+    }
+
+    /// The nodes to compute, inputs first.
+    fn order(&mut self, roots: &[Array]) -> Result<Vec<NodePointer>> {
+        self.walk += 1;
+        let walk = self.walk;
+        let mut order = Vec::new();
+        // (node, next input to visit)
+        let mut stack: Vec<(NodePointer, usize)> = Vec::new();
+        let enter = |array: &Array, stack: &mut Vec<(NodePointer, usize)>| -> Result<()> {
+            let node = array.node();
+            if node.mark.load(Ordering::Relaxed) == walk {
+                return Ok(());
+            }
+            node.mark.store(walk, Ordering::Relaxed);
+            expand(node)?;
+            match &*node.state() {
+                State::Ready(_) => {}
+                State::Failed(error) => return Err(error.clone()),
+                State::Lazy { op: Op::Tracer(scope), .. } if scope.is_active() => {
+                    return Err(Error::Tracing { op: "eval" });
+                }
+                State::Lazy { .. } => stack.push((NodePointer::of(array), 0)),
+            }
+            Ok(())
+        };
+        for root in roots {
+            enter(root, &mut stack)?;
+            while let Some((pointer, next)) = stack.last_mut() {
+                // SAFETY: on the stack are ancestors of nodes that the roots keep alive; nothing
+                // is detached during the walk.
+                let node = unsafe { pointer.get() };
+                let child = match &*node.state() {
+                    State::Lazy { inputs, .. } => inputs.get(*next).cloned(),
+                    _ => None,
+                };
+                *next += 1;
+                match child {
+                    Some(child) => enter(&child, &mut stack)?,
+                    None => {
+                        order.push(*pointer);
+                        stack.pop();
+                    }
+                }
+            }
+        }
+        Ok(order)
+    }
+
+    fn run(&mut self, order: &[NodePointer]) -> Result<()> {
+        let mut plan = Plan::default();
+        for (position, &pointer) in order.iter().enumerate() {
+            // SAFETY: a node in the order is kept alive by the roots or by a consumer that comes
+            // later in the order and has not been detached yet.
+            let node = unsafe { pointer.get() };
+            if let Err(error) = self.plan_node(node, &mut plan) {
+                *node.state() = State::Failed(error.clone());
+                self.flush(&mut plan)?;
+                return Err(error);
+            }
+            if plan.steps.len() >= PLAN_STEPS || position + 1 == order.len() {
+                self.flush(&mut plan)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the plan; afterwards its buffers may be read.
+    fn flush(&mut self, plan: &mut Plan) -> Result<()> {
+        let plan = std::mem::take(plan);
+        let result = if plan.steps.is_empty() { Ok(()) } else { self.backend.run(&plan) };
+        if let Err(error) = &result {
+            let mut failed = FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            failed.insert(self.epoch, error.clone());
+        }
+        COMPLETED.store(self.epoch, Ordering::Release);
+        self.epoch += 1;
+        result
+    }
+
+    /// Gives a node its outputs: views of its inputs, or memory that a step of the plan writes.
+    fn plan_node(&mut self, node: &Node, plan: &mut Plan) -> Result<()> {
+        let (op, inputs) = {
+            let mut state = node.state();
+            match std::mem::replace(&mut *state, State::Ready(SmallVec::new())) {
+                State::Lazy { op, inputs } => (op, inputs),
+                other => {
+                    *state = other;
+                    return Ok(());
+                }
+            }
+        };
+        let storage = match view(&op, node.spec(0), &inputs) {
+            Some(storage) => smallvec![storage],
+            None if matches!(op, Op::Custom(_)) => tuple(node, &inputs)?,
+            None => self.plan_step(node, op, inputs, plan)?,
+        };
+        *node.state() = State::Ready(storage);
+        Ok(())
+    }
+
+    fn plan_step(
+        &mut self,
+        node: &Node,
+        op: Op,
+        inputs: Inputs,
+        plan: &mut Plan,
+    ) -> Result<SmallVec<[Storage; 1]>> {
+        let mut operands: SmallVec<[Operand; 4]> = SmallVec::new();
+        let mut donor: SmallVec<[Option<Arc<Buffer>>; 4]> = SmallVec::new();
+        for (index, input) in inputs.into_iter().enumerate() {
+            let (spec, output) = (input.node().spec(input.output()).clone(), input.output());
+            let shared = Arc::strong_count(input.node()) > 1;
+            let storage = match &*input.node().state() {
+                State::Ready(storage) => storage[output].clone(),
+                State::Failed(error) => return Err(error.clone()),
+                State::Lazy { .. } => return Err(Error::Kernel("an input was not computed".into())),
+            };
+            // Dropping the handle here gives dead buffers back before the outputs are allocated.
+            drop(input);
+            if let Storage::Host(host) = &storage {
+                if has_failed(host.buffer.epoch()) {
+                    return wait_for(&host.buffer).map(|()| SmallVec::new());
+                }
+                // After the handle is gone, one reference means that only this step holds it.
+                let free = !shared && Arc::strong_count(&host.buffer) == 1;
+                let may = free && self.backend.may_alias(&op, index) && host.is_contiguous(&spec.shape);
+                donor.push((may && host.offset == 0).then(|| host.buffer.clone()));
+            } else {
+                donor.push(None);
+            }
+            operands.push(Operand::new(&spec, &storage)?);
+            plan.keep(storage);
+        }
+        let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();
+        let mut outputs: SmallVec<[Operand; 3]> = SmallVec::new();
+        for output in 0..node.outputs() {
+            let spec = node.spec(output);
+            if !node.wants(output) && output > 0 {
+                storages.push(Storage::Absent);
+                outputs.push(Operand::Absent);
+                continue;
+            }
+            let bytes = spec.bytes();
+            let reuse = donor.iter_mut().enumerate().find(|(index, donor)| {
+                self.backend.aliases_output(&op, *index, output)
+                    && donor.is_some()
+                    && matches!(&operands[*index], Operand::Host(view) if view.bytes() == bytes && view.dtype == spec.dtype)
+            });
+            let buffer = match reuse {
+                Some((_, donor)) => donor.take().expect("checked"),
+                None => Arc::new(Buffer::new(bytes, true)?),
+            };
+            buffer.set_epoch(self.epoch);
+            let storage = Storage::Host(HostStorage::contiguous(buffer, &spec.shape));
+            outputs.push(Operand::new(spec, &storage)?);
+            storages.push(storage);
+        }
+        plan.release_dead();
+        plan.steps.push(Step { op, inputs: operands, outputs });
+        Ok(storages)
+    }
+}
+
+/// Replaces a custom op by what it expands to.
+fn expand(node: &Arc<Node>) -> Result<()> {
+    let (custom, inputs) = match &*node.state() {
+        State::Lazy { op: Op::Custom(custom), inputs } if !custom.is_expanded() => {
+            (custom.clone(), inputs.clone())
+        }
+        _ => return Ok(()),
+    };
+    let outputs = custom.expand(&inputs)?;
+    if outputs.len() != node.outputs() {
+        return Err(Error::invalid(
+            custom.name(),
+            format!("promised {} outputs, expanded to {}", node.outputs(), outputs.len()),
+        ));
+    }
+    *node.state() = State::Lazy { op: Op::Custom(Arc::new(Expanded(custom.name()))), inputs: outputs.into() };
+    Ok(())
+}
+
+/// What is left of a custom op once it is expanded: its inputs are its outputs.
+#[derive(Debug)]
+struct Expanded(&'static str);
+
+impl crate::ops::custom::CustomOp for Expanded {
+    fn name(&self) -> &'static str {
+        self.0
+    }
+
+    fn is_expanded(&self) -> bool {
+        true
+    }
+
+    fn expand(&self, inputs: &[Array]) -> Result<Vec<Array>> {
+        Ok(inputs.to_vec())
+    }
+
+    fn vjp(&self, _: &[Array], _: &[Array], _: &[Option<Array>]) -> Result<Vec<Option<Array>>> {
+        Err(Error::Tracing { op: self.0 })
+    }
+}
+
+fn tuple(node: &Node, inputs: &[Array]) -> Result<SmallVec<[Storage; 1]>> {
+    inputs
+        .iter()
+        .enumerate()
+        .map(|(output, input)| {
+            let expected = node.spec(output);
+            if expected.shape.as_slice() != input.shape() || expected.dtype != input.dtype() {
+                return Err(Error::invalid(
+                    "custom",
+                    format!("output {output} should be {expected:?}, got {input:?}"),
+                ));
+            }
+            ready_storage(input)
+        })
+        .collect()
+}
+
+pub(crate) fn ready_storage(array: &Array) -> Result<Storage> {
+    match &*array.node().state() {
+        State::Ready(storage) => Ok(storage[array.output()].clone()),
+        State::Failed(error) => Err(error.clone()),
+        State::Lazy { .. } => Err(Error::Kernel("an input was not computed".into())),
+    }
+}
+
+/// The result of an op that only looks at its input's memory in another way.
+fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
+    let input = inputs.first()?;
+    let viewable = op.is_view() || matches!(op, Op::Reshape | Op::Contiguous);
+    if !viewable {
+        return None;
+    }
+    let storage = ready_storage(input).ok()?;
+    let host = match storage {
+        Storage::Host(host) => host,
+        packed @ Storage::Packed(_) if matches!(op, Op::Tracer(_) | Op::StopGradient | Op::After) => {
+            return Some(packed);
+        }
+        _ => return None,
+    };
+    let shape = input.shape();
+    let (offset, strides): (isize, Strides) = match op {
+        Op::Tracer(_) | Op::StopGradient | Op::After => (0, host.strides.clone()),
+        Op::Transpose(order) => (0, order.iter().map(|&axis| host.strides[axis]).collect()),
+        Op::Broadcast => (0, broadcast_strides(shape, &host.strides, &spec.shape)),
+        Op::Slice { start, step } => (
+            start.iter().zip(&host.strides).map(|(&at, &stride)| at as isize * stride).sum(),
+            step.iter().zip(&host.strides).map(|(&step, &stride)| step * stride).collect(),
+        ),
+        Op::Contiguous if host.is_contiguous(shape) => (0, host.strides.clone()),
+        Op::Reshape => (0, reshape_strides(shape, &host.strides, &spec.shape)?),
+        _ => return None,
+    };
+    // An empty slice may start past the end; its offset is never used.
+    let offset = if spec.shape.contains(&0) { 0 } else { offset };
+    let offset = (host.offset as isize + offset * spec.dtype.size() as isize) as usize;
+    Some(Storage::Host(HostStorage { buffer: host.buffer, offset, strides }))
+}
+
+/// Strides with which the same memory has another shape, if there are any.
+fn reshape_strides(shape: &[usize], strides: &[isize], to: &[usize]) -> Option<Strides> {
+    if shape.contains(&0) {
+        return Some(mica_kernels::view::contiguous_strides(to).as_slice().into());
+    }
+    // Runs of dimensions that are dense among themselves: (size, stride of the innermost).
+    let mut runs: SmallVec<[(usize, isize); 4]> = SmallVec::new();
+    for (&size, &stride) in shape.iter().zip(strides) {
+        if size == 1 {
+            continue;
+        }
+        match runs.last_mut() {
+            Some((run, inner)) if *inner == stride * size as isize => (*run, *inner) = (*run * size, stride),
+            _ => runs.push((size, stride)),
+        }
+    }
+    let mut result = Strides::from_elem(0, to.len());
+    let mut runs = runs.into_iter().rev();
+    let (mut left, mut stride) = (1, 1);
+    for (axis, &size) in to.iter().enumerate().rev() {
+        if size == 1 {
+            result[axis] = stride;
+            continue;
+        }
+        if left == 1 {
+            (left, stride) = runs.next()?;
+        }
+        if left % size != 0 {
+            return None;
+        }
+        result[axis] = stride;
+        left /= size;
+        stride *= size as isize;
+    }
+    Some(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reshapes_that_need_no_copy() {
+        let cases: [(&str, &[usize], &[isize], &[usize], Option<&[isize]>); 6] = [
+            ("merge", &[2, 3, 4], &[12, 4, 1], &[6, 4], Some(&[4, 1])),
+            ("split", &[6, 4], &[4, 1], &[2, 3, 2, 2], Some(&[12, 4, 2, 1])),
+            ("transposed", &[3, 2], &[1, 3], &[6], None),
+            ("rows of a wider array", &[2, 4], &[10, 1], &[2, 2, 2], Some(&[10, 2, 1])),
+            ("across a gap", &[2, 4], &[10, 1], &[8], None),
+            ("broadcast", &[2, 3], &[0, 1], &[2, 1, 3], Some(&[0, 3, 1])),
+        ];
+        for (name, shape, strides, to, expected) in cases {
+            let got = reshape_strides(shape, strides, to);
+            assert_eq!(got.as_deref(), expected, "{name}");
+        }
+    }
+}

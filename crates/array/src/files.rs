@@ -1,0 +1,102 @@
+//! Arrays in files: safetensors and npy.
+
+use std::path::Path;
+
+use mica_io::DType;
+use mica_io::safetensors::{SafeTensors, Writer};
+
+use crate::{Array, Dtype, Error, Result};
+
+/// The dtype of arrays that hold what files call so, if mica can compute with it.
+pub fn dtype_from_file(dtype: DType) -> Option<Dtype> {
+    Some(match dtype {
+        DType::Bool => Dtype::Bool,
+        DType::U8 => Dtype::U8,
+        DType::U16 => Dtype::U16,
+        DType::U32 => Dtype::U32,
+        DType::U64 => Dtype::U64,
+        DType::I8 => Dtype::I8,
+        DType::I16 => Dtype::I16,
+        DType::I32 => Dtype::I32,
+        DType::I64 => Dtype::I64,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::F32 => Dtype::F32,
+        DType::F64 => Dtype::F64,
+        DType::C64 => Dtype::C64,
+        _ => return None,
+    })
+}
+
+/// What files call a dtype.
+pub fn dtype_to_file(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::Bool => DType::Bool,
+        Dtype::U8 => DType::U8,
+        Dtype::U16 => DType::U16,
+        Dtype::U32 => DType::U32,
+        Dtype::U64 => DType::U64,
+        Dtype::I8 => DType::I8,
+        Dtype::I16 => DType::I16,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::F32 => DType::F32,
+        Dtype::F64 => DType::F64,
+        Dtype::C64 => DType::C64,
+    }
+}
+
+fn file_error(op: &'static str) -> impl Fn(mica_io::Error) -> Error {
+    move |error| Error::File { op, message: error.to_string().into() }
+}
+
+/// All tensors of a safetensors file, with their names, in the file's order.
+pub fn load_safetensors(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> {
+    let fail = file_error("load_safetensors");
+    let file = SafeTensors::open(path).map_err(&fail)?;
+    file.tensors()
+        .iter()
+        .map(|info| {
+            let dtype = dtype_from_file(info.dtype()).ok_or_else(|| {
+                Error::unsupported("load_safetensors", format!("{}: dtype {}", info.name(), info.dtype()))
+            })?;
+            let array =
+                Array::from_fill(info.shape(), dtype, |bytes| file.read_into(info, bytes).map_err(&fail))?;
+            Ok((info.name().to_string(), array))
+        })
+        .collect()
+}
+
+/// Writes arrays to a safetensors file, atomically.
+pub fn save_safetensors(
+    path: impl AsRef<Path>,
+    arrays: &[(String, Array)],
+    metadata: &[(&str, &str)],
+) -> Result<()> {
+    let fail = file_error("save_safetensors");
+    write_safetensors(arrays, metadata)?.write(path).map_err(&fail)
+}
+
+/// Arrays as the bytes of a safetensors file.
+pub fn safetensors_bytes(arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+    write_safetensors(arrays, metadata)?.to_bytes().map_err(file_error("save_safetensors"))
+}
+
+fn write_safetensors(arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<Writer<'static>> {
+    crate::eval(&arrays.iter().map(|(_, array)| array.clone()).collect::<Vec<_>>())?;
+    let mut writer = Writer::new();
+    for (key, value) in metadata {
+        writer.metadata(*key, *value);
+    }
+    for (name, array) in arrays {
+        let array = array.clone();
+        let shape = array.shape().to_vec();
+        writer.stream(name.clone(), dtype_to_file(array.dtype()), &shape, move |out| {
+            array.with_bytes(|bytes| out.write_all(bytes))??;
+            Ok(())
+        });
+    }
+    Ok(writer)
+}

@@ -1,0 +1,395 @@
+//! Every primitive of the graph.
+//!
+//! One enum, so that each backend and each transformation is an exhaustive `match` and a new op
+//! cannot be forgotten. The functions that build these nodes, with their shape and gradient
+//! rules, are in `ops/`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use smallvec::SmallVec;
+
+pub use mica_kernels::elementwise::{BinaryOp, CompareOp, UnaryOp};
+pub use mica_kernels::reduce::ReduceOp;
+
+use crate::ops::custom::CustomOp;
+use crate::{Array, Result};
+
+/// A list of axes.
+pub type Axes = SmallVec<[usize; 4]>;
+
+/// What a node computes from its inputs.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// An input of a function that a transformation traces: its value is its input's.
+    Tracer(TraceScope),
+    /// The same as its input, without a gradient.
+    StopGradient,
+    /// The first input, once the others have been computed: gives evaluation an order where data
+    /// gives none.
+    After,
+    /// One value everywhere.
+    Full(Scalar),
+    /// start, start + step, …
+    Arange {
+        /// First value.
+        start: f64,
+        /// Difference between neighbours.
+        step: f64,
+    },
+    /// One value to one value.
+    Unary(UnaryOp),
+    /// Two values to one; inputs already have the same shape and dtype.
+    Binary(BinaryOp),
+    /// Two values to a bool.
+    Compare(CompareOp),
+    /// condition ? a : b.
+    Select,
+    /// Another dtype.
+    Cast,
+    /// The same elements in another shape.
+    Reshape,
+    /// Dimensions in another order.
+    Transpose(Axes),
+    /// Repeated along dimensions of size one.
+    Broadcast,
+    /// start, start + step, … along every dimension.
+    Slice {
+        /// First index per dimension.
+        start: SmallVec<[usize; 4]>,
+        /// Step per dimension; may be negative.
+        step: SmallVec<[isize; 4]>,
+    },
+    /// Row-major without gaps.
+    Contiguous,
+    /// Inputs one after another along an axis.
+    Concatenate {
+        /// The axis.
+        axis: usize,
+    },
+    /// The first input with a slice of it replaced by the second.
+    SliceUpdate {
+        /// First index per dimension.
+        start: SmallVec<[usize; 4]>,
+        /// Step per dimension.
+        step: SmallVec<[isize; 4]>,
+    },
+    /// A reduction over axes, which keep size one.
+    Reduce {
+        /// Sum, product …
+        op: ReduceOp,
+        /// Ascending.
+        axes: Axes,
+    },
+    /// Index of the largest or smallest along an axis, which keeps size one.
+    ArgReduce {
+        /// Largest rather than smallest.
+        max: bool,
+        /// The axis.
+        axis: usize,
+    },
+    /// Softmax over the last axis.
+    Softmax,
+    /// log Σ exp over the last axis, which keeps size one.
+    LogSumExp,
+    /// Slices of the first input along an axis, by an index array.
+    Take {
+        /// The axis.
+        axis: usize,
+    },
+    /// One element per index along an axis.
+    TakeAlong {
+        /// The axis.
+        axis: usize,
+    },
+    /// zeros(shape) with the updates of the second input added to the slices along `axis` that the
+    /// first input (indices) names: the transpose of [`Op::Take`].
+    ScatterAdd {
+        /// The axis.
+        axis: usize,
+    },
+    /// The transpose of [`Op::TakeAlong`].
+    ScatterAddAlong {
+        /// The axis.
+        axis: usize,
+    },
+    /// Matrix product of the last two dimensions; leading ones are equal.
+    Matmul {
+        /// Of the products.
+        precision: Precision,
+    },
+    /// x · wᵀ with w [out, in], plain or packed, plus an optional bias.
+    Linear {
+        /// Of the products.
+        precision: Precision,
+    },
+    /// y · w with w [out, in], plain or packed: the transpose of [`Op::Linear`].
+    LinearTransposed {
+        /// Of the products.
+        precision: Precision,
+    },
+    /// Rows of a weight [rows, width], plain or packed.
+    Embedding,
+    /// A packed weight as a plain array of this dtype.
+    Dequantize,
+    /// Threefry bits from a key.
+    RandomBits {
+        /// Bytes per value: 1, 2 or 4.
+        width: usize,
+    },
+    /// x / rms(x) · weight.
+    RmsNorm {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// Inputs x, weight, dy; outputs dx, dweight.
+    RmsNormVjp {
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// (x − mean) / std · weight + bias.
+    LayerNorm {
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// Rotary positions.
+    Rope(RopeSpec),
+    /// Attention over keys and values held in arrays: outputs `out`, `lse`.
+    Attention(AttentionSpec),
+    /// Gradients of [`Op::Attention`]: inputs q, k, v, out, lse, dout, (key_start); outputs dq, dk, dv.
+    AttentionVjp(AttentionSpec),
+    /// Attention over the paged store.
+    PagedAttention(Arc<crate::kv::PagedStep>),
+    /// Causal depthwise convolution over time: inputs x [B, L, C], weight [C, K], (state), (starts);
+    /// outputs y and the next state.
+    ShortConv(ConvSpec),
+    /// Gradients of [`Op::ShortConv`]: inputs x, weight, dy, (starts); outputs dx, dweight.
+    ShortConvVjp(ConvSpec),
+    /// Summed negative log-likelihood of rows of hidden states under an output head, gradients
+    /// formed on the way: inputs hidden [n, d], weight [V, d], targets [n]; outputs the sum, the
+    /// log-probability per row, dhidden and dweight for a cotangent of one.
+    LinearCrossEntropy(CrossEntropySpec),
+    /// One fused AdamW step: inputs parameter, gradient, m, v; outputs parameter, m, v.
+    AdamW(AdamWSpec),
+    /// A function with rules of its own.
+    Custom(Arc<dyn CustomOp>),
+}
+
+/// How products are formed; accumulation is f32 in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// In the activation's dtype; f32 for f32.
+    #[default]
+    Exact,
+    /// Both sides rounded to bf16.
+    Bf16,
+    /// Activations quantized to int8 where the weight is quantized, else as [`Precision::Bf16`].
+    /// For inference.
+    Fast,
+}
+
+/// A number of any dtype.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scalar {
+    /// true or false.
+    Bool(bool),
+    /// An integer.
+    Int(i64),
+    /// A large unsigned integer.
+    UInt(u64),
+    /// A float.
+    Float(f64),
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// How many of a head's dimensions turn.
+    pub dims: usize,
+    /// Pairs are neighbours (2i, 2i+1) rather than halves (i, i + dims/2).
+    pub traditional: bool,
+    /// Turn backwards: the gradient.
+    pub inverse: bool,
+    /// cos and sin are multiplied by this (YaRN's attention factor).
+    pub scale: f32,
+}
+
+/// Attention over arrays.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Multiplies q·k.
+    pub scale: f32,
+    /// Query t sees keys up to t + (keys − queries).
+    pub causal: bool,
+    /// Query t sees only the last `window` keys up to its own.
+    pub window: Option<usize>,
+    /// softcap · tanh(score / softcap).
+    pub softcap: Option<f32>,
+    /// Whether a fourth input gives the first visible key per query: [batch, queries] i32.
+    pub key_start: bool,
+    /// Of the products.
+    pub precision: Precision,
+}
+
+/// Short convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct ConvSpec {
+    /// Whether an input carries the last K − 1 positions: [B, K−1, C].
+    pub state: bool,
+    /// Whether an input gives the first position of each row's sequence: [B, L] i32.
+    pub starts: bool,
+}
+
+/// Fused output head and loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CrossEntropySpec {
+    /// Of the products.
+    pub precision: Precision,
+    /// softcap · tanh(logit / softcap).
+    pub softcap: Option<f32>,
+}
+
+/// One step of AdamW with decoupled weight decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWSpec {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the mean.
+    pub beta1: f32,
+    /// Decay of the mean square.
+    pub beta2: f32,
+    /// Added to the root.
+    pub eps: f32,
+    /// Decoupled decay, times lr.
+    pub weight_decay: f32,
+    /// Divide by 1 − βᵗ; the step t, counted from 1. Zero: no bias correction (MLX's Adam).
+    pub step: u32,
+    /// Multiplies the gradient first (clipping).
+    pub grad_scale: f32,
+}
+
+/// One run of a transformation over a function. While it is active, the values of its tracers
+/// cannot be read.
+#[derive(Clone, Debug)]
+pub struct TraceScope(Arc<AtomicBool>);
+
+impl TraceScope {
+    /// A new, active scope.
+    pub(crate) fn new() -> TraceScope {
+        TraceScope(Arc::new(AtomicBool::new(true)))
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Wraps an array into a tracer of this scope.
+    pub(crate) fn wrap(&self, array: &Array) -> Array {
+        Array::lazy(
+            Op::Tracer(self.clone()),
+            smallvec::smallvec![array.clone()],
+            array.shape(),
+            array.dtype(),
+        )
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Closes its scope at the end of a block, whichever way the block ends.
+pub(crate) struct TraceGuard(pub(crate) TraceScope);
+
+impl Drop for TraceGuard {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Op {
+    /// The name in messages and profiles.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Tracer(_) => "tracer",
+            Op::StopGradient => "stop_gradient",
+            Op::After => "after",
+            Op::Full(_) => "full",
+            Op::Arange { .. } => "arange",
+            Op::Unary(op) => op.name(),
+            Op::Binary(op) => op.name(),
+            Op::Compare(op) => op.name(),
+            Op::Select => "where",
+            Op::Cast => "astype",
+            Op::Reshape => "reshape",
+            Op::Transpose(_) => "transpose",
+            Op::Broadcast => "broadcast_to",
+            Op::Slice { .. } => "slice",
+            Op::Contiguous => "contiguous",
+            Op::Concatenate { .. } => "concatenate",
+            Op::SliceUpdate { .. } => "slice_update",
+            Op::Reduce { op, .. } => op.name(),
+            Op::ArgReduce { max: true, .. } => "argmax",
+            Op::ArgReduce { max: false, .. } => "argmin",
+            Op::Softmax => "softmax",
+            Op::LogSumExp => "logsumexp",
+            Op::Take { .. } => "take",
+            Op::TakeAlong { .. } => "take_along_axis",
+            Op::ScatterAdd { .. } => "scatter_add",
+            Op::ScatterAddAlong { .. } => "scatter_add_along_axis",
+            Op::Matmul { .. } => "matmul",
+            Op::Linear { .. } => "linear",
+            Op::LinearTransposed { .. } => "linear_transposed",
+            Op::Embedding => "embedding",
+            Op::Dequantize => "dequantize",
+            Op::RandomBits { .. } => "random_bits",
+            Op::RmsNorm { .. } => "rms_norm",
+            Op::RmsNormVjp { .. } => "rms_norm_vjp",
+            Op::LayerNorm { .. } => "layer_norm",
+            Op::Rope(_) => "rope",
+            Op::Attention(_) => "attention",
+            Op::AttentionVjp(_) => "attention_vjp",
+            Op::PagedAttention(_) => "paged_attention",
+            Op::ShortConv(_) => "short_conv",
+            Op::ShortConvVjp(_) => "short_conv_vjp",
+            Op::LinearCrossEntropy(_) => "linear_cross_entropy",
+            Op::AdamW(_) => "adamw",
+            Op::Custom(custom) => custom.name(),
+        }
+    }
+
+    /// Whether the result is its input's memory seen through other strides, so that nothing runs.
+    pub(crate) fn is_view(&self) -> bool {
+        matches!(
+            self,
+            Op::Tracer(_)
+                | Op::StopGradient
+                | Op::After
+                | Op::Transpose(_)
+                | Op::Broadcast
+                | Op::Slice { .. }
+        )
+    }
+}
+
+impl Scalar {
+    /// As a float.
+    pub fn to_f64(self) -> f64 {
+        match self {
+            Scalar::Bool(value) => value as u8 as f64,
+            Scalar::Int(value) => value as f64,
+            Scalar::UInt(value) => value as f64,
+            Scalar::Float(value) => value,
+        }
+    }
+}
+
+/// Checks shared by constructors: fail early if an input already failed.
+pub(crate) fn first_failure(inputs: &[&Array]) -> Result<()> {
+    for input in inputs {
+        if let crate::array::State::Failed(error) = &*input.node().state() {
+            return Err(error.clone());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! Reductions over axes, softmax and log-sum-exp.
+
+use smallvec::smallvec;
+
+use super::{Grads, Vjp};
+use crate::op::{Axes, Op, ReduceOp, first_failure};
+use crate::shape::{Shape, normalize_axes, normalize_axis};
+use crate::{Array, Dtype, Error, Result};
+
+impl Array {
+    fn reduce(&self, op: ReduceOp, axes: &[i32], keepdims: bool) -> Result<Array> {
+        first_failure(&[self])?;
+        let axes = normalize_axes(op.name(), axes, self.rank())?;
+        let dtype = op.output_dtype(self.dtype());
+        let empty = axes.iter().any(|&axis| self.shape()[axis] == 0);
+        if empty && matches!(op, ReduceOp::Max | ReduceOp::Min) {
+            return Err(Error::invalid(
+                op.name(),
+                format!("an empty axis of {:?} has no extremum", self.shape()),
+            ));
+        }
+        let input = match op {
+            ReduceOp::All | ReduceOp::Any => self.astype(Dtype::Bool)?,
+            _ => self.astype(dtype)?,
+        };
+        let kept: Shape = self
+            .shape()
+            .iter()
+            .enumerate()
+            .map(|(axis, &size)| if axes.contains(&axis) { 1 } else { size })
+            .collect();
+        let full = Array::lazy(Op::Reduce { op, axes: axes.clone() }, smallvec![input], kept, dtype);
+        if keepdims { Ok(full) } else { drop_axes(&full, &axes) }
+    }
+
+    /// Σ over the axes (all if none are named). Small integers add up in 32 bits.
+    pub fn sum(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::Sum, axes, keepdims)
+    }
+
+    /// Π over the axes.
+    pub fn prod(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::Prod, axes, keepdims)
+    }
+
+    /// The largest over the axes.
+    pub fn max(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::Max, axes, keepdims)
+    }
+
+    /// The smallest over the axes.
+    pub fn min(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::Min, axes, keepdims)
+    }
+
+    /// Whether all are true.
+    pub fn all(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::All, axes, keepdims)
+    }
+
+    /// Whether any is true.
+    pub fn any(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        self.reduce(ReduceOp::Any, axes, keepdims)
+    }
+
+    /// The mean over the axes; integers become f32.
+    pub fn mean(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
+        let list = normalize_axes("mean", axes, self.rank())?;
+        let count: usize = list.iter().map(|&axis| self.shape()[axis]).product();
+        let dtype = if self.dtype().is_inexact() { self.dtype() } else { Dtype::F32 };
+        self.astype(dtype)?.sum(axes, keepdims)?.multiply(1.0 / count as f64)
+    }
+
+    /// The mean square distance from the mean, divided by n − ddof.
+    pub fn var(&self, axes: &[i32], keepdims: bool, ddof: usize) -> Result<Array> {
+        let list = normalize_axes("var", axes, self.rank())?;
+        let count: usize = list.iter().map(|&axis| self.shape()[axis]).product();
+        let centred = self.subtract(self.mean(axes, true)?)?;
+        centred.square()?.sum(axes, keepdims)?.multiply(1.0 / (count as f64 - ddof as f64))
+    }
+
+    fn arg_reduce(&self, max: bool, axis: i32, keepdims: bool) -> Result<Array> {
+        first_failure(&[self])?;
+        let name = if max { "argmax" } else { "argmin" };
+        let axis = normalize_axis(name, axis, self.rank())?;
+        if self.shape()[axis] == 0 {
+            return Err(Error::invalid(name, format!("axis {axis} of {:?} is empty", self.shape())));
+        }
+        let mut kept: Shape = self.shape().into();
+        kept[axis] = 1;
+        let full = Array::lazy(Op::ArgReduce { max, axis }, smallvec![self.clone()], kept, Dtype::U32);
+        if keepdims { Ok(full) } else { drop_axes(&full, &smallvec![axis]) }
+    }
+
+    /// The index of the largest along an axis; the lowest on ties.
+    pub fn argmax(&self, axis: i32, keepdims: bool) -> Result<Array> {
+        self.arg_reduce(true, axis, keepdims)
+    }
+
+    /// The index of the smallest along an axis; the lowest on ties.
+    pub fn argmin(&self, axis: i32, keepdims: bool) -> Result<Array> {
+        self.arg_reduce(false, axis, keepdims)
+    }
+
+    /// eˣ / Σ eˣ along an axis.
+    pub fn softmax(&self, axis: i32) -> Result<Array> {
+        along_last("softmax", self, axis, |x| {
+            Ok(Array::lazy(Op::Softmax, smallvec![x.clone()], x.shape(), x.dtype()))
+        })
+    }
+
+    /// log Σ eˣ along an axis.
+    pub fn logsumexp(&self, axis: i32, keepdims: bool) -> Result<Array> {
+        let full = along_last("logsumexp", self, axis, |x| {
+            let mut kept: Shape = x.shape().into();
+            *kept.last_mut().expect("has the axis") = 1;
+            Ok(Array::lazy(Op::LogSumExp, smallvec![x.clone()], kept, x.dtype()))
+        })?;
+        let axis = normalize_axis("logsumexp", axis, self.rank())?;
+        if keepdims { Ok(full) } else { drop_axes(&full, &smallvec![axis]) }
+    }
+
+    /// x − log Σ eˣ along an axis.
+    pub fn log_softmax(&self, axis: i32) -> Result<Array> {
+        self.subtract(self.logsumexp(axis, true)?)
+    }
+}
+
+/// Runs a last-axis op along any axis.
+fn along_last(
+    name: &'static str,
+    x: &Array,
+    axis: i32,
+    op: impl Fn(&Array) -> Result<Array>,
+) -> Result<Array> {
+    first_failure(&[x])?;
+    let axis = normalize_axis(name, axis, x.rank())?;
+    let x = if x.dtype().is_inexact() { x.clone() } else { x.astype(Dtype::F32)? };
+    if x.shape()[axis] == 0 {
+        return Err(Error::invalid(name, format!("axis {axis} of {:?} is empty", x.shape())));
+    }
+    if axis + 1 == x.rank() {
+        return op(&x);
+    }
+    op(&x.swap_axes(axis as i32, -1)?)?.swap_axes(axis as i32, -1)
+}
+
+fn drop_axes(array: &Array, axes: &Axes) -> Result<Array> {
+    if axes.is_empty() {
+        return Ok(array.clone());
+    }
+    array.squeeze(&axes.iter().map(|&axis| axis as i32).collect::<Vec<_>>())
+}
+
+pub(crate) fn reduce_vjp(op: ReduceOp, axes: &Axes, rule: &Vjp) -> Result<Grads> {
+    let (x, y, ct) = (&rule.inputs[0], rule.output, rule.cotangent());
+    match op {
+        ReduceOp::Sum => rule.one(ct.broadcast_to(x.shape())?),
+        ReduceOp::Max | ReduceOp::Min => {
+            // Ties share the gradient, as in MLX.
+            let axes: Vec<i32> = axes.iter().map(|&axis| axis as i32).collect();
+            let mask = x.equal(y)?.astype(ct.dtype())?;
+            let share = mask.divide(mask.sum(&axes, true)?)?;
+            rule.one(ct.multiply(share)?)
+        }
+        ReduceOp::Prod => rule.one(ct.multiply(y)?.divide(x)?),
+        ReduceOp::All | ReduceOp::Any => rule.none(),
+    }
+}
+
+pub(crate) fn softmax_vjp(rule: &Vjp) -> Result<Grads> {
+    let (y, ct) = (rule.output, rule.cotangent());
+    let weighted = y.multiply(ct)?;
+    rule.one(weighted.subtract(y.multiply(weighted.sum(&[-1], true)?)?)?)
+}
+
+pub(crate) fn logsumexp_vjp(rule: &Vjp) -> Result<Grads> {
+    rule.one(rule.inputs[0].softmax(-1)?.multiply(rule.cotangent())?)
+}

@@ -1,0 +1,326 @@
+//! Ops that move elements without changing them.
+
+use smallvec::{SmallVec, smallvec};
+
+use super::{Grads, Vjp};
+use crate::dtype::promote;
+use crate::op::{Axes, Op, first_failure};
+use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size_of};
+use crate::{Array, Error, Result};
+
+impl Array {
+    /// The same elements, row-major, in another shape. One size may be −1: whatever remains.
+    pub fn reshape(&self, shape: &[i64]) -> Result<Array> {
+        let known: i64 = shape.iter().filter(|&&size| size != -1).product();
+        let size = self.size();
+        let free = shape.iter().filter(|&&size| size == -1).count();
+        let bad = || Error::invalid("reshape", format!("cannot make {shape:?} of {:?}", self.shape()));
+        if shape.iter().any(|&size| size < -1) || free > 1 || known < 0 || (free == 1 && known == 0) {
+            return Err(bad());
+        }
+        let to: Shape = shape
+            .iter()
+            .map(|&wanted| if wanted == -1 { size / known as usize } else { wanted as usize })
+            .collect();
+        if size_of(&to) != size {
+            return Err(bad());
+        }
+        self.reshape_to(&to)
+    }
+
+    fn reshape_to(&self, shape: &[usize]) -> Result<Array> {
+        first_failure(&[self])?;
+        if shape == self.shape() {
+            return Ok(self.clone());
+        }
+        Ok(Array::lazy(Op::Reshape, smallvec![self.clone()], shape, self.dtype()))
+    }
+
+    /// All elements in one dimension.
+    pub fn flatten(&self) -> Result<Array> {
+        self.reshape_to(&[self.size()])
+    }
+
+    /// Merges the dimensions `from ..= to` into one.
+    pub fn flatten_axes(&self, from: i32, to: i32) -> Result<Array> {
+        let from = normalize_axis("flatten", from, self.rank())?;
+        let to = normalize_axis("flatten", to, self.rank())?;
+        if from > to {
+            return Err(Error::invalid("flatten", format!("axis {from} comes after {to}")));
+        }
+        let mut shape: Shape = self.shape()[..from].into();
+        shape.push(self.shape()[from..=to].iter().product());
+        shape.extend_from_slice(&self.shape()[to + 1..]);
+        self.reshape_to(&shape)
+    }
+
+    /// Splits one dimension into several of these sizes.
+    pub fn unflatten(&self, axis: i32, sizes: &[usize]) -> Result<Array> {
+        let axis = normalize_axis("unflatten", axis, self.rank())?;
+        if size_of(sizes) != self.shape()[axis] {
+            return Err(Error::invalid(
+                "unflatten",
+                format!("{sizes:?} do not multiply to {}", self.shape()[axis]),
+            ));
+        }
+        let mut shape: Shape = self.shape()[..axis].into();
+        shape.extend_from_slice(sizes);
+        shape.extend_from_slice(&self.shape()[axis + 1..]);
+        self.reshape_to(&shape)
+    }
+
+    /// Inserts dimensions of size one, at these places of the result.
+    pub fn expand_dims(&self, axes: &[i32]) -> Result<Array> {
+        let rank = self.rank() + axes.len();
+        if axes.is_empty() {
+            return Ok(self.clone());
+        }
+        let axes = normalize_axes("expand_dims", axes, rank)?;
+        let mut sizes = self.shape().iter();
+        let shape: Shape = (0..rank)
+            .map(|axis| if axes.contains(&axis) { 1 } else { *sizes.next().expect("rank adds up") })
+            .collect();
+        self.reshape_to(&shape)
+    }
+
+    /// Removes dimensions of size one: these, or all if none are named.
+    pub fn squeeze(&self, axes: &[i32]) -> Result<Array> {
+        let axes: Axes = if axes.is_empty() {
+            (0..self.rank()).filter(|&axis| self.shape()[axis] == 1).collect()
+        } else {
+            normalize_axes("squeeze", axes, self.rank())?
+        };
+        if let Some(axis) = axes.iter().find(|&&axis| self.shape()[axis] != 1) {
+            return Err(Error::invalid(
+                "squeeze",
+                format!("axis {axis} of {:?} is not of size one", self.shape()),
+            ));
+        }
+        let shape: Shape = self
+            .shape()
+            .iter()
+            .enumerate()
+            .filter(|(axis, _)| !axes.contains(axis))
+            .map(|(_, &size)| size)
+            .collect();
+        self.reshape_to(&shape)
+    }
+
+    /// Dimensions in the order of `axes`; all reversed if none are named.
+    pub fn transpose(&self, axes: &[i32]) -> Result<Array> {
+        let order: Axes = if axes.is_empty() {
+            (0..self.rank()).rev().collect()
+        } else {
+            axes.iter().map(|&axis| normalize_axis("transpose", axis, self.rank())).collect::<Result<_>>()?
+        };
+        let mut seen = order.clone();
+        seen.sort_unstable();
+        if !seen.iter().copied().eq(0..self.rank()) {
+            return Err(Error::invalid(
+                "transpose",
+                format!("axes {axes:?} do not permute {} dimensions", self.rank()),
+            ));
+        }
+        first_failure(&[self])?;
+        if order.iter().copied().eq(0..self.rank()) {
+            return Ok(self.clone());
+        }
+        let shape: Shape = order.iter().map(|&axis| self.shape()[axis]).collect();
+        Ok(Array::lazy(Op::Transpose(order), smallvec![self.clone()], shape, self.dtype()))
+    }
+
+    /// Two dimensions exchanged.
+    pub fn swap_axes(&self, a: i32, b: i32) -> Result<Array> {
+        let (a, b) =
+            (normalize_axis("swapaxes", a, self.rank())?, normalize_axis("swapaxes", b, self.rank())?);
+        let mut order: SmallVec<[i32; 4]> = (0..self.rank() as i32).collect();
+        order.swap(a, b);
+        self.transpose(&order)
+    }
+
+    /// Repeated along dimensions of size one (and new leading ones) to this shape.
+    pub fn broadcast_to(&self, shape: &[usize]) -> Result<Array> {
+        if shape == self.shape() {
+            return Ok(self.clone());
+        }
+        first_failure(&[self])?;
+        if broadcast_shapes("broadcast_to", self.shape(), shape)?.as_slice() != shape {
+            return Err(Error::invalid(
+                "broadcast_to",
+                format!("{:?} does not broadcast to {shape:?}", self.shape()),
+            ));
+        }
+        Ok(Array::lazy(Op::Broadcast, smallvec![self.clone()], shape, self.dtype()))
+    }
+
+    /// A strided window: per dimension the first index, how many, and the step (which may be
+    /// negative).
+    pub fn window(&self, start: &[usize], count: &[usize], step: &[isize]) -> Result<Array> {
+        first_failure(&[self])?;
+        let fits = start.len() == self.rank() && count.len() == self.rank() && step.len() == self.rank();
+        let inside = fits
+            && (0..self.rank()).all(|axis| {
+                count[axis] == 0 || {
+                    let last = start[axis] as i128 + (count[axis] as i128 - 1) * step[axis] as i128;
+                    start[axis] < self.shape()[axis] && last >= 0 && last < self.shape()[axis] as i128
+                }
+            });
+        if !inside {
+            return Err(Error::invalid(
+                "slice",
+                format!("start {start:?}, count {count:?}, step {step:?} leave the shape {:?}", self.shape()),
+            ));
+        }
+        if count == self.shape() && step.iter().all(|&step| step == 1) {
+            return Ok(self.clone());
+        }
+        Ok(Array::lazy(
+            Op::Slice { start: start.into(), step: step.into() },
+            smallvec![self.clone()],
+            count,
+            self.dtype(),
+        ))
+    }
+
+    /// Indices `from .. to` along one axis, as Python's `[from:to]` with non-negative bounds.
+    pub fn narrow(&self, axis: i32, from: usize, to: usize) -> Result<Array> {
+        let axis = normalize_axis("slice", axis, self.rank())?;
+        let size = self.shape()[axis];
+        if from > to || to > size {
+            return Err(Error::invalid("slice", format!("{from}..{to} leaves axis {axis} of size {size}")));
+        }
+        let mut start: Shape = smallvec![0; self.rank()];
+        let mut count: Shape = self.shape().into();
+        start[axis] = if to == from { 0 } else { from };
+        count[axis] = to - from;
+        self.window(&start, &count, &vec![1; self.rank()])
+    }
+
+    /// Pieces along an axis of these sizes.
+    pub fn split_sizes(&self, sizes: &[usize], axis: i32) -> Result<Vec<Array>> {
+        let mut from = 0;
+        let pieces = sizes
+            .iter()
+            .map(|&size| {
+                from += size;
+                self.narrow(axis, from - size, from)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        if from != self.shape()[normalize_axis("split", axis, self.rank())?] {
+            return Err(Error::invalid(
+                "split",
+                format!("{sizes:?} do not add up to the axis of {:?}", self.shape()),
+            ));
+        }
+        Ok(pieces)
+    }
+
+    /// Arrays one after another along an axis.
+    pub fn concatenate(arrays: &[Array], axis: i32) -> Result<Array> {
+        let Some(first) = arrays.first() else {
+            return Err(Error::invalid("concatenate", "needs at least one array"));
+        };
+        first_failure(&arrays.iter().collect::<Vec<_>>())?;
+        let axis = normalize_axis("concatenate", axis, first.rank())?;
+        let mut shape: Shape = first.shape().into();
+        shape[axis] = 0;
+        let mut dtype = first.dtype();
+        for array in arrays {
+            let fits = array.rank() == shape.len()
+                && (0..shape.len()).all(|i| i == axis || array.shape()[i] == first.shape()[i]);
+            if !fits {
+                return Err(Error::shapes("concatenate", &first.shape().into(), &array.shape().into()));
+            }
+            shape[axis] += array.shape()[axis];
+            dtype = promote(dtype, array.dtype());
+        }
+        if arrays.len() == 1 {
+            return Ok(first.clone());
+        }
+        let inputs = arrays.iter().map(|array| array.astype(dtype)).collect::<Result<_>>()?;
+        Ok(Array::lazy(Op::Concatenate { axis }, inputs, shape, dtype))
+    }
+
+    /// Arrays of the same shape along a new axis.
+    pub fn stack(arrays: &[Array], axis: i32) -> Result<Array> {
+        let expanded = arrays.iter().map(|array| array.expand_dims(&[axis])).collect::<Result<Vec<_>>>()?;
+        Array::concatenate(&expanded, axis)
+    }
+
+    /// This array with the window at `start` (unit steps) replaced by `update`.
+    pub fn slice_update(&self, update: &Array, start: &[usize]) -> Result<Array> {
+        first_failure(&[self, update])?;
+        let fits = update.rank() == self.rank()
+            && start.len() == self.rank()
+            && (0..self.rank()).all(|axis| start[axis] + update.shape()[axis] <= self.shape()[axis]);
+        if !fits {
+            return Err(Error::invalid(
+                "slice_update",
+                format!("an update of {:?} at {start:?} leaves {:?}", update.shape(), self.shape()),
+            ));
+        }
+        let step = SmallVec::from_elem(1, self.rank());
+        let inputs = smallvec![self.clone(), update.astype(self.dtype())?];
+        Ok(Array::lazy(Op::SliceUpdate { start: start.into(), step }, inputs, self.shape(), self.dtype()))
+    }
+
+    /// This array, not computed before `other` is.
+    pub(crate) fn after(&self, other: &Array) -> Array {
+        Array::lazy(Op::After, smallvec![self.clone(), other.clone()], self.shape(), self.dtype())
+    }
+
+    /// The same values, row-major without gaps.
+    pub fn contiguous(&self) -> Result<Array> {
+        first_failure(&[self])?;
+        Ok(Array::lazy(Op::Contiguous, smallvec![self.clone()], self.shape(), self.dtype()))
+    }
+}
+
+pub(crate) fn reshape_vjp(rule: &Vjp) -> Result<Grads> {
+    rule.one(rule.cotangent().reshape_to(rule.inputs[0].shape())?)
+}
+
+pub(crate) fn transpose_vjp(order: &Axes, rule: &Vjp) -> Result<Grads> {
+    let mut inverse: SmallVec<[i32; 4]> = SmallVec::from_elem(0, order.len());
+    for (to, &from) in order.iter().enumerate() {
+        inverse[from] = to as i32;
+    }
+    rule.one(rule.cotangent().transpose(&inverse)?)
+}
+
+pub(crate) fn broadcast_vjp(rule: &Vjp) -> Result<Grads> {
+    rule.one(sum_to(rule.cotangent(), rule.inputs[0].shape())?)
+}
+
+/// Sums away what broadcasting `to` to the array's shape had repeated.
+pub(crate) fn sum_to(array: &Array, to: &[usize]) -> Result<Array> {
+    let lead = array.rank() - to.len();
+    let axes: Vec<i32> = (0..array.rank())
+        .filter(|&axis| axis < lead || (to[axis - lead] == 1 && array.shape()[axis] != 1))
+        .map(|axis| axis as i32)
+        .collect();
+    if axes.is_empty() {
+        return array.reshape_to(to);
+    }
+    array.sum(&axes, true)?.reshape_to(to)
+}
+
+pub(crate) fn slice_vjp(start: &[usize], step: &[isize], rule: &Vjp) -> Result<Grads> {
+    let zeros = rule.inputs[0].zeros_like();
+    let ct = rule.cotangent();
+    let op = Op::SliceUpdate { start: start.into(), step: step.into() };
+    rule.one(Array::lazy(op, smallvec![zeros.clone(), ct.clone()], zeros.shape(), zeros.dtype()))
+}
+
+pub(crate) fn slice_update_vjp(start: &[usize], step: &[isize], rule: &Vjp) -> Result<Grads> {
+    let (update, ct) = (&rule.inputs[1], rule.cotangent());
+    let zeros = update.zeros_like();
+    let op = Op::SliceUpdate { start: start.into(), step: step.into() };
+    let outside = Array::lazy(op, smallvec![ct.clone(), zeros], ct.shape(), ct.dtype());
+    Ok(smallvec![Some(outside), Some(ct.window(start, update.shape(), step)?)])
+}
+
+pub(crate) fn concatenate_vjp(axis: usize, rule: &Vjp) -> Result<Grads> {
+    let sizes: Vec<usize> = rule.inputs.iter().map(|input| input.shape()[axis]).collect();
+    Ok(rule.cotangent().split_sizes(&sizes, axis as i32)?.into_iter().map(Some).collect())
+}

@@ -1,0 +1,158 @@
+//! Weights in a kernel's own layout.
+
+use half::{bf16, f16};
+use mica_codec::QuantSpec;
+use mica_kernels::quant::{QuantWeight, ScaleType, ScaleVec, Scales, Unpacked};
+
+use crate::eval::with_pool;
+use crate::{Array, Dtype, Error, Result, Shape};
+
+/// A weight [out, in] that was repacked once, at load, for the kernels. Packing is a bijection:
+/// there is one copy only, and its original form can be had back bit for bit.
+#[derive(Debug)]
+pub enum PackedWeight {
+    /// f32, bf16 or f16.
+    Float(Array),
+    /// Quantized in groups.
+    Quant(QuantWeight),
+}
+
+/// MLX's three arrays of a quantized weight.
+#[derive(Debug, Clone)]
+pub struct Quantized {
+    /// u32 [out, in · bits / 32]
+    pub words: Array,
+    /// [out, in / group_size]
+    pub scales: Array,
+    /// [out, in / group_size]
+    pub biases: Array,
+}
+
+impl PackedWeight {
+    /// From a plain array [out, in] of f32, bf16 or f16.
+    pub fn from_float(weight: &Array) -> Result<PackedWeight> {
+        if weight.rank() != 2 || !weight.dtype().is_float() || weight.dtype() == Dtype::F64 {
+            return Err(Error::invalid("pack", format!("needs a float weight [out, in], got {weight:?}")));
+        }
+        weight.eval()?;
+        Ok(PackedWeight::Float(weight.clone()))
+    }
+
+    /// From MLX's three arrays.
+    pub fn from_mlx(quantized: &Quantized, bits: usize, group_size: usize) -> Result<PackedWeight> {
+        let bad = |message: String| Error::invalid("quantized_weight", message);
+        let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
+        let Quantized { words, scales, biases } = quantized;
+        if words.rank() != 2 || words.dtype() != Dtype::U32 || words.dim(1) * 32 % bits != 0 {
+            return Err(bad(format!("words should be uint32 [out, in · {bits} / 32], got {words:?}")));
+        }
+        let shape = [words.dim(0), words.dim(1) * 32 / bits];
+        let expected = [shape[0], shape[1] / group_size];
+        if scales.shape() != expected || biases.shape() != expected || scales.dtype() != biases.dtype() {
+            return Err(bad(format!(
+                "scales and biases should be {expected:?} of one dtype, got {scales:?}, {biases:?}"
+            )));
+        }
+        let (scales, biases) = (scale_vec(scales)?, scale_vec(biases)?);
+        let words = words.to_vec::<u32>()?;
+        let packed = with_pool(|pool| {
+            QuantWeight::pack(pool, spec, shape, &words, scales.as_scales(), biases.as_scales())
+        })?;
+        Ok(PackedWeight::Quant(packed))
+    }
+
+    /// Quantizes a plain array as MLX does, and packs it.
+    pub fn quantize(weight: &Array, bits: usize, group_size: usize) -> Result<PackedWeight> {
+        PackedWeight::from_mlx(&quantize(weight, bits, group_size)?, bits, group_size)
+    }
+
+    /// MLX's three arrays of a quantized weight, bit for bit as they were packed.
+    pub fn to_mlx(&self) -> Result<Quantized> {
+        let PackedWeight::Quant(weight) = self else {
+            return Err(Error::invalid("quantized_weight", "this weight is not quantized"));
+        };
+        let Unpacked { words, scales, biases, .. } = weight.unpack();
+        let [out, inner] = weight.shape();
+        let groups = [out, inner / weight.spec().group_size()];
+        Ok(Quantized {
+            words: Array::from_slice(&words, &[out, inner * weight.spec().bits() / 32])?,
+            scales: scale_array(&scales, &groups)?,
+            biases: scale_array(&biases, &groups)?,
+        })
+    }
+
+    /// Bits and group size, if it is quantized.
+    pub fn quantization(&self) -> Option<(usize, usize)> {
+        match self {
+            PackedWeight::Float(_) => None,
+            PackedWeight::Quant(weight) => Some((weight.spec().bits(), weight.spec().group_size())),
+        }
+    }
+
+    /// [out, in]
+    pub fn shape(&self) -> Shape {
+        match self {
+            PackedWeight::Float(weight) => weight.shape().into(),
+            PackedWeight::Quant(weight) => weight.shape()[..].into(),
+        }
+    }
+
+    /// The dtype of the logical weight: a quantized one has that of its scales.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            PackedWeight::Float(weight) => weight.dtype(),
+            PackedWeight::Quant(weight) => match weight.scale_type() {
+                ScaleType::F32 => Dtype::F32,
+                ScaleType::Bf16 => Dtype::BF16,
+                ScaleType::F16 => Dtype::F16,
+            },
+        }
+    }
+}
+
+/// Words, scales and biases of a float array [.., in], as `mlx.core.quantize` makes them.
+pub fn quantize(weight: &Array, bits: usize, group_size: usize) -> Result<Quantized> {
+    let bad = |message: String| Error::invalid("quantize", message);
+    let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
+    if weight.rank() != 2 {
+        return Err(bad(format!("needs two dimensions, got {weight:?}")));
+    }
+    let [rows, columns] = [weight.dim(0), weight.dim(1)];
+    let groups = spec.groups(columns).map_err(|error| bad(error.to_string()))?;
+    let mut words = vec![0u32; rows * spec.words(columns)];
+    macro_rules! run {
+        ($t:ty) => {{
+            let values = weight.to_vec::<$t>()?;
+            let zero = <$t>::from_bits(0);
+            let (mut scales, mut biases) = (vec![zero; rows * groups], vec![zero; rows * groups]);
+            mica_codec::affine::quantize(&values, columns, spec, &mut words, &mut scales, &mut biases)
+                .map_err(|error| bad(error.to_string()))?;
+            let shape = [rows, groups];
+            (Array::from_slice(&scales, &shape)?, Array::from_slice(&biases, &shape)?)
+        }};
+    }
+    let (scales, biases) = match weight.dtype() {
+        Dtype::F32 => run!(f32),
+        Dtype::BF16 => run!(bf16),
+        Dtype::F16 => run!(f16),
+        other => return Err(bad(format!("needs float32, bfloat16 or float16, got {other}"))),
+    };
+    Ok(Quantized { words: Array::from_slice(&words, &[rows, spec.words(columns)])?, scales, biases })
+}
+
+fn scale_vec(array: &Array) -> Result<ScaleVec> {
+    Ok(match array.dtype() {
+        Dtype::F32 => ScaleVec::F32(array.to_vec()?),
+        Dtype::BF16 => ScaleVec::Bf16(array.to_vec()?),
+        Dtype::F16 => ScaleVec::F16(array.to_vec()?),
+        other => return Err(Error::invalid("quantized_weight", format!("scales of {other}"))),
+    })
+}
+
+fn scale_array(values: &ScaleVec, shape: &[usize]) -> Result<Array> {
+    match values.as_scales() {
+        Scales::F32(values) => Array::from_slice(values, shape),
+        Scales::Bf16(values) => Array::from_slice(values, shape),
+        Scales::F16(values) => Array::from_slice(values, shape),
+    }
+}

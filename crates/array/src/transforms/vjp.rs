@@ -1,0 +1,242 @@
+//! Reverse-mode differentiation.
+//!
+//! The function is called on tracers of its inputs; the graph that it built is walked from the
+//! outputs back, each op's rule turning the gradient of its output into those of its inputs. The
+//! result is again a lazy graph, so gradients nest.
+
+use std::collections::HashMap;
+
+use smallvec::SmallVec;
+
+use crate::array::State;
+use crate::op::{Op, TraceGuard, TraceScope};
+use crate::ops::{self, Vjp};
+use crate::{Array, Error, Result};
+
+/// The outputs of a function and the gradients of its inputs.
+#[derive(Debug, Clone)]
+pub struct Grads<T> {
+    /// What the function returned.
+    pub value: T,
+    /// One gradient per differentiated input, of its shape and dtype.
+    pub grads: Vec<Array>,
+}
+
+/// The outputs of `f` at `primals` and, for these gradients of the outputs, those of the inputs.
+pub fn vjp(
+    f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
+    primals: &[Array],
+    cotangents: &[Array],
+) -> Result<(Vec<Array>, Vec<Array>)> {
+    let (outputs, tracers) = trace(f, primals)?;
+    if outputs.len() != cotangents.len() {
+        return Err(Error::invalid(
+            "vjp",
+            format!("the function returned {} arrays, got {} cotangents", outputs.len(), cotangents.len()),
+        ));
+    }
+    let seeds = outputs.iter().cloned().zip(cotangents.iter().cloned()).collect();
+    let grads = backward(seeds, &tracers)?;
+    Ok((outputs, grads))
+}
+
+/// The gradients of a function whose first output is a number, with all its outputs.
+pub fn value_and_grad_many(
+    f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
+    primals: &[Array],
+) -> Result<Grads<Vec<Array>>> {
+    let (outputs, tracers) = trace(f, primals)?;
+    let loss = outputs.first().ok_or_else(|| Error::invalid("grad", "the function returned nothing"))?;
+    if loss.size() != 1 || !loss.dtype().is_float() {
+        return Err(Error::invalid("grad", format!("the function must return one float, got {loss:?}")));
+    }
+    let seed = loss.ones_like();
+    let grads = backward(vec![(loss.clone(), seed)], &tracers)?;
+    Ok(Grads { value: outputs, grads })
+}
+
+/// The value of a scalar function and its gradients.
+pub fn value_and_grad(f: impl FnOnce(&[Array]) -> Result<Array>, primals: &[Array]) -> Result<Grads<Array>> {
+    let many = value_and_grad_many(|inputs| Ok(vec![f(inputs)?]), primals)?;
+    let value = many.value.into_iter().next().expect("one output was given");
+    Ok(Grads { value, grads: many.grads })
+}
+
+/// The gradients of a scalar function.
+pub fn grad(f: impl FnOnce(&[Array]) -> Result<Array>, primals: &[Array]) -> Result<Vec<Array>> {
+    Ok(value_and_grad(f, primals)?.grads)
+}
+
+fn trace(
+    f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
+    primals: &[Array],
+) -> Result<(Vec<Array>, Vec<Array>)> {
+    let scope = TraceScope::new();
+    let tracers: Vec<Array> = primals.iter().map(|primal| scope.wrap(primal)).collect();
+    let guard = TraceGuard(scope);
+    let outputs = f(&tracers)?;
+    drop(guard);
+    Ok((outputs, tracers))
+}
+
+/// Gradients of `targets`, given those of some arrays built from them.
+pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<Vec<Array>> {
+    let order = dependents(seeds.iter().map(|(array, _)| array), targets);
+    // node → gradient per output
+    let mut arrived: HashMap<usize, SmallVec<[Option<Array>; 1]>> = HashMap::new();
+    for (array, seed) in seeds {
+        if seed.shape() != array.shape() {
+            return Err(Error::shapes("vjp", &seed.shape().into(), &array.shape().into()));
+        }
+        if order.contains(array.id()) {
+            deliver(&mut arrived, &array, seed)?;
+        }
+    }
+    for node in order.nodes.iter().rev() {
+        let is_target = targets.iter().any(|target| target.id() == node.id());
+        if is_target {
+            continue;
+        }
+        let Some(cotangents) = arrived.remove(&node.id()) else { continue };
+        let (op, inputs) = match &*node.node().state() {
+            State::Lazy { op, inputs } => (op.clone(), inputs.clone()),
+            _ => continue,
+        };
+        let needs: SmallVec<[bool; 4]> = inputs.iter().map(|input| order.contains(input.id())).collect();
+        let rule = Vjp { inputs: &inputs, output: node, cotangents: &cotangents, needs: &needs };
+        let grads = rule_of(&op, &rule)?;
+        for ((input, grad), &needed) in inputs.iter().zip(grads).zip(&needs) {
+            if let (true, Some(grad)) = (needed, grad) {
+                deliver(&mut arrived, input, grad)?;
+            }
+        }
+    }
+    targets
+        .iter()
+        .map(|target| {
+            let grad = arrived.get(&target.id()).and_then(|grads| grads[0].clone());
+            match grad {
+                Some(grad) => grad.astype(target.dtype()),
+                None => Ok(target.zeros_like()),
+            }
+        })
+        .collect()
+}
+
+fn deliver(
+    arrived: &mut HashMap<usize, SmallVec<[Option<Array>; 1]>>,
+    to: &Array,
+    grad: Array,
+) -> Result<()> {
+    let outputs = to.node().outputs();
+    let slot = &mut arrived.entry(to.id()).or_insert_with(|| SmallVec::from_elem(None, outputs))[to.output()];
+    *slot = Some(match slot.take() {
+        Some(before) => before.add(grad)?,
+        None => grad,
+    });
+    Ok(())
+}
+
+/// The nodes between some arrays and the targets they depend on.
+struct Dependents {
+    /// Inputs first.
+    nodes: Vec<Array>,
+    ids: HashMap<usize, bool>,
+}
+
+impl Dependents {
+    fn contains(&self, id: usize) -> bool {
+        self.ids.get(&id).copied().unwrap_or(false)
+    }
+}
+
+fn dependents<'a>(roots: impl Iterator<Item = &'a Array>, targets: &[Array]) -> Dependents {
+    let mut ids: HashMap<usize, bool> = targets.iter().map(|target| (target.id(), true)).collect();
+    let mut nodes: Vec<Array> = targets.to_vec();
+    let mut stack: Vec<(Array, usize)> = Vec::new();
+    for root in roots {
+        if ids.contains_key(&root.id()) {
+            continue;
+        }
+        ids.insert(root.id(), false);
+        stack.push((root.sibling(0), 0));
+        while let Some((array, next)) = stack.last_mut() {
+            let child = match &*array.node().state() {
+                State::Lazy { op: Op::StopGradient, .. } => None,
+                State::Lazy { inputs, .. } => inputs.get(*next).cloned(),
+                _ => None,
+            };
+            *next += 1;
+            match child {
+                Some(child) => {
+                    if let Some(&depends) = ids.get(&child.id()) {
+                        if depends {
+                            let id = array.id();
+                            ids.insert(id, true);
+                        }
+                    } else {
+                        ids.insert(child.id(), false);
+                        stack.push((child.sibling(0), 0));
+                    }
+                }
+                None => {
+                    let (array, _) = stack.pop().expect("the loop looks at the last one");
+                    if ids[&array.id()] {
+                        if let Some((parent, _)) = stack.last() {
+                            ids.insert(parent.id(), true);
+                        }
+                        nodes.push(array);
+                    }
+                }
+            }
+        }
+    }
+    Dependents { nodes, ids }
+}
+
+fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
+    match op {
+        Op::Tracer(_) => rule.one(rule.cotangent().clone()),
+        Op::Contiguous | Op::After => rule.one(rule.cotangent().clone()),
+        Op::StopGradient
+        | Op::Full(_)
+        | Op::Arange { .. }
+        | Op::Compare(_)
+        | Op::ArgReduce { .. }
+        | Op::RandomBits { .. } => rule.none(),
+        Op::Unary(unary) => ops::elementwise::unary_vjp(*unary, rule),
+        Op::Binary(binary) => ops::elementwise::binary_vjp(*binary, rule),
+        Op::Select => ops::elementwise::select_vjp(rule),
+        Op::Cast => ops::elementwise::cast_vjp(rule),
+        Op::Reshape => ops::shape::reshape_vjp(rule),
+        Op::Transpose(order) => ops::shape::transpose_vjp(order, rule),
+        Op::Broadcast => ops::shape::broadcast_vjp(rule),
+        Op::Slice { start, step } => ops::shape::slice_vjp(start, step, rule),
+        Op::SliceUpdate { start, step } => ops::shape::slice_update_vjp(start, step, rule),
+        Op::Concatenate { axis } => ops::shape::concatenate_vjp(*axis, rule),
+        Op::Reduce { op, axes } => ops::reduce::reduce_vjp(*op, axes, rule),
+        Op::Softmax => ops::reduce::softmax_vjp(rule),
+        Op::LogSumExp => ops::reduce::logsumexp_vjp(rule),
+        Op::Take { axis } => ops::index::take_vjp(*axis, rule),
+        Op::TakeAlong { axis } => ops::index::take_along_vjp(*axis, rule),
+        Op::ScatterAdd { axis } => ops::index::scatter_add_vjp(*axis, rule),
+        Op::ScatterAddAlong { axis } => ops::index::scatter_add_along_vjp(*axis, rule),
+        Op::Matmul { precision } => ops::linear::matmul_vjp(*precision, rule),
+        Op::Linear { precision } => ops::linear::linear_vjp(*precision, rule),
+        Op::LinearTransposed { precision } => ops::linear::linear_transposed_vjp(*precision, rule),
+        Op::Embedding => ops::linear::embedding_vjp(rule),
+        Op::Dequantize => ops::linear::dequantize_vjp(rule),
+        Op::RmsNorm { eps } => ops::fast::rms_norm_vjp(*eps, rule),
+        Op::LayerNorm { eps } => ops::fast::layer_norm_vjp(*eps, rule),
+        Op::Rope(spec) => ops::fast::rope_vjp(spec, rule),
+        Op::Attention(spec) => ops::fast::attention_vjp(spec, rule),
+        Op::ShortConv(spec) => ops::fast::short_conv_vjp(spec, rule),
+        Op::LinearCrossEntropy(_) => ops::fast::linear_cross_entropy_vjp(rule),
+        Op::Custom(custom) => ops::custom::custom_vjp(custom.as_ref(), rule),
+        Op::RmsNormVjp { .. }
+        | Op::AttentionVjp(_)
+        | Op::ShortConvVjp(_)
+        | Op::PagedAttention(_)
+        | Op::AdamW(_) => Err(Error::unsupported(op.name(), "this op has no gradient")),
+    }
+}

@@ -1,0 +1,107 @@
+//! The gated feed-forward block: down(act(gate(x)) · up(x)).
+
+use mica_array::{Array, Result};
+use mica_nn::{Context, Linear, Module, join};
+
+use crate::weights::{Source, linear};
+
+/// What the three projections are called in files.
+#[derive(Debug)]
+pub struct Names {
+    /// The gate.
+    pub gate: &'static str,
+    /// The way up.
+    pub up: &'static str,
+    /// The way down.
+    pub down: &'static str,
+}
+
+/// The names of most families.
+pub const NAMES: Names = Names { gate: "gate_proj", up: "up_proj", down: "down_proj" };
+
+/// The function of the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x · sigmoid(x)
+    Silu,
+    /// Gaussian error linear unit, by erf.
+    Gelu,
+    /// Gaussian error linear unit, by tanh.
+    GeluTanh,
+}
+
+impl Activation {
+    /// The function that `hidden_act` names.
+    pub fn from_name(name: &str) -> Option<Activation> {
+        match name {
+            "silu" | "swish" => Some(Activation::Silu),
+            "gelu" => Some(Activation::Gelu),
+            "gelu_pytorch_tanh" | "gelu_new" => Some(Activation::GeluTanh),
+            _ => None,
+        }
+    }
+
+    fn apply(self, x: &Array) -> Result<Array> {
+        match self {
+            Activation::Silu => x.silu(),
+            Activation::Gelu => x.gelu(),
+            Activation::GeluTanh => x.gelu_tanh(),
+        }
+    }
+}
+
+/// The block.
+#[derive(Debug)]
+pub struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+    names: &'static Names,
+}
+
+impl Module for Mlp {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+        self.gate.visit(&join(name, self.names.gate), see);
+        self.up.visit(&join(name, self.names.up), see);
+        self.down.visit(&join(name, self.names.down), see);
+    }
+
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+        self.gate.visit_mut(&join(name, self.names.gate), see);
+        self.up.visit_mut(&join(name, self.names.up), see);
+        self.down.visit_mut(&join(name, self.names.down), see);
+    }
+}
+
+impl Mlp {
+    /// Takes the parameters under `path` from a source.
+    pub fn new(
+        source: &mut dyn Source,
+        path: &str,
+        (hidden, inner): (usize, usize),
+        bias: bool,
+        activation: Activation,
+        names: &'static Names,
+    ) -> crate::Result<Mlp> {
+        Ok(Mlp {
+            gate: linear(source, &join(path, names.gate), inner, hidden, bias)?,
+            up: linear(source, &join(path, names.up), inner, hidden, bias)?,
+            down: linear(source, &join(path, names.down), hidden, inner, bias)?,
+            activation,
+            names,
+        })
+    }
+
+    /// The projections, by name, for adapters.
+    pub fn linears(&mut self) -> [(&'static str, &mut Linear); 3] {
+        [(self.names.gate, &mut self.gate), (self.names.up, &mut self.up), (self.names.down, &mut self.down)]
+    }
+
+    /// x [.., hidden] → the same shape.
+    pub fn forward(&self, x: &Array, context: &Context) -> Result<Array> {
+        let gate = self.activation.apply(&self.gate.forward(x, context)?)?;
+        let up = self.up.forward(x, context)?;
+        self.down.forward(&gate.multiply(up)?, context)
+    }
+}

@@ -1,0 +1,161 @@
+//! Model families: one file each, and the table that finds them by `model_type`.
+
+mod lfm2;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+mod reader;
+
+use mica_array::{Array, Dtype, transforms};
+use mica_nn::{Context, Linear, Module};
+
+use self::reader::Reader;
+use crate::cache::Cache;
+use crate::config::ModelConfig;
+use crate::weights::Source;
+use crate::{Error, Result};
+
+/// A causal language model.
+pub trait LanguageModel: Send + Sync + std::fmt::Debug {
+    /// Its sizes.
+    fn info(&self) -> &ModelInfo;
+
+    /// The normed states before the output head: [batch, length, hidden] f32.
+    fn hidden(
+        &self,
+        input: &Input,
+        cache: Option<&mut Cache>,
+        context: &Context,
+    ) -> mica_array::Result<Array>;
+
+    /// The output head [vocabulary, hidden], plain or packed; the embedding itself if it is tied.
+    fn head(&self) -> &Array;
+
+    /// An empty memory for `batch` sequences with keys and values of this dtype.
+    fn new_cache(&self, batch: usize, dtype: Dtype) -> Cache;
+
+    /// How many blocks there are.
+    fn layers(&self) -> usize;
+
+    /// The linear layers of a block, by their path below it, as `self_attn.q_proj`.
+    fn linears(&mut self, layer: usize) -> Vec<(String, &mut Linear)>;
+
+    /// The parameter tree.
+    fn as_module(&self) -> &dyn Module;
+
+    /// The parameter tree.
+    fn as_module_mut(&mut self) -> &mut dyn Module;
+
+    /// Logits [batch, length, vocabulary] f32.
+    fn logits(
+        &self,
+        input: &Input,
+        cache: Option<&mut Cache>,
+        context: &Context,
+    ) -> mica_array::Result<Array> {
+        self.hidden(input, cache, context)?.linear(self.head(), None, context.precision)
+    }
+}
+
+/// Sizes that everybody who holds a model needs.
+#[derive(Debug, Clone)]
+pub struct ModelInfo {
+    /// `model_type` of the configuration.
+    pub family: &'static str,
+    /// Rows of the embedding.
+    pub vocabulary: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Key and value heads per layer.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// The longest sequence that the model was made for.
+    pub max_positions: usize,
+    /// The output head is the embedding (unless the file has another one).
+    pub tied: bool,
+}
+
+/// What a forward pass reads.
+#[derive(Debug, Clone)]
+pub struct Input {
+    /// [batch, length] i32
+    pub tokens: Array,
+    /// Position of each token in its own sequence: [batch, length] i32.
+    pub positions: Array,
+    /// Packed rows: index of the first token of each token's own sequence, [batch, length] i32.
+    pub key_start: Option<Array>,
+    /// Compute each block again in the backward pass instead of keeping what it needs.
+    pub checkpoint: bool,
+}
+
+impl Input {
+    /// Rows of equal length that continue at these positions.
+    ///
+    /// # Panics
+    /// If rows differ in length or in number from `starts`: a mistake in the calling program.
+    pub fn new(rows: &[&[u32]], starts: &[usize]) -> mica_array::Result<Input> {
+        let length = rows.first().map_or(0, |row| row.len());
+        assert!(
+            rows.len() == starts.len() && rows.iter().all(|row| row.len() == length),
+            "rows of equal length"
+        );
+        let tokens: Vec<i32> = rows.iter().flat_map(|row| row.iter().map(|&token| token as i32)).collect();
+        let positions: Vec<i32> =
+            starts.iter().flat_map(|&start| (start..start + length).map(|p| p as i32)).collect();
+        let shape = [rows.len(), length];
+        Ok(Input {
+            tokens: Array::from_slice(&tokens, &shape)?,
+            positions: Array::from_slice(&positions, &shape)?,
+            key_start: None,
+            checkpoint: false,
+        })
+    }
+
+    /// Runs a block, checkpointed if asked for.
+    pub(crate) fn layer(
+        &self,
+        x: Array,
+        cache: Option<&mut Cache>,
+        block: impl FnOnce(&Array, Option<&mut Cache>) -> mica_array::Result<Array>,
+    ) -> mica_array::Result<Array> {
+        if !self.checkpoint || cache.is_some() {
+            return block(&x, cache);
+        }
+        let mut outputs = transforms::checkpoint(|inputs| Ok(vec![block(&inputs[0], None)?]), &[x])?;
+        Ok(outputs.pop().expect("one output was given"))
+    }
+}
+
+type Build = fn(&Reader, &mut dyn Source) -> Result<Box<dyn LanguageModel>>;
+
+/// Families by `model_type`. A new one is a file and a line here.
+const FAMILIES: &[(&str, Build)] = &[
+    ("llama", llama::build),
+    ("mistral", mistral::build),
+    ("qwen2", qwen2::build),
+    ("qwen3", qwen3::build),
+    ("lfm2", lfm2::build),
+];
+
+/// The `model_type`s that can be opened.
+pub fn families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|(name, _)| *name)
+}
+
+/// Builds the model that a configuration describes, with parameters from a source.
+///
+/// # Errors
+/// If the family is unknown, a field is wrong, or a parameter is missing or misshapen.
+pub fn build(config: &ModelConfig, source: &mut dyn Source) -> Result<Box<dyn LanguageModel>> {
+    let name = config.model_type.as_str();
+    let Some((_, build)) = FAMILIES.iter().find(|(family, _)| *family == name) else {
+        let known: Vec<&str> = families().collect();
+        return Err(Error::Unsupported {
+            what: format!("{}: the architecture {name:?}", config.path().display()),
+            todo: format!("model_type can be one of {}", known.join(", ")),
+        });
+    };
+    build(&Reader::new(config)?, source)
+}

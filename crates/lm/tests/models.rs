@@ -1,0 +1,139 @@
+//! Logits of tiny models against the programs that made them.
+
+use mica_array::{Array, Dtype, Precision};
+use mica_lm::load::{Loaded, load};
+use mica_lm::models::Input;
+use mica_lm::weights::Packing;
+use mica_nn::Context;
+use mica_testkit::{Golden, fixture, max_abs_rel_to_max};
+
+/// Largest error as a share of the largest logit. The goldens are f32 sums in another order.
+const TOLERANCE: f64 = 1e-4;
+
+const FLOAT: [&str; 7] = ["llama", "llama-tied", "llama-tied-bf16", "mistral", "qwen2", "qwen3", "lfm2"];
+const QUANTIZED: [&str; 9] = [
+    "llama-4bit",
+    "llama-8bit",
+    "llama-4bit-bf16",
+    "llama-mixed",
+    "qwen3-4bit",
+    "qwen3-8bit",
+    "qwen3-4bit-g64",
+    "lfm2-4bit",
+    "lfm2-8bit",
+];
+
+struct Case {
+    name: &'static str,
+    loaded: Loaded,
+    rows: Vec<Vec<u32>>,
+    logits: Vec<f32>,
+    vocabulary: usize,
+}
+
+fn open(name: &'static str, packing: Packing) -> Case {
+    let folder = fixture(format!("models/{name}"));
+    let golden = Golden::load(folder.join("golden.safetensors"));
+    let shape = golden.shape("tokens").to_vec();
+    let rows = golden.u32s("tokens").chunks(shape[1]).map(<[u32]>::to_vec).collect();
+    let loaded = load(&folder, packing).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let vocabulary = loaded.model.info().vocabulary;
+    Case { name, loaded, rows, logits: golden.f32s("logits"), vocabulary }
+}
+
+impl Case {
+    fn input(&self, from: usize, to: usize) -> Input {
+        let rows: Vec<&[u32]> = self.rows.iter().map(|row| &row[from..to]).collect();
+        Input::new(&rows, &vec![from; rows.len()]).unwrap()
+    }
+
+    fn length(&self) -> usize {
+        self.rows[0].len()
+    }
+
+    fn prefill(&self) -> Vec<f32> {
+        let context = Context::new(Precision::Exact);
+        let logits = self.loaded.model.logits(&self.input(0, self.length()), None, &context).unwrap();
+        assert_eq!(logits.shape(), [self.rows.len(), self.length(), self.vocabulary], "{}", self.name);
+        logits.to_vec().unwrap()
+    }
+
+    /// Through the cache in pieces of these lengths, the last repeated.
+    fn cached(&self, pieces: &[usize]) -> Vec<f32> {
+        let context = Context::new(Precision::Exact);
+        let mut cache = self.loaded.model.new_cache(self.rows.len(), Dtype::F32);
+        let (mut parts, mut from, mut index) = (Vec::new(), 0, 0);
+        while from < self.length() {
+            let to = (from + pieces[index.min(pieces.len() - 1)]).min(self.length());
+            cache.reserve(to - from).unwrap();
+            let logits = self.loaded.model.logits(&self.input(from, to), Some(&mut cache), &context).unwrap();
+            cache.advance(to - from);
+            parts.push(logits);
+            (from, index) = (to, index + 1);
+        }
+        Array::concatenate(&parts, 1).unwrap().to_vec().unwrap()
+    }
+
+    fn check(&self, what: &str, got: &[f32]) {
+        let error = max_abs_rel_to_max(got, &self.logits);
+        assert!(error <= TOLERANCE, "{}, {what}: largest error {error:.2e} of the largest logit", self.name);
+    }
+}
+
+#[test]
+fn logits_equal_transformers_in_prefill_and_token_by_token() {
+    for name in FLOAT {
+        let case = open(name, Packing::Frozen);
+        case.check("prefill", &case.prefill());
+        case.check("token by token", &case.cached(&[1]));
+        case.check("prompt in pieces", &case.cached(&[7, 3, 1]));
+    }
+}
+
+#[test]
+fn unpacked_weights_give_the_same() {
+    for name in FLOAT {
+        let case = open(name, Packing::Quantized);
+        case.check("prefill", &case.prefill());
+    }
+}
+
+#[test]
+fn quantized_logits_equal_mlx_lm_in_exact_mode() {
+    for name in QUANTIZED {
+        let case = open(name, Packing::Frozen);
+        case.check("prefill", &case.prefill());
+        case.check("token by token", &case.cached(&[1]));
+    }
+}
+
+#[test]
+fn both_dialects_of_the_configuration_open() {
+    for name in FLOAT {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(fixture(format!("models/{name}"))).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+        std::fs::rename(folder.path().join("config.other.json"), folder.path().join("config.json")).unwrap();
+        let mut case = open(name, Packing::Frozen);
+        case.loaded = load(folder.path(), Packing::Frozen).unwrap_or_else(|error| panic!("{name}: {error}"));
+        case.check("the other dialect", &case.prefill());
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours_nor_on_the_cut() {
+    for name in ["llama", "qwen3-4bit", "lfm2"] {
+        let case = open(name, Packing::Frozen);
+        let whole = case.cached(&[23]);
+        assert_eq!(whole, case.cached(&[1]), "{name}: cut into single tokens");
+        assert_eq!(whole, case.cached(&[5, 11]), "{name}: cut into pieces");
+        let alone = Case { rows: case.rows[..1].to_vec(), ..case };
+        assert_eq!(whole[..whole.len() / alone_count(&whole, &alone)], alone.cached(&[23]), "{name}: alone");
+    }
+}
+
+fn alone_count(whole: &[f32], alone: &Case) -> usize {
+    whole.len() / (alone.length() * alone.vocabulary)
+}
