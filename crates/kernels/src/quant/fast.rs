@@ -11,15 +11,20 @@
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
+#[cfg(target_arch = "x86_64")]
+use super::fast_amx::AmxBlock;
 use super::lanes::Lanes;
 use super::sink::Sink;
-use super::stage::Staged;
+use super::stage::{ROW_LANES, Staged};
 use super::tier::{PerTier, at_tier};
 use super::tile::{SUB, SUB_BYTES, TILE_ROWS, each_unit, unit, unpack_any};
 use super::weight::QuantWeight;
 
 /// The most rows that are multiplied without unpacking to memory.
 const GEMV_ROWS: usize = 8;
+/// From this many rows on, unpacking for AMX beats multiplying in registers.
+#[cfg(target_arch = "x86_64")]
+const AMX_ROWS: usize = 7;
 /// Rows of x per chunk of the larger product: unpacking a panel costs a few percent of it.
 const ROW_BLOCK: usize = 512;
 /// Tiles whose panel is unpacked at a time: 3 vectors × 8 rows fill AVX-512's registers.
@@ -50,18 +55,24 @@ impl Task for FastTask<'_> {
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
         let (tiles, m) = (self.weight.layout.tiles, self.x.m);
+        let (range, rows) = if m <= GEMV_ROWS {
+            let chunks = self.chunks();
+            ((tiles * chunk / chunks, tiles * (chunk + 1) / chunks), (0, m))
+        } else {
+            let panels = tiles.div_ceil(PANEL_TILES);
+            let (panel, block) = (chunk % panels * PANEL_TILES, chunk / panels * ROW_BLOCK);
+            ((panel, (panel + PANEL_TILES).min(tiles)), (block, (block + ROW_BLOCK).min(m)))
+        };
         // SAFETY: the tier, the shapes and the views were checked when the task was made; chunks
         // cover disjoint tiles or disjoint rows.
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if self.isa == Isa::Amx && m >= AMX_ROWS {
+                return AmxBlock { task: self, tiles: range, rows, scratch }.run();
+            }
             if m <= GEMV_ROWS {
-                let chunks = self.chunks();
-                let range = (tiles * chunk / chunks, tiles * (chunk + 1) / chunks);
                 at_tier(self.isa, Gemv { task: self, range });
             } else {
-                let panels = tiles.div_ceil(PANEL_TILES);
-                let (panel, block) = (chunk % panels * PANEL_TILES, chunk / panels * ROW_BLOCK);
-                let range = (panel, (panel + PANEL_TILES).min(tiles));
-                let rows = (block, (block + ROW_BLOCK).min(m));
                 at_tier(self.isa, Gemm { task: self, range, rows, scratch });
             }
         }
@@ -105,35 +116,43 @@ impl PerTier for Gemv<'_> {
 }
 
 impl Gemv<'_> {
-    /// The tiles per pass are as many as the accumulators of M rows leave registers for: with one
-    /// row, four streams from memory are faster than one.
+    /// Rows in passes of four, two and one over tiles that the first pass has brought into the L1
+    /// cache. Tiles per pass are as many as the accumulators leave registers for: with one row,
+    /// four streams from memory are faster than one.
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
-        // SAFETY: passed on.
+        let (mut tile, end) = self.range;
+        // SAFETY: tiles below `end` exist.
         unsafe {
-            match self.task.x.m {
-                1 => self.rows::<L, BITS, 4, 1>(),
-                2 => self.rows::<L, BITS, 2, 2>(),
-                3 | 4 => self.rows::<L, BITS, 2, 4>(),
-                5 | 6 => self.rows::<L, BITS, 1, 6>(),
-                _ => self.rows::<L, BITS, 1, 8>(),
+            if L::MANY && self.task.x.m == 1 {
+                while tile + 4 <= end {
+                    self.block::<L, BITS, 4, 1>(tile, 0);
+                    tile += 4;
+                }
+            } else if L::MANY && (BITS == 4 || BITS == 8) {
+                while tile + 2 <= end {
+                    self.rows::<L, BITS, 2>(tile);
+                    tile += 2;
+                }
+            }
+            while tile < end {
+                self.rows::<L, BITS, 1>(tile);
+                tile += 1;
             }
         }
     }
 
+    /// All rows of x over R tiles.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const M: usize>(&self) {
-        let (mut tile, end) = self.range;
-        // SAFETY: tiles below `end` exist.
+    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize>(&self, tile: usize) {
+        let (mut row, m) = (0, self.task.x.m);
+        // SAFETY: passed on.
         unsafe {
-            while tile + R <= end {
-                self.block::<L, BITS, R, M>(tile);
-                tile += R;
-            }
-            if R > 1 {
-                while tile < end {
-                    self.block::<L, BITS, 1, M>(tile);
-                    tile += 1;
+            while row < m {
+                row += match m - row {
+                    1 => self.block::<L, BITS, R, 1>(tile, row),
+                    2 => self.block::<L, BITS, R, 2>(tile, row),
+                    _ => self.block::<L, BITS, R, 4>(tile, row),
                 }
             }
         }
@@ -141,19 +160,22 @@ impl Gemv<'_> {
 
     /// R tiles by M rows of x; rows past the last repeat it and are not written.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize>(&self, tile: usize) {
+    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize>(
+        &self,
+        tile: usize,
+        row: usize,
+    ) -> usize {
         let FastTask { weight, x, sink, .. } = self.task;
         let layout = weight.layout;
         // SAFETY: tiles tile..tile+R exist; every row index is below m; a staged row holds all
         // groups.
         unsafe {
-            let tiles: [*const u8; R] = std::array::from_fn(|r| weight.tile_pointer(tile + r));
-            let row = |m: usize| m.min(x.m - 1);
+            let pointers: [*const u8; R] = std::array::from_fn(|r| weight.tile_pointer(tile + r));
+            let at = |m: usize| (row + m).min(x.m - 1);
             let values: [*const i8; M] =
-                std::array::from_fn(|m| x.values.add(row(m) * x.stride).cast::<i8>().cast_const());
-            let d: [*const f32; M] =
-                std::array::from_fn(|m| x.scales.add(row(m) * layout.groups).cast_const());
-            let e: [*const f32; M] = std::array::from_fn(|m| x.sums.add(row(m) * layout.groups).cast_const());
+                std::array::from_fn(|m| x.values.add(at(m) * x.stride).cast::<i8>().cast_const());
+            let scales = x.scale_offset(row, layout.groups);
+            let (d, e) = (x.scales.add(scales).cast_const(), x.sums.add(scales).cast_const());
             let mut products = [[L::splat(0.0); M]; R];
             let mut biases = [[L::splat(0.0); M]; R];
             for g in 0..layout.groups {
@@ -164,7 +186,7 @@ impl Gemv<'_> {
                     macro_rules! units {
                         ($($unit:literal)*) => { $(
                             for r in 0..R {
-                                let q = unit::<L, BITS, $unit>(tiles[r].add(at));
+                                let q = unit::<L, BITS, $unit>(pointers[r].add(at));
                                 for m in 0..M {
                                     sums[r][m] = dot::<L, BITS>(sums[r][m], q, values[m].add(k + 4 * $unit));
                                 }
@@ -174,22 +196,23 @@ impl Gemv<'_> {
                     each_unit!(units);
                 }
                 for r in 0..R {
-                    let block = tiles[r].add(g * layout.block);
+                    let block = pointers[r].add(g * layout.block);
                     let s = L::load_scales(block.add(layout.scales()), layout.scale);
                     let b = L::load_scales(block.add(layout.biases()), layout.scale);
                     for m in 0..M {
-                        let scale = L::mul(s, L::splat(*d[m].add(g)));
+                        let scale = L::mul(s, L::splat(*d.add(g * ROW_LANES + m)));
                         products[r][m] = L::fma(L::to_f32(sums[r][m]), scale, products[r][m]);
-                        biases[r][m] = L::fma(b, L::splat(*e[m].add(g)), biases[r][m]);
+                        biases[r][m] = L::fma(b, L::splat(*e.add(g * ROW_LANES + m)), biases[r][m]);
                     }
                 }
             }
             for r in 0..R {
-                for m in 0..M.min(x.m) {
-                    sink.put::<L>(m, (tile + r) * TILE_ROWS, L::add(products[r][m], biases[r][m]));
+                for m in 0..M.min(x.m - row) {
+                    sink.put::<L>(row + m, (tile + r) * TILE_ROWS, L::add(products[r][m], biases[r][m]));
                 }
             }
         }
+        M
     }
 }
 
@@ -227,13 +250,18 @@ impl PerTier for Gemm<'_> {
         unsafe {
             let panel = self.unpack::<L>();
             let wide = self.task.weight.layout.bits == 8;
-            match (self.range.1 - self.range.0, wide) {
-                (3, false) => self.multiply::<L, 3, false>(&panel),
-                (2, false) => self.multiply::<L, 2, false>(&panel),
-                (_, false) => self.multiply::<L, 1, false>(&panel),
-                (3, true) => self.multiply::<L, 3, true>(&panel),
-                (2, true) => self.multiply::<L, 2, true>(&panel),
-                (_, true) => self.multiply::<L, 1, true>(&panel),
+            let tiles = self.range.1 - self.range.0;
+            if L::MANY && tiles == PANEL_TILES {
+                // Wide codes are no matter to these lanes.
+                self.multiply::<L, PANEL_TILES, true>(&panel, 0);
+            } else {
+                for tile in 0..tiles {
+                    if wide || L::MANY {
+                        self.multiply::<L, 1, true>(&panel, tile);
+                    } else {
+                        self.multiply::<L, 1, false>(&panel, tile);
+                    }
+                }
             }
         }
     }
@@ -270,22 +298,23 @@ impl Gemm<'_> {
     }
 
     #[inline(always)]
-    unsafe fn multiply<L: Lanes, const T: usize, const WIDE: bool>(&self, panel: &Panel) {
+    unsafe fn multiply<L: Lanes, const T: usize, const WIDE: bool>(&self, panel: &Panel, tile: usize) {
         let chains = self.scratch.take::<f32>(T * COLUMNS * TILE_ROWS);
         let mut row = self.rows.0;
         while row < self.rows.1 {
             chains.fill(0.0);
             // SAFETY: passed on; rows past the last are clamped.
-            unsafe { self.block::<L, T, WIDE>(panel, row, chains.as_mut_ptr()) };
+            unsafe { self.block::<L, T, WIDE>(panel, tile, row, chains.as_mut_ptr()) };
             row += COLUMNS;
         }
     }
 
-    /// T tiles by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
+    /// T tiles from `tile` on by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
     #[inline(always)]
     unsafe fn block<L: Lanes, const T: usize, const WIDE: bool>(
         &self,
         panel: &Panel,
+        tile: usize,
         row: usize,
         chains: *mut f32,
     ) {
@@ -298,11 +327,11 @@ impl Gemm<'_> {
             let at = |c: usize| (row + c).min(self.rows.1 - 1);
             let values: [*const i8; COLUMNS] =
                 std::array::from_fn(|c| x.values.add(at(c) * x.stride).cast::<i8>().cast_const());
-            let d: [*const f32; COLUMNS] = std::array::from_fn(|c| x.scales.add(at(c) * groups).cast_const());
-            let e: [*const f32; COLUMNS] = std::array::from_fn(|c| x.sums.add(at(c) * groups).cast_const());
+            let scales = x.scale_offset(row, groups);
+            let (d, e) = (x.scales.add(scales).cast_const(), x.sums.add(scales).cast_const());
             for g in 0..groups {
                 let mut sums = [[L::zero(); COLUMNS]; T];
-                let codes = panel.codes.as_ptr().add(g * layout.group * TILE_ROWS);
+                let codes = panel.codes.as_ptr().add(tile * tile_codes + g * layout.group * TILE_ROWS);
                 let first = g * layout.group;
                 for unit in 0..layout.group / 4 {
                     let q: [L::I; T] = load_units::<L, T>(codes.add(unit * 64), tile_codes);
@@ -314,10 +343,10 @@ impl Gemm<'_> {
                     }
                 }
                 for t in 0..T {
-                    let s = L::load_f32(panel.scales.as_ptr().add((t * groups + g) * TILE_ROWS));
+                    let s = L::load_f32(panel.scales.as_ptr().add(((tile + t) * groups + g) * TILE_ROWS));
                     for c in 0..COLUMNS {
                         let chain = chains.add((t * COLUMNS + c) * TILE_ROWS);
-                        let scale = L::mul(s, L::splat(*d[c].add(g)));
+                        let scale = L::mul(s, L::splat(*d.add(g * ROW_LANES + c)));
                         L::store_f32(chain, L::fma(L::to_f32(sums[t][c]), scale, L::load_f32(chain)));
                     }
                 }
@@ -325,14 +354,14 @@ impl Gemm<'_> {
             for t in 0..T {
                 let mut biases = [L::splat(0.0); COLUMNS];
                 for g in 0..groups {
-                    let b = L::load_f32(panel.biases.as_ptr().add((t * groups + g) * TILE_ROWS));
+                    let b = L::load_f32(panel.biases.as_ptr().add(((tile + t) * groups + g) * TILE_ROWS));
                     for c in 0..COLUMNS {
-                        biases[c] = L::fma(b, L::splat(*e[c].add(g)), biases[c]);
+                        biases[c] = L::fma(b, L::splat(*e.add(g * ROW_LANES + c)), biases[c]);
                     }
                 }
                 for c in 0..COLUMNS.min(self.rows.1 - row) {
                     let product = L::load_f32(chains.add((t * COLUMNS + c) * TILE_ROWS));
-                    sink.put::<L>(row + c, (self.range.0 + t) * TILE_ROWS, L::add(product, biases[c]));
+                    sink.put::<L>(row + c, (self.range.0 + tile + t) * TILE_ROWS, L::add(product, biases[c]));
                 }
             }
         }

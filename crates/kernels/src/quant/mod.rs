@@ -8,7 +8,11 @@
 //! Files: `tile` is the memory layout, `lanes` the vector type all kernels are written in, `fast`
 //! the int8 product, `float` the bf16 and f32 products, `gather` rows as numbers. The codes themselves are mica-codec's subject.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod fast;
+#[cfg(target_arch = "x86_64")]
+mod fast_amx;
 mod float;
 mod gather;
 mod lanes;

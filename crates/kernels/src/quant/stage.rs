@@ -74,6 +74,9 @@ pub enum Form {
 /// Zeros after a row, so that kernels read whole steps of k.
 const PAD_K: usize = 32;
 
+/// Rows whose d lie side by side.
+pub(super) const ROW_LANES: usize = 16;
+
 /// A row's stride in bytes: an odd number of cache lines, because rows at a power of two apart
 /// would share the same few sets of the L1 cache.
 fn row_stride(bytes: usize) -> usize {
@@ -123,10 +126,15 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// Bytes of the d or of the e of all rows.
+    fn scale_bytes(&self, groups: usize) -> usize {
+        self.m.next_multiple_of(ROW_LANES) * groups * 4
+    }
+
     /// Bytes that [`Stage::bind`] needs.
     pub fn workspace_bytes(&self) -> usize {
         let (stride, groups) = self.sizes();
-        self.m * stride + 2 * (self.m * groups * 4).next_multiple_of(64)
+        self.m * stride + 2 * self.scale_bytes(groups)
     }
 
     /// Puts the staged rows into `workspace`: the task that fills it, and what products read after
@@ -138,7 +146,7 @@ impl<'a> Stage<'a> {
     pub unsafe fn bind(self, workspace: *mut u8) -> (Box<dyn Task + 'a>, Staged<'a>) {
         let (stride, groups) = self.sizes();
         let scales = workspace.wrapping_add(self.m * stride);
-        let sums = scales.wrapping_add((self.m * groups * 4).next_multiple_of(64));
+        let sums = scales.wrapping_add(self.scale_bytes(groups));
         let staged = Staged {
             form: self.form,
             m: self.m,
@@ -164,9 +172,10 @@ pub struct Staged<'a> {
     pub(super) stride: usize,
     /// int8, bf16 or f32 values; the last two end in zeros up to a multiple of 32 values.
     pub(super) values: *mut u8,
-    /// Int8 only, `[m, groups]`: d.
+    /// Int8 only, `[m / 16][group][16 rows]`: d, with zeros for the rows past the last. A kernel
+    /// that multiplies some of 16 rows reads them at constant distances from one pointer.
     pub(super) scales: *mut f32,
-    /// Int8 only, `[m, groups]`: e = d · Σa.
+    /// Int8 only, laid out as `scales`: e = d · Σa.
     pub(super) sums: *mut f32,
     life: PhantomData<&'a [u8]>,
 }
@@ -181,6 +190,12 @@ impl Staged<'_> {
     /// `[m, k]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.m, self.k]
+    }
+
+    /// Where the d and e of a row's first group are; the next group's are 16 further.
+    #[inline(always)]
+    pub(super) fn scale_offset(&self, row: usize, groups: usize) -> usize {
+        row / ROW_LANES * groups * ROW_LANES + row % ROW_LANES
     }
 
     /// What the rows were turned into.
@@ -249,9 +264,17 @@ impl<T: mica_codec::Float> PerTier for StageRow<'_, T> {
                 Form::Int8 { group } => {
                     let groups = k / group;
                     let codes = std::slice::from_raw_parts_mut(values.cast::<i8>(), k);
-                    let scales = std::slice::from_raw_parts_mut(staged.scales.add(row * groups), groups);
-                    let sums = std::slice::from_raw_parts_mut(staged.sums.add(row * groups), groups);
-                    quantize_row(self.from, group, codes, scales, sums);
+                    let at = staged.scale_offset(row, groups);
+                    quantize_row(self.from, group, codes, |g, scale, sum| {
+                        *staged.scales.add(at + g * ROW_LANES) = scale;
+                        *staged.sums.add(at + g * ROW_LANES) = sum;
+                    });
+                    // The last row brings the zeros of the rows that are not there.
+                    let missing = if row + 1 == staged.m { ROW_LANES - 1 - row % ROW_LANES } else { 0 };
+                    for g in 0..groups {
+                        staged.scales.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
+                        staged.sums.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
+                    }
                 }
                 Form::F32 => {
                     let to = std::slice::from_raw_parts_mut(values.cast::<f32>(), padded);
@@ -284,22 +307,21 @@ fn round_bf16(value: f32) -> u16 {
 /// The smallest amax of a group that is not taken for zero: 127 / amax stays finite.
 const SMALLEST: f32 = 1e-30;
 
-/// Quantizes a row group by group; the module's documentation has the formula. The same bits on
-/// every tier.
+/// Quantizes a row group by group and puts (g, d, e); the module's documentation has the formula.
+/// The same bits on every tier.
 #[inline(always)]
 fn quantize_row<T: mica_codec::Float>(
     from: &[T],
     group: usize,
     codes: &mut [i8],
-    scales: &mut [f32],
-    sums: &mut [f32],
+    mut put: impl FnMut(usize, f32, f32),
 ) {
     // Adding this rounds to an integer, ties to even, and leaves it in the low mantissa bits.
     const MAGIC: f32 = 12_582_912.0;
     let mut values = [0f32; 128];
     let values = &mut values[..group];
     let groups = from.chunks_exact(group).zip(codes.chunks_exact_mut(group));
-    for ((from, codes), (scale, sum)) in groups.zip(scales.iter_mut().zip(sums)) {
+    for (g, (from, codes)) in groups.enumerate() {
         // Magnitudes compare as integers, NaN above infinity.
         let mut largest = 0;
         for (value, from) in values.iter_mut().zip(from) {
@@ -309,7 +331,7 @@ fn quantize_row<T: mica_codec::Float>(
         let largest = f32::from_bits(largest);
         if largest < SMALLEST {
             codes.fill(0);
-            (*scale, *sum) = (0.0, 0.0);
+            put(g, 0.0, 0.0);
             continue;
         }
         let inverse = 127.0 / largest;
@@ -319,8 +341,8 @@ fn quantize_row<T: mica_codec::Float>(
             *code = rounded as i8;
             total += i32::from(rounded as i8);
         }
-        *scale = largest / 127.0;
-        *sum = *scale * total as f32;
+        let scale = largest / 127.0;
+        put(g, scale, scale * total as f32);
     }
 }
 
@@ -338,7 +360,7 @@ mod tests {
             x[2 * group] = f32::NEG_INFINITY;
             x[3 * group..].fill(1e-38);
             let (mut codes, mut d, mut e) = (vec![0i8; x.len()], [9f32; 4], [9f32; 4]);
-            quantize_row(&x, group, &mut codes, &mut d, &mut e);
+            quantize_row(&x, group, &mut codes, |g, scale, sum| (d[g], e[g]) = (scale, sum));
             for (at, (&x, &code)) in x[..group].iter().zip(&codes).enumerate() {
                 let error = (x - d[0] * f32::from(code)).abs();
                 assert!(error <= d[0] * 0.501, "group {group}, value {at}: {x} became {code} · {}", d[0]);
