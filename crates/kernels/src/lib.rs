@@ -8,6 +8,7 @@
 //! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
 //! order, a row's result does not depend on its neighbours.
 
+pub mod attention;
 pub mod copy;
 pub mod dtype;
 pub mod element;

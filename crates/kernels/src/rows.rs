@@ -47,6 +47,8 @@ macro_rules! with_float {
     };
 }
 
+pub(crate) use with_float;
+
 /// Refuses other types than f32, bf16 and f16.
 pub(crate) fn check_float(kernel: &'static str, name: &str, dtype: Dtype) -> Result<(), KernelError> {
     if matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {

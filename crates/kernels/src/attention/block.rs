@@ -1,0 +1,107 @@
+//! Blocks of 256 keys and values in the order that products read them.
+//!
+//! Every path of attention (training, prefill, decode, pages) works on these blocks, so they
+//! share one kernel and have the same bits. A block holds, for one KV head:
+//!
+//! - keys as 16 panels of 16 keys; a panel is a sequence over pairs of dimensions, each pair 16
+//!   lanes (keys) of two values. Scores are products along the panel: no lane is ever summed
+//!   with another.
+//! - values as panels of 16 dimensions; a panel is a sequence over pairs of keys, each pair 16
+//!   lanes (dimensions) of two values.
+//!
+//! With bf16 the two values of a lane lie together (what `vdpbf16ps` and AMX tiles want), with f32
+//! a pair is two vectors, one after the other. Odd dimensions are padded with zeros.
+
+use half::bf16;
+use mica_simd::Element;
+
+/// Keys of a block: absolute positions `256·b ..`, on every path.
+pub const BLOCK: usize = 256;
+/// Lanes of a panel.
+pub(crate) const TILE: usize = 16;
+/// Values of one pair of a panel.
+pub(crate) const PAIR: usize = 2 * TILE;
+
+/// Sizes of a block for one KV head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockShape {
+    /// Dimensions of keys and of values.
+    pub key_dim: usize,
+    pub value_dim: usize,
+}
+
+impl BlockShape {
+    /// Pairs of a key panel.
+    pub fn key_pairs(self) -> usize {
+        self.key_dim.div_ceil(2)
+    }
+
+    /// Panels of values.
+    pub fn value_tiles(self) -> usize {
+        self.value_dim.div_ceil(TILE)
+    }
+
+    /// Values in the keys of a block.
+    pub fn key_len(self) -> usize {
+        BLOCK / TILE * self.key_pairs() * PAIR
+    }
+
+    /// Values in the values of a block.
+    pub fn value_len(self) -> usize {
+        self.value_tiles() * BLOCK / 2 * PAIR
+    }
+}
+
+/// What a block is made of.
+pub(crate) trait Stored: Element {
+    /// Place of (lane, parity) in a pair.
+    fn inner(lane: usize, parity: usize) -> usize;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn inner(lane: usize, parity: usize) -> usize {
+        parity * TILE + lane
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn inner(lane: usize, parity: usize) -> usize {
+        2 * lane + parity
+    }
+}
+
+/// Place of (lane n, step k) in panels of `pairs` pairs each.
+#[inline(always)]
+pub(crate) fn panel_at<T: Stored>(n: usize, k: usize, pairs: usize) -> usize {
+    (n / TILE * pairs + k / 2) * PAIR + T::inner(n % TILE, k % 2)
+}
+
+/// Writes `row` (of f32) as lane `n` of panels: step k gets `row[k]`, steps from there to the end
+/// of the last pair zero.
+///
+/// # Safety
+/// `to` holds panels of `pairs` pairs up to lane `n`, and `pairs` is at least half of the row.
+#[inline(always)]
+pub(crate) unsafe fn write_lane<T: Stored>(to: *mut T, n: usize, pairs: usize, row: &[f32]) {
+    for k in 0..2 * pairs {
+        let value = row.get(k).copied().unwrap_or(0.0);
+        // SAFETY: promised by the caller.
+        unsafe { *to.add(panel_at::<T>(n, k, pairs)) = T::from_f32(value) };
+    }
+}
+
+/// Writes `row` (of f32) as step `k` of panels: lane n gets `row[n]`, lanes from there to the end
+/// of the last panel zero.
+///
+/// # Safety
+/// `to` holds panels of `pairs` pairs for all lanes of the row, and `k < 2 * pairs`.
+#[inline(always)]
+pub(crate) unsafe fn write_step<T: Stored>(to: *mut T, k: usize, pairs: usize, row: &[f32]) {
+    for n in 0..row.len().next_multiple_of(TILE) {
+        let value = row.get(n).copied().unwrap_or(0.0);
+        // SAFETY: promised by the caller.
+        unsafe { *to.add(panel_at::<T>(n, k, pairs)) = T::from_f32(value) };
+    }
+}

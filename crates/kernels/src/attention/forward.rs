@@ -1,0 +1,880 @@
+//! The forward pass, over arrays and over pages.
+//!
+//! The rows of one problem are (query, head of the group) pairs: the heads that share a KV head
+//! are the rows of one small product per block. Long rows of blocks for few queries (decoding)
+//! are split: each chunk does one block, a second task merges them in the order in which one
+//! chunk would have.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
+use mica_threads::{Scratch, Task};
+
+use super::block::{BLOCK, BlockShape, TILE, write_lane, write_step};
+use super::pages::PageShape;
+use super::product::{Halves, Products, Single, Widened, product};
+use super::{Precision, Rule};
+use crate::dtype::{Dtype, DynView, DynViewMut};
+use crate::elementwise::tile::check_output;
+use crate::error::KernelError;
+use crate::plan::{Plan, Workspace};
+use crate::rows::{check_float, check_shape, load_run, store_run, with_float};
+
+use half::{bf16, f16};
+
+/// Rows that one chunk carries through the blocks: their scores (32 KB) stay in the nearest
+/// caches beside a panel of keys.
+const ROWS: usize = 32;
+/// Values between rows of scores: one vector more than a block, so that rows do not fall on the
+/// same cache sets.
+const SCORES: usize = BLOCK + TILE;
+
+/// What [`attention`] reads and writes. Floats are f32, bf16 or f16, with any strides.
+pub struct AttentionArgs {
+    /// `[batch, heads, length, head_dim]`.
+    pub q: DynView,
+    /// `[batch, kv_heads, keys, head_dim]`; `kv_heads` divides `heads`.
+    pub k: DynView,
+    /// `[batch, kv_heads, keys, value_dim]`.
+    pub v: DynView,
+    /// Which keys count, and how.
+    pub rule: Rule,
+    /// How products are formed.
+    pub precision: Precision,
+    /// `[batch, heads, length, value_dim]`. May not alias an input.
+    pub out: DynViewMut,
+    /// `[batch, heads, length]` f32: the natural logarithm of the sum of exponentials of the
+    /// scores (sinks included), which the backward pass needs.
+    pub lse: Option<DynViewMut>,
+}
+
+/// The sizes of a checked problem.
+pub(super) struct Sizes {
+    pub batch: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub length: usize,
+    pub keys: usize,
+    pub shape: BlockShape,
+}
+
+/// Checks q, k and v.
+pub(super) fn sizes(name: &'static str, q: &DynView, k: &DynView, v: &DynView) -> Result<Sizes, KernelError> {
+    for (what, view) in [("q", q), ("k", k), ("v", v)] {
+        check_float(name, what, view.dtype)?;
+        if view.shape.len() != 4 {
+            let message = format!("{what} has shape {:?}, expected [batch, heads, length, dim]", view.shape);
+            return Err(KernelError::new(name, message));
+        }
+    }
+    let (batch, heads, length, key_dim) = (q.shape[0], q.shape[1], q.shape[2], q.shape[3]);
+    let (kv_heads, keys, value_dim) = (k.shape[1], k.shape[2], v.shape[3]);
+    check_shape(name, "k", &k.shape, &[batch, kv_heads, keys, key_dim])?;
+    check_shape(name, "v", &v.shape, &[batch, kv_heads, keys, value_dim])?;
+    if kv_heads == 0 || heads % kv_heads != 0 {
+        let message = format!("{heads} heads are no multiple of {kv_heads} KV heads");
+        return Err(KernelError::new(name, message));
+    }
+    Ok(Sizes { batch, heads, kv_heads, length, keys, shape: BlockShape { key_dim, value_dim } })
+}
+
+/// softmax(scores)·v for each query and head; see the module's documentation.
+pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
+    let name = "attention";
+    let Sizes { batch, heads, kv_heads, length, keys, shape } = sizes(name, &args.q, &args.k, &args.v)?;
+    args.rule.check(name, [batch, heads, length], keys)?;
+    check_shape(name, "out", &args.out.shape, &[batch, heads, length, shape.value_dim])?;
+    check_float(name, "out", args.out.dtype)?;
+    check_output(name, &args.out)?;
+    let out = Heads::new(args.out.pointer, args.out.dtype, &args.out.strides[1..]);
+    let lse = match &args.lse {
+        None => None,
+        Some(view) => {
+            check_shape(name, "lse", &view.shape, &[batch, heads, length])?;
+            if view.dtype != Dtype::F32 {
+                return Err(KernelError::new(name, format!("lse is {}, expected float32", view.dtype)));
+            }
+            check_output(name, view)?;
+            Some(Heads::new(view.pointer, view.dtype, &[view.strides[1], view.strides[2], 1]))
+        }
+    };
+    let blocks = keys.div_ceil(BLOCK);
+    let sequences = (0..batch)
+        .map(|b| {
+            let along = |strides: &[isize]| b as isize * strides[0];
+            Sequence {
+                index: b,
+                length,
+                keys,
+                start: keys as isize - length as isize,
+                q: along(&args.q.strides),
+                out: along(&args.out.strides),
+                lse: args.lse.as_ref().map_or(0, |view| along(&view.strides)),
+                blocks: Blocks::Packed(b * kv_heads * blocks),
+                ..Sequence::default()
+            }
+        })
+        .collect();
+    let forward = Forward {
+        isa,
+        rule: args.rule,
+        shape,
+        heads,
+        kv_heads,
+        q: Heads::new(args.q.pointer.cast_mut(), args.q.dtype, &args.q.strides[1..]),
+        out,
+        lse,
+        sequences,
+        packed: Workspace(std::ptr::null_mut()),
+        partials: Workspace(std::ptr::null_mut()),
+    };
+    let pack = Pack {
+        isa,
+        shape,
+        kv_heads,
+        keys,
+        blocks,
+        units: batch * kv_heads,
+        k: args.k.clone(),
+        v: args.v.clone(),
+        to: Workspace(std::ptr::null_mut()),
+    };
+    let bf16 = args.k.dtype == Dtype::BF16 && args.v.dtype == Dtype::BF16;
+    Ok(match args.precision {
+        Precision::Bf16 => plan::<Halves>(forward, Some(pack)),
+        Precision::Exact if bf16 => plan::<Widened>(forward, Some(pack)),
+        Precision::Exact => plan::<Single>(forward, Some(pack)),
+    })
+}
+
+/// One sequence of [`paged_attention`].
+pub struct PagedSequence {
+    /// A page of keys for each 256 positions; see [`super::append_to_pages`].
+    pub keys: Vec<*const u8>,
+    /// A page of values for each 256 positions.
+    pub values: Vec<*const u8>,
+    /// The first of its queries among the rows of `q`.
+    pub first: usize,
+    /// How many queries it has.
+    pub length: usize,
+    /// The position of its first query: as many keys come before it.
+    pub start: usize,
+}
+
+/// What [`paged_attention`] reads and writes.
+pub struct PagedArgs {
+    /// `[tokens, heads, head_dim]`: the queries of all sequences, f32, bf16 or f16.
+    pub q: DynView,
+    /// What pages look like.
+    pub pages: PageShape,
+    /// The sequences. Query i of one sees the keys of positions up to `start + i`, so the pages
+    /// have to hold `start + length` positions.
+    pub sequences: Vec<PagedSequence>,
+    /// Scale, window, soft cap and sinks; always causal. Masks and ranges are for arrays only.
+    pub rule: Rule,
+    /// How products are formed. bf16 needs bf16 pages.
+    pub precision: Precision,
+    /// `[tokens, heads, value_dim]`. May not alias `q`.
+    pub out: DynViewMut,
+}
+
+/// Attention over pages, for prefill and decode of any number of sequences at once. The bits are
+/// those of [`attention`] over the same keys and values.
+///
+/// # Safety
+/// The pages are valid for reading while the tasks run, are [`PageShape::key_bytes`] and
+/// [`PageShape::value_bytes`] long, and were written by [`super::append_to_pages`].
+pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
+    let name = "paged_attention";
+    let PageShape { kv_heads, key_dim, value_dim, dtype } = args.pages;
+    args.pages.check(name)?;
+    check_float(name, "q", args.q.dtype)?;
+    check_float(name, "out", args.out.dtype)?;
+    if args.q.shape.len() != 3 || args.q.shape[2] != key_dim {
+        let message = format!("q has shape {:?}, expected [tokens, heads, {key_dim}]", args.q.shape);
+        return Err(KernelError::new(name, message));
+    }
+    let (tokens, heads) = (args.q.shape[0], args.q.shape[1]);
+    if heads % kv_heads != 0 {
+        return Err(KernelError::new(name, format!("{heads} heads are no multiple of {kv_heads} KV heads")));
+    }
+    check_shape(name, "out", &args.out.shape, &[tokens, heads, value_dim])?;
+    check_output(name, &args.out)?;
+    let mut rule = args.rule;
+    if rule.mask.is_some() || rule.key_start.is_some() || rule.key_end.is_some() {
+        return Err(KernelError::new(name, "masks and key ranges are for attention over arrays"));
+    }
+    rule.causal = true;
+    rule.check(name, [1, heads, tokens], 0)?;
+    if args.precision == Precision::Bf16 && dtype != Dtype::BF16 {
+        return Err(KernelError::new(name, format!("bf16 products need bfloat16 pages, these are {dtype}")));
+    }
+    let mut covered = vec![false; tokens];
+    let mut sequences = Vec::with_capacity(args.sequences.len());
+    for (index, sequence) in args.sequences.into_iter().enumerate() {
+        let PagedSequence { keys, values, first, length, start } = sequence;
+        let pages = (start + length).div_ceil(BLOCK);
+        if keys.len() < pages || values.len() < pages {
+            let message = format!(
+                "sequence {index} has {} pages of keys and {} of values, its {} positions need {pages}",
+                keys.len(),
+                values.len(),
+                start + length
+            );
+            return Err(KernelError::new(name, message));
+        }
+        let rows = covered.get_mut(first..first + length);
+        if rows.is_none_or(|rows| rows.iter_mut().any(|row| std::mem::replace(row, true))) {
+            let message = format!(
+                "sequence {index} has the queries {first}..{}, which are not among the {tokens} or another's",
+                first + length
+            );
+            return Err(KernelError::new(name, message));
+        }
+        sequences.push(Sequence {
+            index,
+            length,
+            keys: start + length,
+            start: start as isize,
+            q: first as isize * args.q.strides[0],
+            out: first as isize * args.out.strides[0],
+            lse: 0,
+            blocks: Blocks::Pages(keys, values),
+            ..Sequence::default()
+        });
+    }
+    let by_head = |strides: &[isize]| [strides[1], strides[0], strides[2]];
+    let forward = Forward {
+        isa,
+        rule,
+        shape: BlockShape { key_dim, value_dim },
+        heads,
+        kv_heads,
+        q: Heads::new(args.q.pointer.cast_mut(), args.q.dtype, &by_head(&args.q.strides)),
+        out: Heads::new(args.out.pointer, args.out.dtype, &by_head(&args.out.strides)),
+        lse: None,
+        sequences,
+        packed: Workspace(std::ptr::null_mut()),
+        partials: Workspace(std::ptr::null_mut()),
+    };
+    Ok(match (args.precision, dtype) {
+        (Precision::Bf16, _) => plan::<Halves>(forward, None),
+        (Precision::Exact, Dtype::BF16) => plan::<Widened>(forward, None),
+        (Precision::Exact, _) => plan::<Single>(forward, None),
+    })
+}
+
+/// Lays out the workspace: packed blocks, then the partial results of split sequences.
+fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Plan {
+    let group = forward.heads / forward.kv_heads;
+    let width = forward.width();
+    let (mut chunks, mut merges, mut partials) = (0, 0, 0);
+    for sequence in &mut forward.sequences {
+        let rows = sequence.length * group;
+        let blocks = sequence.keys.div_ceil(BLOCK);
+        sequence.split = rows <= ROWS && blocks > 1;
+        sequence.first_chunk = chunks;
+        sequence.first_merge = merges;
+        sequence.partial = partials;
+        if sequence.split {
+            chunks += forward.kv_heads * blocks;
+            merges += forward.kv_heads;
+            partials += forward.kv_heads * blocks * rows * (2 + width);
+        } else {
+            chunks += forward.kv_heads * rows.div_ceil(ROWS);
+        }
+    }
+    let block_bytes = (forward.shape.key_len() + forward.shape.value_len()) * size_of::<P::Stored>();
+    let packed = pack.as_ref().map_or(0, |pack| pack.units * pack.blocks * block_bytes);
+    let packed = packed.next_multiple_of(64);
+    Plan::new(packed + partials * size_of::<f32>(), move |workspace, list| {
+        forward.packed = workspace;
+        forward.partials = Workspace(workspace.0.wrapping_add(packed));
+        if let Some(mut pack) = pack {
+            pack.to = workspace;
+            list.push(Box::new(PackTask::<P> { pack, kind: PhantomData }));
+        }
+        // Both tasks read the same description.
+        let forward = std::sync::Arc::new(forward);
+        list.push(Box::new(Blockwise::<P> { forward: forward.clone(), chunks, kind: PhantomData }));
+        if merges > 0 {
+            list.push(Box::new(Merge { forward, chunks: merges }));
+        }
+    })
+}
+
+/// An array `[heads, positions, dim]` of one sequence.
+#[derive(Clone)]
+pub(super) struct Heads {
+    pointer: *mut u8,
+    dtype: Dtype,
+    strides: [isize; 3],
+}
+
+// SAFETY: made from views, whose promises they inherit.
+unsafe impl Send for Heads {}
+// SAFETY: as above.
+unsafe impl Sync for Heads {}
+
+impl Heads {
+    pub fn new(pointer: *mut u8, dtype: Dtype, strides: &[isize]) -> Heads {
+        Heads { pointer, dtype, strides: [strides[0], strides[1], strides[2]] }
+    }
+
+    /// Widens one head of one position.
+    ///
+    /// # Safety
+    /// Both are inside the array, which begins `base` values into the memory.
+    #[inline(always)]
+    pub unsafe fn load<V: Vector>(&self, base: isize, head: usize, position: usize, out: &mut [f32]) {
+        let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
+        // SAFETY: promised by the caller.
+        unsafe {
+            with_float!(self.dtype, T => {
+                load_run::<V, T>(self.pointer.cast::<T>().offset(at), self.strides[2], out)
+            })
+        }
+    }
+
+    /// Rounds and writes one head of one position.
+    ///
+    /// # Safety
+    /// As for `load`; the array is an output, and nobody else touches the place.
+    #[inline(always)]
+    pub unsafe fn store<V: Vector>(&self, base: isize, head: usize, position: usize, values: &[f32]) {
+        let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
+        // SAFETY: promised by the caller.
+        unsafe {
+            with_float!(self.dtype, T => {
+                store_run::<V, T>(self.pointer.cast::<T>().offset(at), self.strides[2], values)
+            })
+        }
+    }
+}
+
+#[derive(Default)]
+enum Blocks {
+    #[default]
+    None,
+    /// In the workspace; the number of the first.
+    Packed(usize),
+    /// Keys and values.
+    Pages(Vec<*const u8>, Vec<*const u8>),
+}
+
+#[derive(Default)]
+struct Sequence {
+    index: usize,
+    length: usize,
+    keys: usize,
+    /// The position of query 0.
+    start: isize,
+    /// Where it begins in the arrays, in values.
+    q: isize,
+    out: isize,
+    lse: isize,
+    blocks: Blocks,
+    split: bool,
+    first_chunk: usize,
+    first_merge: usize,
+    /// Where its partial results begin, in values.
+    partial: usize,
+}
+
+struct Forward {
+    isa: Isa,
+    rule: Rule,
+    shape: BlockShape,
+    heads: usize,
+    kv_heads: usize,
+    q: Heads,
+    out: Heads,
+    lse: Option<Heads>,
+    sequences: Vec<Sequence>,
+    packed: Workspace,
+    partials: Workspace,
+}
+
+// SAFETY: page pointers are only read, which the caller of `paged_attention` allowed; outputs are
+// written in disjoint places.
+unsafe impl Send for Forward {}
+// SAFETY: as above.
+unsafe impl Sync for Forward {}
+
+impl Forward {
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Values of an output row in scratch: whole panels.
+    fn width(&self) -> usize {
+        self.shape.value_tiles() * TILE
+    }
+
+    /// Keys and values of a block of a KV head.
+    fn block<P: Products>(&self, sequence: &Sequence, kv_head: usize, block: usize) -> [*const P::Stored; 2] {
+        let (key_len, value_len) = (self.shape.key_len(), self.shape.value_len());
+        match &sequence.blocks {
+            Blocks::None => [std::ptr::null(); 2],
+            Blocks::Packed(first) => {
+                let number = first + kv_head * sequence.keys.div_ceil(BLOCK) + block;
+                let keys = self.packed.0.cast::<P::Stored>().wrapping_add(number * (key_len + value_len));
+                [keys, keys.wrapping_add(key_len)]
+            }
+            Blocks::Pages(keys, values) => [
+                keys[block].cast::<P::Stored>().wrapping_add(kv_head * key_len),
+                values[block].cast::<P::Stored>().wrapping_add(kv_head * value_len),
+            ],
+        }
+    }
+
+    /// Where the partial results of a block lie: for each row its maximum, its sum, its output.
+    fn partial(&self, sequence: &Sequence, kv_head: usize, block: usize) -> *mut f32 {
+        let blocks = sequence.keys.div_ceil(BLOCK);
+        let one = sequence.length * self.group() * (2 + self.width());
+        self.partials.f32s(sequence.partial + (kv_head * blocks + block) * one)
+    }
+
+    /// The sequence to which a chunk belongs, by the field that holds its first.
+    fn find(&self, chunk: usize, first: impl Fn(&Sequence) -> usize) -> &Sequence {
+        &self.sequences[self.sequences.partition_point(|s| first(s) <= chunk) - 1]
+    }
+}
+
+/// Rows of one KV head and their state: maximum, sum and unnormalised output so far.
+struct Rows<'a, P: Products> {
+    sequence: &'a Sequence,
+    kv_head: usize,
+    rows: Range<usize>,
+    /// Which keys each row sees.
+    ranges: [(usize, usize); ROWS],
+    operands: &'a mut [P::Operand],
+    scores: &'a mut [f32],
+    weights: &'a mut [P::Operand],
+    /// The block's maximum, sum and output of each row.
+    block_max: [f32; ROWS],
+    block_sum: [f32; ROWS],
+    block_out: &'a mut [f32],
+}
+
+/// Scratch for values that are no [`mica_threads::Plain`] type.
+fn take<T>(scratch: &Scratch, count: usize) -> &mut [T] {
+    let bytes = scratch.take::<u8>(count * size_of::<T>());
+    // SAFETY: aligned to 64, long enough; T is f32 or bf16, of which every bit pattern is a value.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), count) }
+}
+
+impl<'a, P: Products> Rows<'a, P> {
+    /// Reads the queries.
+    #[inline(always)]
+    fn new<V: Vector>(
+        forward: &Forward,
+        sequence: &'a Sequence,
+        kv_head: usize,
+        rows: Range<usize>,
+        scratch: &'a Scratch,
+    ) -> Rows<'a, P> {
+        let (count, group) = (rows.len(), forward.group());
+        let stride = 2 * forward.shape.key_pairs();
+        let operands = take::<P::Operand>(scratch, count * stride);
+        let row = scratch.take::<f32>(stride);
+        row.fill(0.0);
+        let mut ranges = [(0, 0); ROWS];
+        for (i, at) in rows.clone().enumerate() {
+            let (l, head) = (at / group, kv_head * group + at % group);
+            // SAFETY: l and head are inside the checked shape; the row is copied into its place.
+            unsafe {
+                forward.q.load::<V>(sequence.q, head, l, &mut row[..forward.shape.key_dim]);
+                store_run::<V, P::Operand>(operands.as_mut_ptr().add(i * stride), 1, row);
+            }
+            ranges[i] = forward.rule.range(sequence.index, l, sequence.start + l as isize, sequence.keys);
+        }
+        Rows {
+            sequence,
+            kv_head,
+            rows,
+            ranges,
+            operands,
+            scores: scratch.take::<f32>(count * SCORES),
+            weights: take::<P::Operand>(scratch, count * SCORES),
+            block_max: [f32::NEG_INFINITY; ROWS],
+            block_sum: [0.0; ROWS],
+            block_out: scratch.take::<f32>(count * forward.width()),
+        }
+    }
+
+    /// The blocks that any row sees.
+    fn blocks(&self) -> Range<usize> {
+        let seen = self.ranges[..self.rows.len()].iter().filter(|(low, high)| low < high);
+        let (low, high) = seen.fold((usize::MAX, 0), |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        if low < high { low / BLOCK..high.div_ceil(BLOCK) } else { 0..0 }
+    }
+
+    /// Scores, weights and the weighted sum of values of one block.
+    #[inline(always)]
+    fn step<V: Vector>(&mut self, forward: &Forward, block: usize) {
+        let (count, group) = (self.rows.len(), forward.group());
+        let within = |(low, high): (usize, usize)| {
+            let base = block * BLOCK;
+            (low.clamp(base, base + BLOCK) - base, high.clamp(base, base + BLOCK) - base)
+        };
+        let (mut low, mut high) = (BLOCK, 0);
+        for &range in &self.ranges[..count] {
+            let (from, to) = within(range);
+            if from < to {
+                (low, high) = (low.min(from), high.max(to));
+            }
+        }
+        self.block_max = [f32::NEG_INFINITY; ROWS];
+        if low >= high {
+            return;
+        }
+        let [keys, values] = forward.block::<P>(self.sequence, self.kv_head, block);
+        let tiles = low / TILE..high.div_ceil(TILE);
+        let pairs = forward.shape.key_pairs();
+        // SAFETY: operands and scores have `count` rows; a block has 16 panels of `pairs` pairs.
+        unsafe {
+            product::<P, V>(
+                self.operands.as_ptr(),
+                2 * pairs,
+                count,
+                keys,
+                pairs * 2 * TILE,
+                tiles.clone(),
+                0..pairs,
+                self.scores.as_mut_ptr(),
+                SCORES,
+                false,
+            );
+        }
+        for (i, at) in self.rows.clone().enumerate() {
+            let (l, head) = (at / group, self.kv_head * group + at % group);
+            let scores = &mut self.scores[i * SCORES..][..BLOCK];
+            let place = [self.sequence.index, head, l, block];
+            let largest = forward.rule.scores::<V>(scores, tiles.clone(), within(self.ranges[i]), place);
+            self.block_max[i] = largest;
+            let middle = V::splat(largest);
+            let weights = self.weights[i * SCORES..].as_mut_ptr();
+            let mut sum = V::zero();
+            for tile in tiles.clone() {
+                let part = &scores[tile * TILE..][..TILE];
+                let weight = if largest == f32::NEG_INFINITY {
+                    V::zero()
+                } else {
+                    math::exp(V::from_slice(part, 0.0) - middle)
+                };
+                sum = sum + weight;
+                // SAFETY: the row has a place for each key of the block.
+                unsafe { P::Operand::store(weight, weights.add(tile * TILE)) };
+            }
+            self.block_sum[i] = sum.sum();
+        }
+        // SAFETY: weights and output have `count` rows; values have all panels of 128 pairs. The
+        // pairs lie inside the tiles whose weights were just written.
+        unsafe {
+            product::<P, V>(
+                self.weights.as_ptr(),
+                SCORES,
+                count,
+                values,
+                BLOCK * TILE,
+                0..forward.shape.value_tiles(),
+                low / 2..high.div_ceil(2),
+                self.block_out.as_mut_ptr(),
+                forward.width(),
+                false,
+            );
+        }
+    }
+}
+
+/// Adds a block's result to a row's: both are (maximum, sum, output) with the output relative to
+/// the maximum.
+#[inline(always)]
+fn merge<V: Vector>(state: (&mut f32, &mut f32, &mut [f32]), block: (f32, f32, &[f32])) {
+    let (max, sum, out) = state;
+    let (block_max, block_sum, block_out) = block;
+    if block_max == f32::NEG_INFINITY {
+        return;
+    }
+    let largest = if *max > block_max { *max } else { block_max };
+    let exps = math::exp(V::from_array(std::array::from_fn(|i| {
+        if i == 0 { *max - largest } else { block_max - largest }
+    })));
+    let (keep, take) = (exps.to_array()[0], exps.to_array()[1]);
+    *max = largest;
+    *sum = block_sum.mul_add(take, *sum * keep);
+    let (keep, take) = (V::splat(keep), V::splat(take));
+    for (out, add) in out.chunks_mut(TILE).zip(block_out.chunks(TILE)) {
+        V::from_slice(add, 0.0).mul_add(take, V::from_slice(out, 0.0) * keep).to_slice(out);
+    }
+}
+
+/// Normalises a row, with its sink, and writes it.
+#[inline(always)]
+fn finish<V: Vector>(
+    forward: &Forward,
+    sequence: &Sequence,
+    head: usize,
+    l: usize,
+    (mut max, mut sum): (f32, f32),
+    out: &mut [f32],
+) {
+    if let Some(sink) = forward.rule.sink(head) {
+        // One more block of one key, without a value.
+        let largest = if max > sink { max } else { sink };
+        let exps =
+            V::from_array(std::array::from_fn(|i| if i == 0 { max - largest } else { sink - largest }));
+        let exps = math::exp(exps).to_array();
+        sum = sum * exps[0] + exps[1];
+        max = largest;
+        let keep = V::splat(exps[0]);
+        for part in out.chunks_mut(TILE) {
+            (V::from_slice(part, 0.0) * keep).to_slice(part);
+        }
+    }
+    let total = V::splat(if sum == 0.0 { 1.0 } else { sum });
+    for part in out.chunks_mut(TILE) {
+        (V::from_slice(part, 0.0) / total).to_slice(part);
+    }
+    // SAFETY: the row belongs to this chunk, inside the checked shapes.
+    unsafe {
+        forward.out.store::<V>(sequence.out, head, l, &out[..forward.shape.value_dim]);
+        if let Some(lse) = &forward.lse {
+            let log = math::log(V::splat(sum)).to_array()[0];
+            let value = if sum == 0.0 { f32::NEG_INFINITY } else { max + log };
+            lse.store::<V>(sequence.lse, head, l, &[value]);
+        }
+    }
+}
+
+/// Rows through all their blocks, or one block of a split sequence.
+struct Blockwise<P> {
+    forward: std::sync::Arc<Forward>,
+    chunks: usize,
+    kind: PhantomData<P>,
+}
+
+impl<P: Products> Task for Blockwise<P> {
+    fn chunks(&self) -> usize {
+        self.chunks
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        dispatch(self.forward.isa, BlockwiseChunk { task: self, chunk, scratch });
+    }
+
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+}
+
+struct BlockwiseChunk<'a, P> {
+    task: &'a Blockwise<P>,
+    chunk: usize,
+    scratch: &'a Scratch,
+}
+
+impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let forward = &*self.task.forward;
+        let (group, width) = (forward.group(), forward.width());
+        let sequence = forward.find(self.chunk, |s| s.first_chunk);
+        let chunk = self.chunk - sequence.first_chunk;
+        let count = sequence.length * group;
+        let (kv_head, rows, only) = if sequence.split {
+            let blocks = sequence.keys.div_ceil(BLOCK);
+            (chunk / blocks, 0..count, Some(chunk % blocks))
+        } else {
+            let parts = count.div_ceil(ROWS);
+            let first = chunk % parts * ROWS;
+            (chunk / parts, first..(first + ROWS).min(count), None)
+        };
+        let mut work = Rows::<P>::new::<V>(forward, sequence, kv_head, rows.clone(), self.scratch);
+        // The state of each row; a split block starts and ends with nothing but itself.
+        let out = self.scratch.take::<f32>(rows.len() * width);
+        let (mut max, mut sum) = ([f32::NEG_INFINITY; ROWS], [0f32; ROWS]);
+        out.fill(0.0);
+        let blocks = work.blocks();
+        let blocks = match only {
+            None => blocks,
+            Some(block) if blocks.contains(&block) => block..block + 1,
+            Some(_) => 0..0,
+        };
+        let none = blocks.is_empty();
+        for block in blocks {
+            work.step::<V>(forward, block);
+            if only.is_some() {
+                break;
+            }
+            for i in 0..rows.len() {
+                let state = (&mut max[i], &mut sum[i], &mut out[i * width..][..width]);
+                merge::<V>(
+                    state,
+                    (work.block_max[i], work.block_sum[i], &work.block_out[i * width..][..width]),
+                );
+            }
+        }
+        if let Some(block) = only {
+            let to = forward.partial(sequence, kv_head, block);
+            for i in 0..rows.len() {
+                let max = if none { f32::NEG_INFINITY } else { work.block_max[i] };
+                // SAFETY: the plan gave each block 2 + width values a row.
+                unsafe {
+                    let to = to.add(i * (2 + width));
+                    *to = max;
+                    *to.add(1) = work.block_sum[i];
+                    if max != f32::NEG_INFINITY {
+                        std::ptr::copy_nonoverlapping(work.block_out[i * width..].as_ptr(), to.add(2), width);
+                    }
+                }
+            }
+            return;
+        }
+        for (i, at) in rows.enumerate() {
+            let (l, head) = (at / group, kv_head * group + at % group);
+            finish::<V>(forward, sequence, head, l, (max[i], sum[i]), &mut out[i * width..][..width]);
+        }
+    }
+}
+
+/// Joins the blocks of split sequences.
+struct Merge {
+    forward: std::sync::Arc<Forward>,
+    chunks: usize,
+}
+
+impl Task for Merge {
+    fn chunks(&self) -> usize {
+        self.chunks
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        dispatch(self.forward.isa, MergeChunk { forward: &self.forward, chunk, scratch });
+    }
+
+    fn name(&self) -> &'static str {
+        "attention_merge"
+    }
+}
+
+struct MergeChunk<'a> {
+    forward: &'a Forward,
+    chunk: usize,
+    scratch: &'a Scratch,
+}
+
+impl Kernel for MergeChunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let forward = self.forward;
+        let (group, width) = (forward.group(), forward.width());
+        let sequence = forward.find(self.chunk, |s| s.first_merge);
+        let kv_head = self.chunk - sequence.first_merge;
+        let out = self.scratch.take::<f32>(width);
+        for row in 0..sequence.length * group {
+            let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
+            out.fill(0.0);
+            for block in 0..sequence.keys.div_ceil(BLOCK) {
+                let from = forward.partial(sequence, kv_head, block).wrapping_add(row * (2 + width));
+                // SAFETY: the task before wrote 2 + width values for each row of each block (no
+                // output where the maximum is -∞, and then none is read).
+                let (block_max, block_sum, values) =
+                    unsafe { (*from, *from.add(1), std::slice::from_raw_parts(from.add(2), width)) };
+                merge::<V>((&mut max, &mut sum, out), (block_max, block_sum, values));
+            }
+            finish::<V>(forward, sequence, kv_head * group + row % group, row / group, (max, sum), out);
+        }
+    }
+}
+
+/// Brings keys and values of arrays into blocks.
+struct Pack {
+    isa: Isa,
+    shape: BlockShape,
+    kv_heads: usize,
+    keys: usize,
+    blocks: usize,
+    /// Sequences times KV heads.
+    units: usize,
+    k: DynView,
+    v: DynView,
+    to: Workspace,
+}
+
+struct PackTask<P> {
+    pack: Pack,
+    kind: PhantomData<P>,
+}
+
+impl<P: Products> Task for PackTask<P> {
+    fn chunks(&self) -> usize {
+        self.pack.units * self.pack.blocks
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        dispatch(self.pack.isa, PackChunk::<P> { pack: &self.pack, chunk, scratch, kind: PhantomData });
+    }
+
+    fn name(&self) -> &'static str {
+        "attention_pack"
+    }
+}
+
+struct PackChunk<'a, P> {
+    pack: &'a Pack,
+    chunk: usize,
+    scratch: &'a Scratch,
+    kind: PhantomData<P>,
+}
+
+impl<P: Products> Kernel for PackChunk<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let pack = self.pack;
+        let (unit, block) = (self.chunk / pack.blocks, self.chunk % pack.blocks);
+        let (batch, kv_head) = (unit / pack.kv_heads, unit % pack.kv_heads);
+        let shape = pack.shape;
+        let keys =
+            pack.to.0.cast::<P::Stored>().wrapping_add(self.chunk * (shape.key_len() + shape.value_len()));
+        let values = keys.wrapping_add(shape.key_len());
+        let row = self.scratch.take::<f32>(shape.key_dim.max(shape.value_dim));
+        let [k, v] = [&pack.k, &pack.v]
+            .map(|view| Heads::new(view.pointer.cast_mut(), view.dtype, &view.strides[1..]));
+        let base = |view: &DynView| batch as isize * view.strides[0];
+        let count = (pack.keys - block * BLOCK).min(BLOCK);
+        for key in 0..count {
+            // SAFETY: head and position are inside the arrays; the block is this chunk's own.
+            unsafe {
+                let row = &mut row[..shape.key_dim];
+                k.load::<V>(base(&pack.k), kv_head, block * BLOCK + key, row);
+                write_lane(keys, key, shape.key_pairs(), row);
+            }
+            // SAFETY: as above.
+            unsafe {
+                let row = &mut row[..shape.value_dim];
+                v.load::<V>(base(&pack.v), kv_head, block * BLOCK + key, row);
+                write_step(values, key, BLOCK / 2, row);
+            }
+        }
+        if count % 2 == 1 {
+            // The other half of the last pair is read, with weight zero.
+            let row = &mut row[..shape.value_dim];
+            row.fill(0.0);
+            // SAFETY: count < 256, so there is a place.
+            unsafe { write_step(values, count, BLOCK / 2, row) };
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "forward_tests.rs"]
+mod tests;

@@ -1,0 +1,209 @@
+//! The small matrix product of attention: rows of operands times panels (see [`super::block`]).
+
+use std::ops::Range;
+
+use half::bf16;
+use mica_simd::{Element, Isa, Vector};
+
+use super::block::{PAIR, Stored};
+
+/// How products are formed, and of what.
+pub(crate) trait Products: Send + Sync + 'static {
+    /// What panels hold.
+    type Stored: Stored;
+    /// What operand rows hold.
+    type Operand: Element;
+    /// One pair of a panel in registers.
+    type Pair<V: Vector>: Copy;
+    /// One pair of an operand row in all lanes.
+    type Splat<V: Vector>: Copy;
+
+    /// Reads a pair.
+    ///
+    /// # Safety
+    /// `p` is valid for 32 values.
+    unsafe fn load<V: Vector>(p: *const Self::Stored) -> Self::Pair<V>;
+    /// Reads a pair of operands.
+    ///
+    /// # Safety
+    /// `p` is valid for two values.
+    unsafe fn splat<V: Vector>(p: *const Self::Operand) -> Self::Splat<V>;
+    /// `sum + b[0]·a[0] + b[1]·a[1]`, in that order.
+    fn step<V: Vector>(sum: V, b: Self::Pair<V>, a: Self::Splat<V>) -> V;
+}
+
+/// f32 products of f32.
+pub(crate) struct Single;
+/// f32 products of f32 operands and bf16 panels: the same bits as [`Single`] on widened panels.
+pub(crate) struct Widened;
+/// Products of bf16, summed in f32.
+pub(crate) struct Halves;
+
+impl Products for Single {
+    type Stored = f32;
+    type Operand = f32;
+    type Pair<V: Vector> = (V, V);
+    type Splat<V: Vector> = (V, V);
+
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const f32) -> (V, V) {
+        // SAFETY: promised by the caller.
+        unsafe { (V::load(p), V::load(p.add(16))) }
+    }
+    #[inline(always)]
+    unsafe fn splat<V: Vector>(p: *const f32) -> (V, V) {
+        // SAFETY: promised by the caller.
+        unsafe { (V::splat(*p), V::splat(*p.add(1))) }
+    }
+    #[inline(always)]
+    fn step<V: Vector>(sum: V, b: (V, V), a: (V, V)) -> V {
+        b.1.mul_add(a.1, b.0.mul_add(a.0, sum))
+    }
+}
+
+impl Products for Widened {
+    type Stored = bf16;
+    type Operand = f32;
+    type Pair<V: Vector> = (V, V);
+    type Splat<V: Vector> = (V, V);
+
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const bf16) -> (V, V) {
+        // SAFETY: promised by the caller.
+        let bits = unsafe { V::int_load(p.cast()) };
+        let low = V::from_bits(V::int_shl(bits, 16));
+        (low, V::from_bits(V::int_and(bits, V::int_splat(0xffff_0000u32 as i32))))
+    }
+    #[inline(always)]
+    unsafe fn splat<V: Vector>(p: *const f32) -> (V, V) {
+        // SAFETY: promised by the caller.
+        unsafe { Single::splat(p) }
+    }
+    #[inline(always)]
+    fn step<V: Vector>(sum: V, b: (V, V), a: (V, V)) -> V {
+        Single::step(sum, b, a)
+    }
+}
+
+impl Products for Halves {
+    type Stored = bf16;
+    type Operand = bf16;
+    type Pair<V: Vector> = V::Int;
+    type Splat<V: Vector> = V::Int;
+
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const bf16) -> V::Int {
+        // SAFETY: promised by the caller.
+        unsafe { V::int_load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat<V: Vector>(p: *const bf16) -> V::Int {
+        // SAFETY: promised by the caller.
+        V::int_splat(unsafe { p.cast::<i32>().read_unaligned() })
+    }
+    #[inline(always)]
+    fn step<V: Vector>(sum: V, b: V::Int, a: V::Int) -> V {
+        sum.dot_bf16(b, a)
+    }
+}
+
+/// `out[r][16·p + lane] = Σ over pairs, ascending, of a[r] · panel p`, for all rows and the
+/// panels of the range; added to what is there if `add`.
+///
+/// # Safety
+/// `a` holds `rows` rows, `a_stride` apart, with the pairs of the range; `b` holds the panels of
+/// the range, `panel` values apart; `out` holds the result rows, `out_stride` apart.
+#[inline(always)]
+pub(crate) unsafe fn product<P: Products, V: Vector>(
+    a: *const P::Operand,
+    a_stride: usize,
+    rows: usize,
+    b: *const P::Stored,
+    panel: usize,
+    panels: Range<usize>,
+    pairs: Range<usize>,
+    out: *mut f32,
+    out_stride: usize,
+    add: bool,
+) {
+    // 6 × 4 accumulators of one register leave room for the panels on AVX-512; the other tiers
+    // need two or four registers a vector.
+    let big = matches!(V::ISA, Isa::Avx512);
+    let mut p = panels.start;
+    while p < panels.end {
+        let left = panels.end - p;
+        let (width, four) = if big && left >= 4 {
+            (4, true)
+        } else if left >= 2 {
+            (2, false)
+        } else {
+            (1, false)
+        };
+        // SAFETY: inside what the caller promised.
+        unsafe {
+            let b = b.add(p * panel);
+            let mut r = 0;
+            while r < rows {
+                let a = a.add(r * a_stride);
+                let out = out.add(r * out_stride + p * 16);
+                let left = rows - r;
+                macro_rules! run {
+                    ($rows:literal) => {{
+                        if four {
+                            tile::<P, V, $rows, 4>(a, a_stride, b, panel, &pairs, out, out_stride, add);
+                        } else if width == 2 {
+                            tile::<P, V, $rows, 2>(a, a_stride, b, panel, &pairs, out, out_stride, add);
+                        } else {
+                            tile::<P, V, $rows, 1>(a, a_stride, b, panel, &pairs, out, out_stride, add);
+                        }
+                        r += $rows;
+                    }};
+                }
+                if big && left >= 6 {
+                    run!(6)
+                } else if left >= 2 {
+                    run!(2)
+                } else {
+                    run!(1)
+                }
+            }
+        }
+        p += width;
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<P: Products, V: Vector, const R: usize, const C: usize>(
+    a: *const P::Operand,
+    a_stride: usize,
+    b: *const P::Stored,
+    panel: usize,
+    pairs: &Range<usize>,
+    out: *mut f32,
+    out_stride: usize,
+    add: bool,
+) {
+    let mut sums = [[V::zero(); C]; R];
+    // SAFETY: promised by the caller.
+    unsafe {
+        for i in pairs.start..pairs.end {
+            let mut right = [P::load::<V>(b.add(i * PAIR)); C];
+            for c in 1..C {
+                right[c] = P::load::<V>(b.add(c * panel + i * PAIR));
+            }
+            for r in 0..R {
+                let left = P::splat::<V>(a.add(r * a_stride + 2 * i));
+                for c in 0..C {
+                    sums[r][c] = P::step(sums[r][c], right[c], left);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                let to = out.add(r * out_stride + c * 16);
+                let value = if add { V::load(to) + sums[r][c] } else { sums[r][c] };
+                value.store(to);
+            }
+        }
+    }
+}
