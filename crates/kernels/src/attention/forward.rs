@@ -459,7 +459,8 @@ struct Rows<'a, P: Products> {
 }
 
 /// Scratch for values that are no [`mica_threads::Plain`] type.
-fn take<T>(scratch: &Scratch, count: usize) -> &mut [T] {
+#[allow(clippy::mut_from_ref)] // each call lends a different range
+pub(super) fn take<T>(scratch: &Scratch, count: usize) -> &mut [T] {
     let bytes = scratch.take::<u8>(count * size_of::<T>());
     // SAFETY: aligned to 64, long enough; T is f32 or bf16, of which every bit pattern is a value.
     unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), count) }

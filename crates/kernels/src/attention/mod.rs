@@ -19,16 +19,8 @@ mod pages;
 mod product;
 mod rule;
 
+pub use crate::gemm::Precision;
 pub use block::BLOCK;
 pub use forward::{AttentionArgs, PagedArgs, PagedSequence, attention, paged_attention};
 pub use pages::{PageShape, append_to_pages, read_pages};
 pub use rule::Rule;
-
-/// How products are formed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// f32 products of the values as they are.
-    Exact,
-    /// Queries, keys, values and weights are rounded to bf16, products summed in f32.
-    Bf16,
-}

@@ -69,7 +69,7 @@ impl Rule {
         if self.window.is_some() && !self.causal {
             return Err(KernelError::new(kernel, "a window needs causality"));
         }
-        if self.soft_cap.is_some_and(|cap| !(cap > 0.0)) {
+        if self.soft_cap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
             return Err(KernelError::new(kernel, "a soft cap has to be positive"));
         }
         Ok(())
