@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// A safetensors file held in memory, for expected values in tests.
 ///
-/// Reads F64, F32, F16, BF16, I64, I32, U32, U8 and BOOL. Every getter panics with the file's and
+/// Reads F64, F32, F16, BF16, I64, I32, U32, U16, U8 and BOOL. Every getter panics with the file's and
 /// the tensor's name when something is not as asked.
 #[derive(Debug)]
 pub struct Golden {
@@ -132,6 +132,7 @@ impl Golden {
             "I64" => map(bytes, i64::from_le_bytes),
             "I32" => map(bytes, |b| i32::from_le_bytes(b).into()),
             "U32" => map(bytes, |b| u32::from_le_bytes(b).into()),
+            "U16" => map(bytes, |b| u16::from_le_bytes(b).into()),
             "U8" | "BOOL" => map(bytes, |[b]: [u8; 1]| b.into()),
             other => panic!("{}: {name} is {other}, not integers", self.path.display()),
         }
@@ -167,7 +168,7 @@ impl Tensor {
         let size = match dtype.as_str() {
             "F64" | "I64" => 8,
             "F32" | "I32" | "U32" => 4,
-            "F16" | "BF16" => 2,
+            "F16" | "BF16" | "U16" => 2,
             "U8" | "BOOL" => 1,
             _ => return None,
         };
