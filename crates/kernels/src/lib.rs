@@ -18,11 +18,16 @@ pub mod gemm;
 pub mod index;
 mod layout;
 pub mod norm;
+pub mod optimizer;
 mod plan;
+pub mod program;
 pub mod quant;
+pub mod random;
 pub mod reduce;
 pub mod rope;
 mod rows;
+pub mod scan;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 pub mod view;

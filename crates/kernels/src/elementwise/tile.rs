@@ -84,7 +84,7 @@ impl Source {
     /// # Safety
     /// The elements are inside the view (with `base`); `buffer` and `raw` hold `count` elements
     /// of any type (`raw` is overwritten), aligned to 64.
-    #[inline]
+    #[inline(never)] // once in the program, not in every generic kernel
     pub unsafe fn load(
         &self,
         base: isize,

@@ -5,9 +5,9 @@
 //! *outer* the other reduced axes.
 //!
 //! - A row is summed in 16 lanes (lane *i* takes elements *i*, *i*+16 …), which fold as a tree;
-//!   a row of more than 65,536 elements is cut in segments of that length, each summed so.
+//!   a row of more than 16,384 elements is cut in segments of that length, each summed so.
 //! - Rows and segments of one output are added in ascending order, first within groups of at
-//!   least 65,536 elements, then group by group.
+//!   least 16,384 elements, then group by group.
 //! - If the last axis is kept, each output is one ascending chain over the outer elements,
 //!   segment by segment of 512.
 //!
@@ -16,6 +16,7 @@
 
 mod arg;
 mod geometry;
+mod softmax;
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,6 +25,7 @@ use mica_threads::{Scratch, Task};
 
 pub use arg::{ArgReduceOp, arg_reduce};
 use geometry::Geometry;
+pub use softmax::{logsumexp, softmax};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Element};
@@ -32,7 +34,8 @@ use crate::error::KernelError;
 use crate::layout::Linear;
 
 /// Elements of a row, or of several rows of one output, that are summed apart.
-const SEGMENT: usize = 65_536;
+/// Longer chains lose digits: 1,024 additions a lane are about a unit in the sixth place.
+const SEGMENT: usize = 16_384;
 /// Outer elements that are summed apart when the last axis is kept.
 const OUTER_SEGMENT: usize = 512;
 /// Outputs that a chunk computes when the last axis is kept.

@@ -79,8 +79,8 @@ fn expected_f32(
                 }
                 lanes[0]
             };
-            let pieces: Vec<f32> = outer.iter().flat_map(|r| r.chunks(65_536)).map(row).collect();
-            let a_group = (65_536 / outer[0].len().min(65_536)).max(1);
+            let pieces: Vec<f32> = outer.iter().flat_map(|r| r.chunks(16_384)).map(row).collect();
+            let a_group = (16_384 / outer[0].len().min(16_384)).max(1);
             fold(pieces.chunks(a_group).map(|group| fold(group.to_vec())).collect())
         })
         .collect()

@@ -1,0 +1,307 @@
+//! From instructions to steps on registers.
+
+use mica_simd::Isa;
+
+use super::{Instruction, Value, refuse};
+use crate::dtype::Dtype;
+use crate::element::round_bf16;
+use crate::elementwise::lanes::{map1, map2};
+use crate::elementwise::tile::TileOp;
+use crate::elementwise::{BinaryOp, CompareOp, UnaryOp, binary_op, unary_op};
+use crate::error::KernelError;
+
+/// Where a value's tile is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Place {
+    /// A register: f32 tile number so many.
+    Register(usize),
+    /// The tile of an input, wherever loading it left it.
+    Input(usize),
+}
+
+pub(super) struct Step {
+    pub op: Box<dyn TileOp>,
+    pub operands: Vec<Place>,
+    pub target: usize,
+}
+
+pub(super) struct Code {
+    pub inputs: Vec<Dtype>,
+    pub dtypes: Vec<Dtype>,
+    /// Values that are the same everywhere: register and number.
+    pub constants: Vec<(usize, f32)>,
+    pub steps: Vec<Step>,
+    pub outputs: Vec<(Place, Dtype)>,
+    pub registers: usize,
+    /// Inputs that are outputs as they are: their tile must be a copy, since a store may change
+    /// the memory it came from.
+    pub copied: Vec<bool>,
+}
+
+impl Code {
+    pub fn new(
+        isa: Isa,
+        inputs: &[Dtype],
+        instructions: &[Instruction],
+        outputs: &[Value],
+    ) -> Result<Code, KernelError> {
+        let dtypes = types(inputs, instructions)?;
+        if let Some(value) = outputs.iter().find(|&&value| value >= instructions.len()) {
+            return Err(refuse(format!("output {value} of {} values", instructions.len())));
+        }
+        // The last step that reads a value; outputs live to the end.
+        let mut last = vec![0; instructions.len()];
+        for (at, instruction) in instructions.iter().enumerate() {
+            operands(instruction).for_each(|value| last[value] = at);
+        }
+        for &value in outputs {
+            last[value] = usize::MAX;
+        }
+        let mut code = Code {
+            inputs: inputs.to_vec(),
+            dtypes,
+            constants: Vec::new(),
+            steps: Vec::new(),
+            outputs: Vec::new(),
+            registers: 0,
+            copied: vec![false; inputs.len()],
+        };
+        let mut places: Vec<Place> = Vec::new();
+        let mut free: Vec<usize> = Vec::new();
+        for (at, instruction) in instructions.iter().enumerate() {
+            let place = match instruction {
+                Instruction::Input(input) => Place::Input(*input),
+                Instruction::Constant(number, dtype) => {
+                    // Constants are filled once a chunk, so their registers are never reused.
+                    code.constants.push((code.registers, rounded(*number, *dtype)));
+                    code.registers += 1;
+                    Place::Register(code.registers - 1)
+                }
+                _ => {
+                    let values: Vec<Value> = operands(instruction).collect();
+                    let sources: Vec<Place> = values.iter().map(|&value| places[value]).collect();
+                    // An operand that dies here leaves its register to the result.
+                    for (i, &value) in values.iter().enumerate() {
+                        let constant = matches!(instructions[value], Instruction::Constant(..));
+                        let again = values[..i].contains(&value);
+                        if let Place::Register(register) = places[value]
+                            && last[value] == at
+                            && !constant
+                            && !again
+                        {
+                            free.push(register);
+                        }
+                    }
+                    let target = free.pop().unwrap_or_else(|| {
+                        code.registers += 1;
+                        code.registers - 1
+                    });
+                    let dtype = code.dtypes[at];
+                    let from = values.first().map_or(dtype, |&value| code.dtypes[value]);
+                    let op = operation(isa, instruction, from, dtype)?;
+                    code.steps.push(Step { op, operands: sources, target });
+                    if is_half(dtype) && !is_exact(instruction) {
+                        let operands = vec![Place::Register(target)];
+                        code.steps.push(Step { op: round_to(isa, dtype), operands, target });
+                    }
+                    if last[at] == 0 {
+                        free.push(target); // nobody reads it
+                    }
+                    Place::Register(target)
+                }
+            };
+            places.push(place);
+        }
+        for &value in outputs {
+            if let Place::Input(input) = places[value] {
+                code.copied[input] = true;
+            }
+            code.outputs.push((places[value], code.dtypes[value]));
+        }
+        Ok(code)
+    }
+}
+
+fn is_half(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16)
+}
+
+/// Whether the result of a half type needs no rounding: values are only chosen or signs changed.
+fn is_exact(instruction: &Instruction) -> bool {
+    use BinaryOp::{Maximum, Minimum};
+    use UnaryOp::{Abs, Neg, Sign};
+    matches!(
+        instruction,
+        Instruction::Select(..)
+            | Instruction::Unary(Abs | Neg | Sign, _)
+            | Instruction::Binary(Maximum | Minimum, ..)
+            | Instruction::Cast(..)
+    )
+}
+
+fn operands(instruction: &Instruction) -> impl Iterator<Item = Value> + use<> {
+    let (count, values) = match *instruction {
+        Instruction::Input(_) | Instruction::Constant(..) => (0, [0; 3]),
+        Instruction::Unary(_, a) | Instruction::Cast(_, a) => (1, [a, 0, 0]),
+        Instruction::Binary(_, a, b) | Instruction::Compare(_, a, b) => (2, [a, b, 0]),
+        Instruction::Select(c, a, b) => (3, [c, a, b]),
+    };
+    values.into_iter().take(count)
+}
+
+/// The type of every value.
+fn types(inputs: &[Dtype], instructions: &[Instruction]) -> Result<Vec<Dtype>, KernelError> {
+    let fused = |dtype: Dtype| match dtype {
+        Dtype::Bool | Dtype::F16 | Dtype::BF16 | Dtype::F32 => Ok(dtype),
+        other => Err(refuse(format!("{other} has no fused form"))),
+    };
+    let mut dtypes: Vec<Dtype> = Vec::new();
+    for (at, instruction) in instructions.iter().enumerate() {
+        if let Some(value) = operands(instruction).find(|&value| value >= at) {
+            return Err(refuse(format!("value {value} is used by instruction {at}, before it is made")));
+        }
+        let same = |a: Value, b: Value| match dtypes[a] == dtypes[b] {
+            true => Ok(dtypes[a]),
+            false => Err(refuse(format!(
+                "instruction {at}, {instruction:?}, joins {} and {}",
+                dtypes[a], dtypes[b]
+            ))),
+        };
+        let dtype = match *instruction {
+            Instruction::Input(input) => *inputs
+                .get(input)
+                .ok_or_else(|| refuse(format!("instruction {at} takes input {input} of {}", inputs.len())))?,
+            Instruction::Constant(_, dtype) | Instruction::Cast(dtype, _) => dtype,
+            Instruction::Unary(UnaryOp::LogicalNot, _) => Dtype::Bool,
+            Instruction::Unary(_, a) => dtypes[a],
+            Instruction::Binary(op, a, b) => {
+                let dtype = same(a, b)?;
+                if op.is_logical() { Dtype::Bool } else { dtype }
+            }
+            Instruction::Compare(_, a, b) => {
+                same(a, b)?;
+                Dtype::Bool
+            }
+            Instruction::Select(_, a, b) => same(a, b)?,
+        };
+        dtypes.push(fused(dtype)?);
+    }
+    Ok(dtypes)
+}
+
+fn rounded(number: f32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::Bool => (number != 0.0) as u8 as f32,
+        Dtype::BF16 => round_bf16(number).to_f32(),
+        Dtype::F16 => half::f16::from_f32(number).to_f32(),
+        _ => number,
+    }
+}
+
+/// f32 values to the nearest of a half type.
+fn round_to(isa: Isa, dtype: Dtype) -> Box<dyn TileOp> {
+    match dtype {
+        Dtype::BF16 => map1(isa, |x: f32| f32::from_bits((round_bf16(x).to_bits() as u32) << 16)),
+        _ => Box::new(RoundF16(isa)),
+    }
+}
+
+struct RoundF16(Isa);
+
+impl TileOp for RoundF16 {
+    unsafe fn run(&self, inputs: &[*const u8], output: *mut u8, count: usize) {
+        let mut narrow = [half::f16::ZERO; 64];
+        for at in (0..count).step_by(64) {
+            let length = 64.min(count - at);
+            let narrow = &mut narrow[..length];
+            // SAFETY: `length` values from `at` are inside both arrays (TileOp's promise); the
+            // two slices do not live at the same time.
+            unsafe {
+                let from = std::slice::from_raw_parts(inputs[0].cast::<f32>().add(at), length);
+                mica_simd::f32_to_f16(self.0, from, narrow);
+                let to = std::slice::from_raw_parts_mut(output.cast::<f32>().add(at), length);
+                mica_simd::f16_to_f32(self.0, narrow, to);
+            }
+        }
+    }
+}
+
+/// The loop of an instruction whose first operand has type `from` and whose result `dtype`.
+/// Truth values are 0 and 1 in f32.
+fn operation(
+    isa: Isa,
+    instruction: &Instruction,
+    from: Dtype,
+    dtype: Dtype,
+) -> Result<Box<dyn TileOp>, KernelError> {
+    let no_form = || refuse(format!("{instruction:?} of {from} has no fused form"));
+    match *instruction {
+        Instruction::Input(_) | Instruction::Constant(..) => unreachable!("they are no steps"),
+        Instruction::Select(..) => Ok(Box::new(Select)),
+        Instruction::Cast(..) => Ok(match dtype {
+            Dtype::Bool => map1(isa, |x: f32| if x != 0.0 { 1.0f32 } else { 0.0 }),
+            Dtype::BF16 | Dtype::F16 if from != dtype => round_to(isa, dtype),
+            _ => map1(isa, |x: f32| x),
+        }),
+        Instruction::Compare(op, ..) => Ok(compare(isa, op)),
+        Instruction::Unary(UnaryOp::LogicalNot, _) => {
+            Ok(map1(isa, |x: f32| if x != 0.0 { 0.0f32 } else { 1.0 }))
+        }
+        Instruction::Binary(op, ..) if op.is_logical() => Ok(logical(isa, op == BinaryOp::LogicalOr)),
+        Instruction::Binary(op, ..) if from == Dtype::Bool => match op {
+            BinaryOp::BitwiseAnd | BinaryOp::Multiply | BinaryOp::Minimum => Ok(logical(isa, false)),
+            BinaryOp::BitwiseOr | BinaryOp::Add | BinaryOp::Maximum => Ok(logical(isa, true)),
+            BinaryOp::BitwiseXor | BinaryOp::Subtract => Ok(compare(isa, CompareOp::Ne)),
+            _ => Err(no_form()),
+        },
+        Instruction::Unary(op, _) if from == Dtype::Bool => match op {
+            UnaryOp::BitwiseInvert => Ok(map1(isa, |x: f32| 1.0 - x)),
+            _ => Err(no_form()),
+        },
+        Instruction::Unary(op, _) => unary_op(isa, op, Dtype::F32).ok_or_else(no_form),
+        Instruction::Binary(op, ..) => binary_op(isa, op, Dtype::F32).ok_or_else(no_form),
+    }
+}
+
+fn compare(isa: Isa, op: CompareOp) -> Box<dyn TileOp> {
+    macro_rules! truth {
+        ($compare:expr) => {
+            map2(isa, |a: f32, b: f32| {
+                let holds: fn(&f32, &f32) -> bool = $compare;
+                if holds(&a, &b) { 1.0f32 } else { 0.0 }
+            })
+        };
+    }
+    match op {
+        CompareOp::Eq => truth!(f32::eq),
+        CompareOp::Ne => truth!(f32::ne),
+        CompareOp::Lt => truth!(f32::lt),
+        CompareOp::Le => truth!(f32::le),
+        CompareOp::Gt => truth!(f32::gt),
+        CompareOp::Ge => truth!(f32::ge),
+    }
+}
+
+fn logical(isa: Isa, or: bool) -> Box<dyn TileOp> {
+    if or {
+        map2(isa, |a: f32, b: f32| if (a != 0.0) | (b != 0.0) { 1.0f32 } else { 0.0 })
+    } else {
+        map2(isa, |a: f32, b: f32| if (a != 0.0) & (b != 0.0) { 1.0f32 } else { 0.0 })
+    }
+}
+
+struct Select;
+
+impl TileOp for Select {
+    unsafe fn run(&self, inputs: &[*const u8], output: *mut u8, count: usize) {
+        let (condition, a, b) = (inputs[0].cast::<f32>(), inputs[1].cast::<f32>(), inputs[2].cast::<f32>());
+        let out = output.cast::<f32>();
+        for i in 0..count {
+            // SAFETY: promised by the caller; each element is read before it is written.
+            unsafe {
+                let (x, y) = (*a.add(i), *b.add(i));
+                *out.add(i) = if *condition.add(i) != 0.0 { x } else { y };
+            }
+        }
+    }
+}
