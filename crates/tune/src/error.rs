@@ -18,6 +18,10 @@ pub enum Error {
         source: std::io::Error,
     },
 
+    /// A file could not be read or written as its format demands.
+    #[error(transparent)]
+    Io(mica_io::Error),
+
     /// A line (or row, or list element) of a data file is not usable.
     #[error("{}, line {line}{}: {cause}", path.display(), column.map(|c| format!(", column {c}")).unwrap_or_default())]
     BadLine {
@@ -92,6 +96,15 @@ impl Error {
         match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Error::DiskFull { path },
             _ => Error::File { path, source },
+        }
+    }
+}
+
+impl From<mica_io::Error> for Error {
+    fn from(error: mica_io::Error) -> Self {
+        match error.kind() {
+            mica_io::ErrorKind::DiskFull => Error::DiskFull { path: error.path().into() },
+            _ => Error::Io(error),
         }
     }
 }

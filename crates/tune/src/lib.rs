@@ -1,9 +1,15 @@
 //! Fine-tuning: datasets, adapters, methods, the loop, checkpoints.
 
+pub mod config;
 pub mod data;
 mod error;
+pub mod events;
+pub mod lines;
 pub mod quickstart;
+pub mod report;
 pub mod rng;
+pub mod run;
 pub mod schedule;
+pub mod summary;
 
 pub use error::{Error, Result};
