@@ -10,6 +10,7 @@
 
 pub mod attention;
 pub mod copy;
+pub mod cross_entropy;
 pub mod dtype;
 pub mod element;
 pub mod elementwise;

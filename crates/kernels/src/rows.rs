@@ -124,6 +124,38 @@ impl Rows {
         }
     }
 
+    /// Widens the part of a row that begins at element `at`.
+    ///
+    /// # Safety
+    /// As for [`Rows::load`]; `at + out.len()` is at most the width.
+    #[inline(always)]
+    pub unsafe fn load_from<V: Vector>(&self, row: usize, at: usize, out: &mut [f32]) {
+        debug_assert!(row < self.count() && at + out.len() <= self.width);
+        let offset = self.outer.offset(row) + at as isize * self.stride;
+        // SAFETY: the row is inside the view.
+        unsafe {
+            with_float!(self.dtype, T => {
+                load_run::<V, T>(self.pointer.cast::<T>().offset(offset), self.stride, out)
+            })
+        }
+    }
+
+    /// Rounds and writes the part of a row that begins at element `at`.
+    ///
+    /// # Safety
+    /// As for [`Rows::store`]; `at + values.len()` is at most the width.
+    #[inline(always)]
+    pub unsafe fn store_from<V: Vector>(&self, row: usize, at: usize, values: &[f32]) {
+        debug_assert!(row < self.count() && at + values.len() <= self.width);
+        let offset = self.outer.offset(row) + at as isize * self.stride;
+        // SAFETY: the row is inside the view, which may be written.
+        unsafe {
+            with_float!(self.dtype, T => {
+                store_run::<V, T>(self.pointer.cast::<T>().offset(offset), self.stride, values)
+            })
+        }
+    }
+
     /// Rounds and writes a row.
     ///
     /// # Safety
