@@ -8,6 +8,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use mica_kernels::attention::PageShape;
 use smallvec::smallvec;
 
 use crate::op::{Op, Precision, first_failure};
@@ -15,7 +16,7 @@ use crate::storage::{Buffer, Spec};
 use crate::{Array, Dtype, Error, Result};
 
 /// Positions in a page: one attention block.
-pub const PAGE: usize = 256;
+pub const PAGE: usize = mica_kernels::attention::BLOCK;
 
 /// Sizes of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +32,20 @@ pub struct KvSpec {
 }
 
 impl KvSpec {
-    /// Bytes of the keys (or of the values) of one page in one layer: [kv_heads, PAGE, head_dim].
+    /// What the kernels call a page of this store in one layer.
+    pub(crate) fn page_shape(&self) -> PageShape {
+        PageShape {
+            kv_heads: self.kv_heads,
+            key_dim: self.head_dim,
+            value_dim: self.head_dim,
+            dtype: self.dtype,
+        }
+    }
+
+    /// Bytes of the keys (or of the values) of one page in one layer.
     fn side_bytes(&self) -> usize {
-        self.kv_heads * PAGE * self.head_dim * self.dtype.size()
+        let shape = self.page_shape();
+        shape.key_bytes().max(shape.value_bytes()).next_multiple_of(64)
     }
 
     /// Bytes that a position takes in all layers.
@@ -54,7 +66,7 @@ impl Page {
         Page { layers: (0..spec.layers).map(|_| OnceLock::new()).collect(), side_bytes: spec.side_bytes() }
     }
 
-    /// Pointers to a layer's keys and values, each [kv_heads, PAGE, head_dim].
+    /// Pointers to a layer's keys and values; what stands where is the kernels' business.
     pub(crate) fn layer(&self, layer: usize) -> Result<(*mut u8, *mut u8)> {
         let buffer = match self.layers[layer].get() {
             Some(buffer) => buffer,

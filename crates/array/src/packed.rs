@@ -2,8 +2,10 @@
 
 use half::{bf16, f16};
 use mica_codec::QuantSpec;
+use mica_kernels::gemm::{FloatType, FloatWeight};
 use mica_kernels::quant::{QuantWeight, ScaleType, ScaleVec, Scales, Unpacked};
 
+use crate::backend::{self, Operand};
 use crate::eval::with_pool;
 use crate::{Array, Dtype, Error, Result, Shape};
 
@@ -12,7 +14,7 @@ use crate::{Array, Dtype, Error, Result, Shape};
 #[derive(Debug)]
 pub enum PackedWeight {
     /// f32, bf16 or f16.
-    Float(Array),
+    Float(FloatWeight),
     /// Quantized in groups.
     Quant(QuantWeight),
 }
@@ -34,8 +36,13 @@ impl PackedWeight {
         if weight.rank() != 2 || !weight.dtype().is_float() || weight.dtype() == Dtype::F64 {
             return Err(Error::invalid("pack", format!("needs a float weight [out, in], got {weight:?}")));
         }
-        weight.eval()?;
-        Ok(PackedWeight::Float(weight.clone()))
+        let dense = weight.contiguous()?;
+        dense.eval()?;
+        let Operand::Host(view) = Operand::of(&dense)? else {
+            return Err(Error::invalid("pack", "already packed"));
+        };
+        let source = backend::cpu::float_view(&view)?;
+        Ok(PackedWeight::Float(with_pool(|pool| FloatWeight::pack(source, pool))?))
     }
 
     /// From MLX's three arrays.
@@ -92,7 +99,7 @@ impl PackedWeight {
     /// [out, in]
     pub fn shape(&self) -> Shape {
         match self {
-            PackedWeight::Float(weight) => weight.shape().into(),
+            PackedWeight::Float(weight) => [weight.out(), weight.inputs()][..].into(),
             PackedWeight::Quant(weight) => weight.shape()[..].into(),
         }
     }
@@ -100,7 +107,11 @@ impl PackedWeight {
     /// The dtype of the logical weight: a quantized one has that of its scales.
     pub fn dtype(&self) -> Dtype {
         match self {
-            PackedWeight::Float(weight) => weight.dtype(),
+            PackedWeight::Float(weight) => match weight.float_type() {
+                FloatType::F32 => Dtype::F32,
+                FloatType::Bf16 => Dtype::BF16,
+                FloatType::F16 => Dtype::F16,
+            },
             PackedWeight::Quant(weight) => match weight.scale_type() {
                 ScaleType::F32 => Dtype::F32,
                 ScaleType::Bf16 => Dtype::BF16,

@@ -1,3 +1,55 @@
-//! The program `mica`.
+//! The program `mica`: one file per command, thin over the libraries.
+//!
+//! Results go to stdout, progress and logs to stderr. `--json` prints exactly one JSON document on
+//! stdout. Exit codes are in [`exit`].
 
-fn main() {}
+mod commands;
+mod exit;
+mod machine;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Run, fine-tune, quantize and serve language models on this machine.
+#[derive(Parser)]
+#[command(name = "mica", version, about, max_term_width = 100, disable_help_subcommand = true)]
+struct Cli {
+    /// How many threads compute [default: MICA_THREADS, or the cores of this machine]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(commands::generate::Args),
+    Logits(commands::logits::Args),
+    Bench(commands::bench::Args),
+    Doctor(commands::doctor::Args),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> std::process::ExitCode {
+    // A reader that goes away (`mica … | head`) ends the program as it ends others.
+    exit::restore_broken_pipe();
+    let cli = Cli::parse();
+    if let Some(threads) = cli.threads {
+        mica_array::set_threads(threads.into());
+    }
+    let result = match cli.command {
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Logits(args) => commands::logits::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "mica", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    exit::report(result)
+}

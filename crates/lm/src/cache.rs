@@ -40,6 +40,15 @@ impl Cache {
         self.length += count;
     }
 
+    /// A memory of these rows (which may repeat), sharing pages with this one.
+    pub fn fork(&self, rows: &[usize]) -> Result<Cache> {
+        let indices: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
+        let indices = Array::from_slice(&indices, &[rows.len()])?;
+        let conv =
+            self.conv.iter().map(|state| state.as_ref().map(|state| state.take(&indices, 0)).transpose());
+        Ok(Cache { kv: self.kv.fork(rows)?, conv: conv.collect::<Result<_>>()?, length: self.length })
+    }
+
     /// What must be evaluated for the cache to be complete.
     pub fn pending(&self) -> Vec<Array> {
         self.kv.pending().into_iter().chain(self.conv.iter().flatten().cloned()).collect()

@@ -18,7 +18,7 @@ const QUANTIZED: [&str; 9] = [
     "llama-mixed",
     "qwen3-4bit",
     "qwen3-8bit",
-    "qwen3-4bit-g64",
+    "llama-tied-4bit",
     "lfm2-4bit",
     "lfm2-8bit",
 ];

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 
 use mica_threads::{Pool, Task};
 
-use super::{Backend, Plan, Step};
+use super::{Backend, HostView, Operand, Plan, Step};
 use crate::op::Op;
 use crate::storage::Buffer;
 use crate::{Error, Result};
@@ -97,6 +97,11 @@ impl Backend for Cpu {
     }
 }
 
+/// A view that float kernels read. The caller keeps the memory alive while they run.
+pub(crate) fn float_view(view: &HostView) -> Result<mica_kernels::gemm::FloatView<'static>> {
+    products::read(view)
+}
+
 fn lower(step: &Step) -> Result<Lowered> {
     let result = match &step.op {
         Op::Full(_)
@@ -168,4 +173,12 @@ fn by_reference(step: &Step) -> Lowered {
     };
     let task: Box<dyn Task> = Box::new(mica_threads::FnTask::new("reference", 1, run));
     task.into()
+}
+
+/// An output that may not be wanted.
+fn wanted(step: &Step, index: usize) -> Option<mica_kernels::DynViewMut> {
+    match &step.outputs[index] {
+        Operand::Host(view) => Some(view.view_mut()),
+        _ => None,
+    }
 }

@@ -1,5 +1,6 @@
 //! Steps whose kernels work on any dtype: elementwise, movement, reductions.
 
+use mica_kernels::index::{self, ScatterOp};
 use mica_kernels::{copy, elementwise, reduce};
 use mica_threads::Task;
 
@@ -59,6 +60,21 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
             return Ok(Lowered::Tasks(tasks));
         }
         Op::Reduce { op, axes } => reduce::reduce(*op, input(step, 0)?, axes, out)?,
+        Op::Take { axis } => index::take(input(step, 0)?, *axis, input(step, 1)?, out)?,
+        Op::TakeAlong { axis } => index::take_along_axis(input(step, 0)?, *axis, input(step, 1)?, out)?,
+        Op::ScatterAdd { axis } => {
+            let (indices, updates) = (input(step, 0)?, input(step, 1)?);
+            let updates = scatter_layout(updates, *axis, indices.shape.len());
+            let zero = copy::fill_f64(0.0, out.clone())?;
+            let add = index::scatter(ScatterOp::Add, out, &[(*axis, indices)], updates)?;
+            return Ok(Lowered::Tasks(vec![zero, add]));
+        }
+        Op::ScatterAddAlong { axis } => {
+            let zero = copy::fill_f64(0.0, out.clone())?;
+            let add =
+                index::scatter_along_axis(ScatterOp::Add, out, *axis, input(step, 0)?, input(step, 1)?)?;
+            return Ok(Lowered::Tasks(vec![zero, add]));
+        }
         _ => return Ok(super::by_reference(step)),
     };
     Ok(task.into())
@@ -72,4 +88,17 @@ fn fill(value: Scalar, out: mica_kernels::DynViewMut) -> Result<Box<dyn Task>> {
         (Scalar::UInt(value), Dtype::U64) => copy::fill(value, out)?,
         _ => copy::fill_f64(value.to_f64(), out)?,
     })
+}
+
+/// The kernel takes updates as (index dimensions, then a slice with size one on the axis); here
+/// the index dimensions stand in the axis' place. Only strides move.
+fn scatter_layout(updates: mica_kernels::DynView, axis: usize, rank: usize) -> mica_kernels::DynView {
+    let order: Vec<usize> =
+        (axis..axis + rank).chain(0..axis).chain(axis + rank..updates.shape.len()).collect();
+    let mut view = updates.clone();
+    view.shape = order.iter().map(|&from| updates.shape[from]).collect();
+    view.strides = order.iter().map(|&from| updates.strides[from]).collect();
+    view.shape.insert(rank + axis, 1);
+    view.strides.insert(rank + axis, 0);
+    view
 }

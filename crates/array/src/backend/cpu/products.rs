@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use mica_kernels::quant::{self, Epilogue, Floats, QuantWeight};
+use mica_kernels::gemm::{self, FloatView, FloatViewMut, FloatWeight, Gemm, GemmSpec};
+use mica_kernels::quant::{self, Floats, QuantWeight};
 use mica_kernels::{View, ViewMut};
 use mica_simd::Isa;
-use mica_threads::Task;
+use mica_threads::{FnTask, Scratch, Task};
 
 use super::{Lowered, by_reference};
 use crate::backend::{HostView, Operand, Step};
@@ -13,24 +14,34 @@ use crate::op::{Op, Precision};
 use crate::{Dtype, PackedWeight, Result};
 
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
+    let transposed = matches!(step.op, Op::LinearTransposed { .. });
     match (&step.op, packed(step)) {
-        (Op::Linear { precision }, Some(PackedWeight::Quant(weight))) => {
-            linear(step, weight, *precision, false)
-        }
-        (Op::LinearTransposed { precision }, Some(PackedWeight::Quant(weight))) => {
-            linear(step, weight, *precision, true)
-        }
-        (Op::Embedding, Some(PackedWeight::Quant(weight)))
-            if is(step.inputs[1].host()?, &[Dtype::U32, Dtype::I32]) =>
-        {
-            let ids = step.inputs[1].host()?;
-            // SAFETY: ids are not negative (checked where tokens enter), so i32 reads as u32; the
-            // evaluator keeps the memory alive and ordered.
-            let ids = unsafe { View::from_raw(ids.pointer.cast(), &[size(ids)], &[1]) };
-            Ok(keep(weight).gather_rows(ids, floats(step.outputs[0].host()?)?)?.into())
+        (Op::Linear { precision } | Op::LinearTransposed { precision }, weight) => match weight {
+            Some(PackedWeight::Quant(weight)) => quantized_linear(step, weight, *precision, transposed),
+            Some(PackedWeight::Float(weight)) => float_linear(step, weight, *precision, transposed),
+            None => plain_linear(step, *precision, transposed),
+        },
+        (Op::Matmul { precision }, _) => matmul(step, *precision),
+        (Op::Embedding, weight) if is(step.inputs[1].host()?, &[Dtype::U32, Dtype::I32]) => {
+            let (ids, out) = (step.inputs[1].host()?, step.outputs[0].host()?);
+            match weight {
+                Some(PackedWeight::Quant(weight)) => {
+                    // SAFETY: token ids are checked where they enter, so i32 reads as u32; the
+                    // evaluator keeps the memory alive and ordered.
+                    let ids = unsafe { View::from_raw(ids.pointer.cast(), &[size(ids)], &[1]) };
+                    Ok(keep(weight).gather_rows(ids, floats(out)?)?.into())
+                }
+                Some(PackedWeight::Float(weight)) if out.dtype == Dtype::F32 => {
+                    Ok(gather(keep(weight), ids, out))
+                }
+                _ => Ok(by_reference(step)),
+            }
         }
         (Op::Dequantize, Some(PackedWeight::Quant(weight))) => {
             Ok(keep(weight).dequantize(floats(step.outputs[0].host()?)?)?.into())
+        }
+        (Op::Dequantize, Some(PackedWeight::Float(weight))) => {
+            Ok(keep(weight).unpack(write(step.outputs[0].host()?)?)?.into())
         }
         _ => Ok(by_reference(step)),
     }
@@ -45,7 +56,7 @@ fn packed(step: &Step) -> Option<&PackedWeight> {
 }
 
 /// A weight for as long as the plan runs.
-fn keep(weight: &QuantWeight) -> &'static QuantWeight {
+fn keep<W>(weight: &W) -> &'static W {
     // SAFETY: the plan holds an Arc of every packed weight its steps read until its tasks are done,
     // and tasks do not outlive the plan.
     unsafe { &*std::ptr::from_ref(weight) }
@@ -81,7 +92,12 @@ fn floats(view: &HostView) -> Result<Floats<'static>> {
     })
 }
 
-fn linear(step: &Step, weight: &QuantWeight, precision: Precision, transposed: bool) -> Result<Lowered> {
+fn quantized_linear(
+    step: &Step,
+    weight: &QuantWeight,
+    precision: Precision,
+    transposed: bool,
+) -> Result<Lowered> {
     let (x, out) = (step.inputs[0].host()?, step.outputs[0].host()?);
     let ([m, k], [_, n]) = (rows(x), rows(out));
     // SAFETY: the constructor of the op made x contiguous f32; outputs always are; the evaluator
@@ -99,16 +115,131 @@ fn linear(step: &Step, weight: &QuantWeight, precision: Precision, transposed: b
     };
     let weight = keep(weight);
     let plan = if transposed {
-        weight.plan_transposed(x, out, precision, Epilogue::none(), Isa::get())?
+        weight.plan_transposed(x, out, precision, quant::Epilogue::none(), Isa::get())?
     } else {
-        weight.plan_forward(x, out, precision, Epilogue::none(), Isa::get())?
+        weight.plan_forward(x, out, precision, quant::Epilogue::none(), Isa::get())?
     };
     let bytes = plan.workspace_bytes();
     Ok(Lowered::WithWorkspace(
         bytes,
         Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
             // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
-            Ok(unsafe { plan.tasks(workspace, list) }?)
+            unsafe { plan.tasks(workspace, list) }?;
+            Ok(())
         }),
     ))
+}
+
+/// A strided view of any float type that the products read.
+pub(super) fn read(view: &HostView) -> Result<FloatView<'static>> {
+    let (shape, strides) = (view.shape.as_slice(), view.strides.as_slice());
+    // SAFETY: the evaluator keeps the memory alive and ordered while the plan runs.
+    Ok(unsafe {
+        match view.dtype {
+            Dtype::F32 => FloatView::F32(View::from_raw(view.pointer.cast(), shape, strides)),
+            Dtype::BF16 => FloatView::Bf16(View::from_raw(view.pointer.cast(), shape, strides)),
+            Dtype::F16 => FloatView::F16(View::from_raw(view.pointer.cast(), shape, strides)),
+            other => return Err(crate::Error::dtype("matmul", "a float dtype of at most 32 bits", other)),
+        }
+    })
+}
+
+fn write(view: &HostView) -> Result<FloatViewMut<'static>> {
+    let (shape, strides) = (view.shape.as_slice(), view.strides.as_slice());
+    // SAFETY: outputs are alive and written by this step alone.
+    Ok(unsafe {
+        match view.dtype {
+            Dtype::F32 => FloatViewMut::F32(ViewMut::from_raw(view.pointer.cast(), shape, strides)),
+            Dtype::BF16 => FloatViewMut::Bf16(ViewMut::from_raw(view.pointer.cast(), shape, strides)),
+            Dtype::F16 => FloatViewMut::F16(ViewMut::from_raw(view.pointer.cast(), shape, strides)),
+            other => return Err(crate::Error::dtype("matmul", "a float dtype of at most 32 bits", other)),
+        }
+    })
+}
+
+fn float_precision(precision: Precision) -> gemm::Precision {
+    match precision {
+        Precision::Exact => gemm::Precision::Exact,
+        Precision::Bf16 | Precision::Fast => gemm::Precision::Bf16,
+    }
+}
+
+fn lowered(plan: Gemm<'static>) -> Lowered {
+    let bytes = plan.workspace_bytes();
+    Lowered::WithWorkspace(
+        bytes,
+        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
+            // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
+            unsafe { plan.tasks(workspace, list) };
+            Ok(())
+        }),
+    )
+}
+
+/// [.., width] as a matrix; the constructor of the op made it contiguous.
+fn matrix(view: &HostView) -> HostView {
+    let [m, n] = rows(view);
+    HostView { shape: [m, n][..].into(), strides: [n as isize, 1][..].into(), ..view.clone() }
+}
+
+fn float_linear(
+    step: &Step,
+    weight: &FloatWeight,
+    precision: Precision,
+    transposed: bool,
+) -> Result<Lowered> {
+    let (x, out) = (read(&matrix(step.inputs[0].host()?))?, write(&matrix(step.outputs[0].host()?))?);
+    let (precision, none) = (float_precision(precision), gemm::Epilogue::none());
+    Ok(lowered(keep(weight).plan(x, out, transposed, precision, none, Isa::get())?))
+}
+
+/// By a weight in plain memory, read as it lies.
+fn plain_linear(step: &Step, precision: Precision, transposed: bool) -> Result<Lowered> {
+    let (x, weight, out) = (step.inputs[0].host()?, step.inputs[1].host()?, step.outputs[0].host()?);
+    if weight.dtype == Dtype::F64 {
+        return Ok(by_reference(step));
+    }
+    let mut right = weight.clone();
+    if !transposed {
+        right.shape.reverse();
+        right.strides.reverse();
+    }
+    product(&matrix(x), &right, &matrix(out), precision)
+}
+
+fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
+    let (a, b, out) = (step.inputs[0].host()?, step.inputs[1].host()?, step.outputs[0].host()?);
+    if a.dtype == Dtype::F64 {
+        return Ok(by_reference(step));
+    }
+    product(a, b, out, precision)
+}
+
+fn product(a: &HostView, b: &HostView, out: &HostView, precision: Precision) -> Result<Lowered> {
+    let mut spec = GemmSpec::new(read(a)?, read(b)?, write(out)?);
+    spec.precision = float_precision(precision);
+    Ok(lowered(Gemm::plan(&spec)?))
+}
+
+/// Rows of a packed weight by ids that are known only when the task runs.
+fn gather(weight: &'static FloatWeight, ids: &HostView, out: &HostView) -> Lowered {
+    const ROWS: usize = 16;
+    let (count, width) = (size(ids), weight.inputs());
+    let views = (ids.clone(), out.clone());
+    let run = move |chunk: usize, scratch: &mut Scratch| {
+        let (ids, out) = &views;
+        for row in chunk * ROWS..count.min((chunk + 1) * ROWS) {
+            // SAFETY: inside the ids, which are contiguous and have been computed.
+            let id = [unsafe { ids.pointer.cast::<u32>().add(row).read() }];
+            let at = out.pointer.cast::<f32>().wrapping_add(row * width);
+            // SAFETY: row `row` of the contiguous output, this chunk's alone.
+            let row = unsafe { ViewMut::from_raw(at, &[1, width], &[width as isize, 1]) };
+            match weight.gather(&id, row) {
+                Ok(task) => (0..task.chunks()).for_each(|part| task.run(part, scratch)),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    let task: Box<dyn Task> = Box::new(FnTask::new("embedding", count.div_ceil(ROWS), run));
+    task.into()
 }

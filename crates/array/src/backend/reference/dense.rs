@@ -1,6 +1,8 @@
 //! Arrays as the reference computes with them: dense, row-major, f64 or i128.
 
 use half::{bf16, f16};
+use mica_kernels::ViewMut;
+use mica_kernels::gemm::{FloatType, FloatViewMut, FloatWeight};
 use mica_kernels::quant::{QuantWeight, ScaleVec};
 
 use crate::backend::{HostView, Operand};
@@ -79,7 +81,7 @@ impl Dense {
             Operand::Host(view) => view,
             Operand::Packed(weight) => {
                 let values = match weight.as_ref() {
-                    PackedWeight::Float(array) => return Dense::load(&Operand::of(array)?),
+                    PackedWeight::Float(float) => float_values(float)?,
                     PackedWeight::Quant(quant) => quantized_values(quant),
                 };
                 return Ok(Dense::floats(&weight.shape(), values));
@@ -160,6 +162,29 @@ impl Dense {
         }
         Ok(())
     }
+}
+
+/// Every value of a packed float weight, widened.
+fn float_values(weight: &FloatWeight) -> Result<Vec<f64>> {
+    let shape = [weight.out(), weight.inputs()];
+    let strides = [weight.inputs() as isize, 1];
+    macro_rules! unpack {
+        ($t:ty, $variant:ident) => {{
+            let mut values = vec![<$t>::from_bits(0); shape[0] * shape[1]];
+            // SAFETY: the buffer holds the whole matrix, and outlives the task.
+            let view = unsafe { ViewMut::from_raw(values.as_mut_ptr(), &shape, &strides) };
+            let task = weight.unpack(FloatViewMut::$variant(view))?;
+            let mut scratch = mica_threads::Scratch::new();
+            (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut scratch));
+            drop(task);
+            values.into_iter().map(f64::from).collect()
+        }};
+    }
+    Ok(match weight.float_type() {
+        FloatType::F32 => unpack!(f32, F32),
+        FloatType::Bf16 => unpack!(bf16, Bf16),
+        FloatType::F16 => unpack!(f16, F16),
+    })
 }
 
 /// Every value of a quantized weight: code · scale + bias.

@@ -1,0 +1,204 @@
+//! `mica bench`: speeds of a model, with the machine's ceiling measured in the same run.
+
+use std::time::Instant;
+
+use mica_array::{Dtype, Precision};
+use mica_lm::generate::{Options, advance, prefill};
+use mica_lm::load::Loaded;
+use mica_lm::models::Input;
+use mica_nn::Context;
+use mica_simd::Isa;
+
+use super::ModelArgs;
+use crate::exit::Usage;
+use crate::machine::{peak_memory_gb, read_bandwidth};
+
+/// Measure prefill and decode speed
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of the prompt
+    #[arg(long, short, default_value_t = 512, value_name = "N")]
+    prompt_tokens: usize,
+    /// Tokens to generate
+    #[arg(long, short, default_value_t = 128, value_name = "N")]
+    generate_tokens: usize,
+    /// Runs; the medians are reported
+    #[arg(long, short = 'n', default_value_t = 5, value_name = "N")]
+    runs: usize,
+    /// Start decoding behind this many cached tokens, instead of behind the prompt
+    #[arg(long, value_name = "N")]
+    depth: Option<usize>,
+    /// Decode so many sequences at once
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    batch: usize,
+    /// Form products exactly in f32
+    #[arg(long)]
+    exact: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+struct Run {
+    ttft_s: f64,
+    prompt_tps: f64,
+    generation_tps: f64,
+    read_bandwidth_gbs: f64,
+    bandwidth_fraction: f64,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.runs == 0 || args.prompt_tokens == 0 || args.batch == 0 {
+        return Err(Usage("-n, -p and --batch must be at least 1".to_string()).into());
+    }
+    let started = Instant::now();
+    let loaded = args.model.open()?;
+    let load_s = started.elapsed().as_secs_f64();
+    let depth = args.depth.unwrap_or(args.prompt_tokens);
+    let limit = loaded.model.info().max_positions;
+    if depth.max(args.prompt_tokens) + args.generate_tokens > limit {
+        return Err(Usage(format!(
+            "{} cached and {} generated tokens are more than the model's {limit} positions",
+            depth.max(args.prompt_tokens),
+            args.generate_tokens
+        ))
+        .into());
+    }
+    let defaults = Options::for_model(&loaded);
+    let (precision, kv_dtype) =
+        if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
+    let mut runs = Vec::with_capacity(args.runs);
+    for _ in 0..args.runs {
+        runs.push(measure(&args, &loaded, depth, precision, kv_dtype)?);
+    }
+    let median = |value: fn(&Run) -> f64| {
+        let mut values: Vec<f64> = runs.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let weights_gb = loaded.weight_bytes as f64 / 1e9;
+    if args.json {
+        let list: Vec<serde_json::Value> = runs
+            .iter()
+            .map(|run| {
+                serde_json::json!({
+                    "ttft_s": run.ttft_s,
+                    "prompt_tps": run.prompt_tps,
+                    "generation_tps": run.generation_tps,
+                    "read_bandwidth_gbs": run.read_bandwidth_gbs,
+                    "bandwidth_fraction": run.bandwidth_fraction,
+                })
+            })
+            .collect();
+        let document = serde_json::json!({
+            "model": args.model.model,
+            "weights_gb": weights_gb,
+            "threads": mica_array::threads(),
+            "isa": Isa::get().name(),
+            "load_s": load_s,
+            "ttft_s": median(|run| run.ttft_s),
+            "prompt_tokens": args.prompt_tokens,
+            "prompt_tps": median(|run| run.prompt_tps),
+            "generation_tokens": args.generate_tokens,
+            "generation_tps": median(|run| run.generation_tps),
+            "depth": depth,
+            "batch": args.batch,
+            "peak_memory_gb": peak_memory_gb(),
+            "read_bandwidth_gbs": median(|run| run.read_bandwidth_gbs),
+            "bandwidth_fraction": median(|run| run.bandwidth_fraction),
+            "runs": list,
+        });
+        println!("{document}");
+        return Ok(());
+    }
+    println!("model        {} ({weights_gb:.2} GB, loaded in {load_s:.2} s)", args.model.model);
+    println!("machine      {} threads, {}", mica_array::threads(), Isa::get());
+    println!("prompt       {:.1} tokens/s ({} tokens)", median(|run| run.prompt_tps), args.prompt_tokens);
+    println!(
+        "generation   {:.2} tokens/s ({} tokens, batch {}, behind {depth})",
+        median(|run| run.generation_tps),
+        args.generate_tokens,
+        args.batch
+    );
+    println!(
+        "memory       {:.1} GB/s read bandwidth, of which decoding used {:.0} %; peak {:.2} GB",
+        median(|run| run.read_bandwidth_gbs),
+        100.0 * median(|run| run.bandwidth_fraction),
+        peak_memory_gb()
+    );
+    Ok(())
+}
+
+fn measure(
+    args: &Args,
+    loaded: &Loaded,
+    depth: usize,
+    precision: Precision,
+    kv_dtype: Dtype,
+) -> anyhow::Result<Run> {
+    let model = loaded.model.as_ref();
+    let vocabulary = model.info().vocabulary;
+    let token = |i: usize| ((i * 7919) % vocabulary.min(15_000)) as u32;
+    let prompt: Vec<u32> = (0..args.prompt_tokens).map(token).collect();
+    let mut cache = model.new_cache(1, kv_dtype);
+    let started = Instant::now();
+    prefill(model, &mut cache, &prompt, precision)?;
+    let ttft_s = started.elapsed().as_secs_f64();
+    if depth != args.prompt_tokens {
+        cache = model.new_cache(1, kv_dtype);
+        let filler: Vec<u32> = (0..depth.max(1)).map(token).collect();
+        prefill(model, &mut cache, &filler, precision)?;
+    }
+    // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
+    let threads = mica_array::threads();
+    let before = read_bandwidth(threads, 1 << 29).unwrap_or(f64::NAN);
+    let started = Instant::now();
+    if args.batch == 1 {
+        for i in 0..args.generate_tokens {
+            advance(model, &mut cache, &[token(i)], precision)?;
+        }
+    } else {
+        decode_batch(args, loaded, cache, precision, token)?;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let after = read_bandwidth(threads, 1 << 29).unwrap_or(f64::NAN);
+    let bandwidth = (before + after) / 2.0;
+    let spec = model.new_cache(1, kv_dtype).kv.spec().clone();
+    let positions = depth as f64 + args.generate_tokens as f64 / 2.0;
+    let kv_bytes = spec.bytes_per_position() as f64 * positions * args.batch as f64;
+    let steps_per_second = args.generate_tokens as f64 / seconds;
+    let moved = (loaded.weight_bytes as f64 + kv_bytes) * steps_per_second / 1e9;
+    Ok(Run {
+        ttft_s,
+        prompt_tps: args.prompt_tokens as f64 / ttft_s,
+        generation_tps: steps_per_second * args.batch as f64,
+        read_bandwidth_gbs: bandwidth,
+        bandwidth_fraction: moved / bandwidth,
+    })
+}
+
+/// Steps of several sequences that share the cached tokens.
+fn decode_batch(
+    args: &Args,
+    loaded: &Loaded,
+    cache: mica_lm::cache::Cache,
+    precision: Precision,
+    token: impl Fn(usize) -> u32,
+) -> anyhow::Result<()> {
+    let model = loaded.model.as_ref();
+    let mut cache = cache.fork(&vec![0; args.batch])?;
+    let context = Context::new(precision);
+    for i in 0..args.generate_tokens {
+        let tokens: Vec<[u32; 1]> = (0..args.batch).map(|row| [token(i * args.batch + row)]).collect();
+        let rows: Vec<&[u32]> = tokens.iter().map(|row| row.as_slice()).collect();
+        cache.reserve(1)?;
+        let input = Input::new(&rows, &vec![cache.length(); args.batch])?;
+        let logits = model.logits(&input, Some(&mut cache), &context)?;
+        cache.advance(1);
+        logits.eval()?;
+    }
+    Ok(())
+}

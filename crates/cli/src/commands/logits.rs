@@ -1,0 +1,70 @@
+//! `mica logits`: a model's raw logits, for comparing and debugging.
+
+use std::path::PathBuf;
+
+use mica_array::{Array, Dtype, Precision};
+use mica_lm::generate::{Options, check_tokens};
+use mica_lm::models::Input;
+use mica_lm::tokenizer::{Specials, Tokenizer};
+use mica_nn::Context;
+
+use super::{ModelArgs, parse_tokens};
+use crate::exit::Usage;
+
+/// Write a model's logits as [tokens, vocabulary] f32 to a npy file
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Token ids
+    #[arg(long, value_name = "1,2,3", value_parser = parse_tokens)]
+    tokens: Option<Vec<u32>>,
+    /// Text, tokenized as it is
+    #[arg(long, short, value_name = "TEXT", conflicts_with = "tokens")]
+    prompt: Option<String>,
+    /// The file to write
+    #[arg(long, short, value_name = "F.npy")]
+    output: PathBuf,
+    /// Form products exactly in f32
+    #[arg(long)]
+    exact: bool,
+    /// One pass over all tokens without a cache, instead of token by token
+    #[arg(long)]
+    no_cache: bool,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let loaded = args.model.open()?;
+    let tokens = match (args.tokens, args.prompt) {
+        (Some(tokens), _) => tokens,
+        (None, Some(text)) => Tokenizer::load(&loaded.folder)?.encode(&text, Specials::ParseAndAdd)?,
+        (None, None) => return Err(Usage("give --tokens 1,2,3 or --prompt TEXT".to_string()).into()),
+    };
+    check_tokens(loaded.model.as_ref(), &tokens)?;
+    let defaults = Options::for_model(&loaded);
+    let (precision, kv_dtype) =
+        if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
+    let context = Context::new(precision);
+    let model = loaded.model.as_ref();
+    let rows = if args.no_cache {
+        vec![model.logits(&Input::new(&[&tokens], &[0])?, None, &context)?]
+    } else {
+        let mut cache = model.new_cache(1, kv_dtype);
+        let mut rows = Vec::with_capacity(tokens.len());
+        for (position, token) in tokens.iter().enumerate() {
+            cache.reserve(1)?;
+            let logits = model.logits(&Input::new(&[&[*token]], &[position])?, Some(&mut cache), &context)?;
+            cache.advance(1);
+            logits.eval()?;
+            rows.push(logits);
+        }
+        rows
+    };
+    let all = Array::concatenate(&rows, 1)?;
+    let shape = [tokens.len(), model.info().vocabulary];
+    let values = all.astype(Dtype::F32)?.reshape(&[shape[0] as i64, shape[1] as i64])?;
+    values.with_bytes(|bytes| mica_io::npy::write(&args.output, mica_io::DType::F32, &shape, bytes))??;
+    eprintln!("wrote {} × {} logits to {}", shape[0], shape[1], args.output.display());
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! From errors to exit codes.
+//!
+//! 0 ok, 1 failure, 2 usage, 3 not found, 4 access, 5 will not fit in memory, 6 disk, 7 bad data,
+//! 8 integrity, 75 stopped and resumable, 130/143 signals.
+
+use std::process::ExitCode;
+
+use mica_lm::ErrorKind;
+
+/// The run was stopped and can be resumed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Stopped(pub String);
+
+/// The command was called in a way that has no meaning.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Prints an error and gives its exit code.
+pub fn report(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("mica: {error:#}");
+    ExitCode::from(code(&error))
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<Stopped>() {
+            return 75;
+        }
+        if cause.is::<Usage>() {
+            return 2;
+        }
+        if let Some(error) = cause.downcast_ref::<mica_lm::Error>() {
+            return of_kind(error.kind());
+        }
+        if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
+            return of_io(error.kind());
+        }
+        if let Some(mica_array::Error::OutOfMemory { .. }) = cause.downcast_ref::<mica_array::Error>() {
+            return 5;
+        }
+    }
+    1
+}
+
+fn of_kind(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Usage => 2,
+        ErrorKind::NotFound => 3,
+        ErrorKind::Access => 4,
+        ErrorKind::Memory => 5,
+        ErrorKind::DiskFull => 6,
+        ErrorKind::BadData | ErrorKind::Unsupported => 7,
+        ErrorKind::Integrity => 8,
+        _ => 1,
+    }
+}
+
+fn of_io(kind: mica_io::ErrorKind) -> u8 {
+    match kind {
+        mica_io::ErrorKind::NotFound => 3,
+        mica_io::ErrorKind::Access => 4,
+        mica_io::ErrorKind::DiskFull => 6,
+        mica_io::ErrorKind::BadData => 7,
+        mica_io::ErrorKind::Integrity => 8,
+        _ => 1,
+    }
+}
+
+/// Rust ignores SIGPIPE, which turns a closed pipe into a panic of `println!`.
+pub fn restore_broken_pipe() {
+    #[cfg(unix)]
+    // SAFETY: sets the default action before any thread is started.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}
