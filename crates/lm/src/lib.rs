@@ -1,11 +1,13 @@
 //! Language models: configuration, model families, tokenizer, chat, caches, sampling, generation.
 
 pub mod cache;
+pub mod chat;
 pub mod config;
 pub mod detokenizer;
 pub mod error;
 pub mod layers;
 pub mod load;
+pub mod locate;
 pub mod models;
 pub mod sample;
 pub mod stop;
