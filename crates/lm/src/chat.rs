@@ -72,6 +72,9 @@ pub struct ChatRequest<'a> {
     pub tools: Option<&'a [Value]>,
     /// Whether to end with what the template writes before an answer, so that the model answers.
     pub add_generation_prompt: bool,
+    /// Whether to end in the middle of the last message, so that the model goes on with it. Excludes
+    /// `add_generation_prompt`.
+    pub continue_final_message: bool,
     /// Further variables: `enable_thinking`, `reasoning_effort`, `documents`…
     pub extra: Map<String, Value>,
     /// Which text is kept from becoming control tokens.
@@ -87,6 +90,7 @@ impl<'a> ChatRequest<'a> {
             messages,
             tools: None,
             add_generation_prompt: false,
+            continue_final_message: false,
             extra: Map::new(),
             guard: Guard::Chat,
             now: None,
@@ -252,20 +256,56 @@ impl ChatTemplate {
         let now = request.now;
         let output = environment::run(&compiled.environment, context, now, MAX_OUTPUT_BYTES)
             .map_err(|e| compiled.error(&e))?;
-        sentinels.take_out(&output, &control).map_err(|message| Error::Template {
+        let mut rendered = sentinels.take_out(&output, &control).map_err(|message| Error::Template {
             name: compiled.name.clone(),
             message,
             refused: false,
-        })
+        })?;
+        if request.continue_final_message {
+            rendered.end_in(request)?;
+        }
+        Ok(rendered)
+    }
+}
+
+impl Rendered {
+    /// Cuts off what the template writes after the content of the last message.
+    fn end_in(&mut self, request: &ChatRequest) -> Result<()> {
+        if request.add_generation_prompt {
+            return Err(Error::Usage(
+                "a final message cannot be continued and answered at once: choose one".into(),
+            ));
+        }
+        let content = match request.messages.last().and_then(|message| message.0.get("content")) {
+            Some(Value::String(text)) => text.as_str(),
+            Some(Value::Array(parts)) => {
+                parts.iter().rev().find_map(|part| part["text"].as_str()).unwrap_or_default()
+            }
+            _ => "",
+        };
+        let Some(at) = self.text.rfind(content.trim()) else {
+            return Err(Error::Usage(
+                "the final message cannot be continued: the template changes its content".into(),
+            ));
+        };
+        // Its trailing whitespace stays if the template kept it.
+        let whole = content.trim_start();
+        let kept = if self.text[at..].starts_with(whole) { whole.len() } else { content.trim().len() };
+        let end = at + kept;
+        self.text.truncate(end);
+        self.cuts.retain(|cut| cut.at < end);
+        self.generated.retain_mut(|block| {
+            block.end = block.end.min(end);
+            block.start < block.end
+        });
+        Ok(())
     }
 }
 
 impl Compiled {
     fn new(name: &str, source: &str) -> Result<Self> {
-        let rewritten = source::mark_generation(source);
-        let marks_generation = rewritten.is_some();
-        let environment = environment::new(rewritten.unwrap_or_else(|| source.to_owned()), FUEL, RECURSION)
-            .map_err(|e| Error::Template {
+        let (rewritten, marks_generation) = source::rewrite(source);
+        let environment = environment::new(rewritten, FUEL, RECURSION).map_err(|e| Error::Template {
             name: name.to_owned(),
             message: environment::describe(&e),
             refused: false,

@@ -10,7 +10,7 @@ use minijinja::value::{Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
 
-use super::python;
+use super::{python, source};
 
 const NAME: &str = "template";
 
@@ -48,6 +48,7 @@ pub(super) fn new(source: String, fuel: u64, recursion: usize) -> Result<Environ
     env.set_unknown_method_callback(python::method);
     minijinja_contrib::add_to_environment(&mut env);
     env.add_filter("tojson", python::tojson);
+    env.add_filter(source::PERCENT, python::percent);
     env.add_filter("int", python::int);
     env.add_filter("float", python::float);
     env.add_test("sequence", |value: &Value| {

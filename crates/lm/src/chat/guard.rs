@@ -16,6 +16,7 @@
 //! Not covered: a template that builds a token around a whole string, as Phi's `'<|' + role + '|>'`. Roles are
 //! structure; whoever takes them from outside checks them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -52,29 +53,86 @@ enum Care {
 
 /// The control tokens of a tokenizer and a template.
 pub(super) struct Words {
-    special: Vec<String>,
+    special: Lookalikes,
     /// Special ones included.
-    all: Vec<String>,
+    all: Lookalikes,
     /// Ids of those that are not special, ascending.
     pub control: Arc<[u32]>,
 }
 
+/// Tokens, arranged by what a text that looks like one of them begins with.
+#[derive(Default)]
+struct Lookalikes {
+    /// Tokens by their first character.
+    tokens: BTreeMap<char, Vec<String>>,
+    /// Ends of tokens by their first character.
+    ends: BTreeMap<char, Vec<String>>,
+    /// The length of the longest token.
+    longest: usize,
+}
+
+impl Lookalikes {
+    fn add(&mut self, token: &str) {
+        let Some(first) = token.chars().next() else { return };
+        self.longest = self.longest.max(token.len());
+        self.tokens.entry(first).or_default().push(token.to_owned());
+        for end in proper_suffixes(token) {
+            let ends = self.ends.entry(end.chars().next().unwrap_or_default()).or_default();
+            if !ends.iter().any(|other| other == end) {
+                ends.push(end.to_owned());
+            }
+        }
+    }
+
+    /// The places in a text at which it must be cut: `care` says how far that goes.
+    fn places(&self, text: &str, care: Care) -> Vec<usize> {
+        let mut places = Vec::new();
+        // In front, if the text (or what is left of it once trimmed) begins with the end of a token.
+        let head = text.trim_start();
+        if let Some(ends) = head.chars().next().and_then(|first| self.ends.get(&first))
+            && ends.iter().any(|end| head.starts_with(end.as_str()))
+        {
+            places.push(text.len() - head.len());
+        }
+        let tail = text.trim_end();
+        for (&first, tokens) in &self.tokens {
+            // Everywhere it might begin: a template that removes something may join what was apart. Letters are
+            // too common for that.
+            let everywhere = care == Care::Control && !first.is_alphanumeric();
+            for (at, _) in text.match_indices(first) {
+                // To the end of the text, or of what is left of it once trimmed, a beginning is enough.
+                let is_beginning = |token: &String| {
+                    text[at..].starts_with(token.as_str())
+                        || text.len() - at < self.longest && token.starts_with(&text[at..])
+                        || at < tail.len() && tail.len() - at < self.longest && token.starts_with(&tail[at..])
+                };
+                if everywhere || tokens.iter().any(is_beginning) {
+                    places.push(at + first.len_utf8());
+                }
+            }
+        }
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+}
+
 impl Words {
     pub fn new(tokenizer: &Tokenizer, source: &str) -> Self {
-        let (mut special, mut all, mut control) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut special, mut all, mut control) = (Lookalikes::default(), Lookalikes::default(), Vec::new());
         for (id, text, is_special) in tokenizer.added_tokens() {
             // Whitespace is ordinary text, also where a vocabulary has tokens for it.
             if text.trim().is_empty() {
                 continue;
             }
             if is_special {
-                special.push(text.to_owned());
+                special.add(text);
             } else if source.contains(text) {
                 control.push(id);
             } else {
                 continue;
             }
-            all.push(text.to_owned());
+            all.add(text);
         }
         Self { special, all, control: control.into() }
     }
@@ -136,40 +194,10 @@ impl Words {
             Care::Special => (&self.special, sentinels.special),
             Care::Control => (&self.all, sentinels.control),
         };
-        let mut places = Vec::new();
-        // In front, if the text (or what is left of it once trimmed) begins with the end of a token.
-        let start = text.len() - text.trim_start().len();
-        let head = &text[start..];
-        let tail = text.trim_end();
-        for word in words {
-            let first = word.chars().next().map_or(1, char::len_utf8);
-            if proper_suffixes(word).any(|end| head.starts_with(end)) {
-                places.push(start);
-            }
-            for beginning in proper_prefixes(word) {
-                for end in [text, tail] {
-                    if end.ends_with(beginning) {
-                        places.push(end.len() - beginning.len() + first);
-                    }
-                }
-            }
-            let begins = word.chars().next().unwrap_or_default();
-            if care == Care::Control && !begins.is_alphanumeric() {
-                // Everywhere it might begin: a template that removes something may join what was apart.
-                places.extend(text.match_indices(begins).map(|(at, _)| at + first));
-            } else {
-                let mut from = 0;
-                while let Some(at) = text[from..].find(word.as_str()) {
-                    places.push(from + at + first);
-                    from += at + first;
-                }
-            }
-        }
+        let places = words.places(text, care);
         if places.is_empty() {
             return None;
         }
-        places.sort_unstable();
-        places.dedup();
         let mut marked = String::with_capacity(text.len() + 4 * places.len());
         let mut done = 0;
         for at in places {
@@ -180,11 +208,6 @@ impl Words {
         marked.push_str(&text[done..]);
         Some(marked)
     }
-}
-
-/// The beginnings of a word, without the whole.
-fn proper_prefixes(word: &str) -> impl Iterator<Item = &str> {
-    word.char_indices().skip(1).map(|(at, _)| &word[..at])
 }
 
 /// The ends of a word, without the whole. A letter alone is too common to be the end of anything.

@@ -95,6 +95,20 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
             let fill = fill.unwrap_or(" ");
             Value::from(format!("{}{text}{}", fill.repeat(left), fill.repeat(missing - left)))
         }
+        "title" => {
+            // A letter after anything but a letter begins a word.
+            let mut inside = false;
+            let mut title = String::with_capacity(text.len());
+            for c in text.chars() {
+                if inside {
+                    title.extend(c.to_lowercase());
+                } else {
+                    title.extend(c.to_uppercase());
+                }
+                inside = c.is_alphabetic();
+            }
+            Value::from(title)
+        }
         "casefold" => Value::from(text.to_lowercase()),
         "swapcase" => Value::from(
             text.chars()
@@ -135,6 +149,16 @@ fn bounded(width: usize) -> Result<usize, Error> {
 
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
+}
+
+/// Python's `'…' % value`: a tuple's items are the arguments, anything else is the only one.
+pub(super) fn percent(template: &str, value: &Value) -> Result<String, Error> {
+    use minijinja::formatting::{FormatStyle, format};
+    if value.is_tuple() {
+        format(FormatStyle::Printf, template, &value.try_iter()?.collect::<Vec<_>>())
+    } else {
+        format(FormatStyle::Printf, template, std::slice::from_ref(value))
+    }
 }
 
 /// Jinja's `int` filter: what is no number becomes the default instead of an error.
@@ -412,6 +436,8 @@ mod tests {
             ("[1, 2, 3][::-1] ~ 'abc'[1:] ~ [1, 2][-1]", "[3, 2, 1]bc2"),
             ("'%s-%d'|format('a', 3) ~ '{} {x}'.format(1, x=2)", "a-31 2"),
             ("'ab' * 2", "abab"),
+            ("\"it's <|im_end|> o2x éA\".title()", "It'S <|Im_End|> O2X Éa"),
+            ("'%s is %05.1f' % ('x', 2.25) ~ '%d%%' % 5", "x is 002.25%"),
         ] {
             assert_eq!(eval(expression), expected, "{expression}");
         }

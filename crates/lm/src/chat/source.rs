@@ -1,16 +1,24 @@
-//! Rewriting `{% generation %}` blocks, which the template engine does not know, into ones that it does.
+//! Rewriting what the template engine does not know into what it does.
 //!
 //! `{% generation %}…{% endgeneration %}` becomes a scope (`with`) whose output is enclosed in two variables; the
 //! caller gives them sentinel characters as values and finds them in the output. Whitespace control (`-`, `+`) at
 //! the outer edges keeps its meaning.
+//!
+//! `'%s-%d' % (a, b)`, Python's formatting of a literal string, becomes a filter: `'%s-%d'|mica_percent((a, b))`. (With
+//! a variable on the left it stays an arithmetic operator, and fails on strings.)
+
+use std::borrow::Cow;
 
 /// The variable printed where a block begins.
 pub(super) const BEGIN: &str = "mica_generation_begin";
 /// The variable printed where it ends.
 pub(super) const END: &str = "mica_generation_end";
 
-/// The rewritten source, or `None` if it has no such blocks.
-pub(super) fn mark_generation(source: &str) -> Option<String> {
+/// The filter that formats in Python's way.
+pub(super) const PERCENT: &str = "mica_percent";
+
+/// The rewritten source, and whether it has `{% generation %}` blocks.
+pub(super) fn rewrite(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len() + 256);
     let mut rest = source;
     let mut found = false;
@@ -20,7 +28,10 @@ pub(super) fn mark_generation(source: &str) -> Option<String> {
         let length = if rest.starts_with("{#") {
             rest.find("#}").map_or(rest.len(), |end| end + 2)
         } else if rest.starts_with("{{") {
-            inside(rest, "}}")
+            let length = inside(rest, "}}");
+            out.push_str(&percent(&rest[..length]));
+            rest = &rest[length..];
+            continue;
         } else if rest.starts_with("{%") {
             let length = inside(rest, "%}");
             let tag = &rest[..length];
@@ -39,7 +50,11 @@ pub(super) fn mark_generation(source: &str) -> Option<String> {
                     continue;
                 }
                 "raw" => raw_end(rest, length),
-                _ => length,
+                _ => {
+                    out.push_str(&percent(tag));
+                    rest = &rest[length..];
+                    continue;
+                }
             }
         } else {
             1
@@ -48,7 +63,104 @@ pub(super) fn mark_generation(source: &str) -> Option<String> {
         rest = &rest[length..];
     }
     out.push_str(rest);
-    found.then_some(out)
+    (out, found)
+}
+
+/// A tag with `'…' % operand` as a filter call.
+fn percent(tag: &str) -> Cow<'_, str> {
+    if !tag[2..].trim_end_matches("%}").contains('%') {
+        return Cow::Borrowed(tag);
+    }
+    let bytes = tag.as_bytes();
+    let mut out = String::new();
+    let (mut done, mut i) = (0, 2);
+    while i < bytes.len() {
+        if !matches!(bytes[i], b'"' | b'\'') {
+            i += 1;
+            continue;
+        }
+        i = string_end(tag, i);
+        let operator = i + tag[i..].len() - tag[i..].trim_start().len();
+        if !tag[operator..].starts_with('%') || tag[operator..].starts_with("%}") {
+            continue;
+        }
+        let start = operator + 1 + tag[operator + 1..].len() - tag[operator + 1..].trim_start().len();
+        let end = operand_end(tag, start);
+        if end > start {
+            out.push_str(&tag[done..i]);
+            out.push_str(&format!("|{PERCENT}({})", percent(&tag[start..end])));
+            (done, i) = (end, end);
+        }
+    }
+    out.push_str(&tag[done..]);
+    Cow::Owned(out)
+}
+
+/// Where a string literal that begins at `start` ends.
+fn string_end(text: &str, start: usize) -> usize {
+    let bytes = text.as_bytes();
+    let mut i = start + 1;
+    while i < bytes.len() && bytes[i] != bytes[start] {
+        i += if bytes[i] == b'\\' { 2 } else { 1 };
+    }
+    let mut end = (i + 1).min(text.len());
+    while !text.is_char_boundary(end) {
+        end += 1;
+    }
+    end
+}
+
+/// Where a bracketed expression that begins at `start` ends.
+fn bracket_end(text: &str, start: usize) -> usize {
+    let bytes = text.as_bytes();
+    let (mut depth, mut i) = (0usize, start);
+    while i < bytes.len() {
+        match bytes[i] {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    return i + 1;
+                }
+            }
+            b'"' | b'\'' => {
+                i = string_end(text, i);
+                continue;
+            }
+            _ => {}
+        }
+        i += 1;
+    }
+    start
+}
+
+/// Where an operand ends: a literal, name or bracket with what binds tighter than `%` (members, calls, filters).
+fn operand_end(text: &str, start: usize) -> usize {
+    let word = |at: usize| {
+        at + text[at..].find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len() - at)
+    };
+    let mut end = match text.as_bytes().get(start) {
+        Some(b'(' | b'[' | b'{') => bracket_end(text, start),
+        Some(b'"' | b'\'') => string_end(text, start),
+        _ => word(start),
+    };
+    if end == start {
+        return start;
+    }
+    loop {
+        let rest = text[end..].trim_start();
+        let at = text.len() - rest.len();
+        let next = match rest.as_bytes().first() {
+            Some(b'.') => word(at + 1),
+            Some(b'(' | b'[') => bracket_end(text, at),
+            Some(b'|') => word(text.len() - rest[1..].trim_start().len()),
+            _ => return end,
+        };
+        if next <= at + 1 {
+            return end;
+        }
+        end = next;
+    }
 }
 
 /// The length of a tag up to and including `close`, which does not count inside of quotes.
@@ -118,17 +230,37 @@ mod tests {
             ("{%", false),
             ("{", false),
         ] {
-            assert_eq!(mark_generation(source).is_some(), marked, "{source}");
+            let (rewritten, found) = rewrite(source);
+            assert_eq!(found, marked, "{source}");
+            assert!(found || rewritten == source, "{source}");
         }
     }
 
     #[test]
     fn edges_are_kept() {
         assert_eq!(
-            mark_generation("a {%- generation +%} b {% endgeneration -%} c").unwrap(),
+            rewrite("a {%- generation +%} b {% endgeneration -%} c").0,
             format!(
                 "a {{%- with %}}{{{{ {BEGIN} }}}}{{% if true +%}} b {{% endif %}}{{{{ {END} }}}}{{% endwith -%}} c"
             )
         );
+    }
+
+    #[test]
+    fn formatting_becomes_a_filter() {
+        for (source, expected) in [
+            ("{{ '%s-%d' % (a, b) }}", "{{ '%s-%d'|mica_percent((a, b)) }}"),
+            ("{{ '%s' % a.b[1]('x)')|upper ~ c }}", "{{ '%s'|mica_percent(a.b[1]('x)')|upper) ~ c }}"),
+            ("{% if '%s%%' % '%s' % x == y %}", "{% if '%s%%'|mica_percent('%s') % x == y %}"),
+            ("{{ a % 2 % 3 }}", "{{ a % 2 % 3 }}"),
+            ("{% set x = '50% of %' %}", "{% set x = '50% of %' %}"),
+            ("{{ '%s%s' % }}", "{{ '%s%s' % }}"),
+            ("{{ '%é%s' %", "{{ '%é%s' %"),
+            ("{{ '%s %' % (a", "{{ '%s %' % (a"),
+            ("{{ '%s %é", "{{ '%s %é"),
+            ("text '%s' % x", "text '%s' % x"),
+        ] {
+            assert_eq!(rewrite(source).0, expected, "{source}");
+        }
     }
 }

@@ -289,3 +289,26 @@ fn the_present_is_told_when_no_time_is_given() {
     let year: i32 = template.render(&ChatRequest::new(&[])).unwrap().parse().unwrap();
     assert!((2025..2200).contains(&year), "{year}");
 }
+
+#[test]
+fn a_final_message_is_continued() {
+    let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
+    let trims = source.replace("m.content", "m.content | trim");
+    for (name, source, content, expected) in [
+        ("as it is", source, "It is ", "<user>hi</s><assistant>It is "),
+        ("trimmed", &trims, " It is ", "<user>hi</s><assistant>It is"),
+        ("the last of two", source, "hi", "<user>hi</s><assistant>hi"),
+        ("empty", source, "", "<user>hi</s><assistant></s>"),
+    ] {
+        let messages = [Message::new("user", "hi"), Message::new("assistant", content)];
+        let template = ChatTemplate::new(name, source, Map::new()).unwrap();
+        let request = ChatRequest { continue_final_message: true, ..ChatRequest::new(&messages) };
+        assert_eq!(template.render(&request).unwrap(), expected, "{name}");
+        let both = ChatRequest { add_generation_prompt: true, ..request };
+        assert_eq!(template.render(&both).unwrap_err().kind(), ErrorKind::Usage, "{name}");
+    }
+    let messages = [Message::new("assistant", "abc")];
+    let template = ChatTemplate::new("upper", "{{ messages[0].content | upper }}", Map::new()).unwrap();
+    let request = ChatRequest { continue_final_message: true, ..ChatRequest::new(&messages) };
+    assert!(template.render(&request).is_err());
+}
