@@ -389,7 +389,8 @@ mod tests {
     use super::*;
 
     fn eval(expression: &str) -> String {
-        let env = super::super::environment::new(format!("{{{{ {expression} }}}}"), 100_000, 100).unwrap();
+        let (source, _) = super::super::source::rewrite(&format!("{{{{ {expression} }}}}"));
+        let env = super::super::environment::new(source, 100_000, 100).unwrap();
         match super::super::environment::run(&env, Default::default(), None, 1 << 20) {
             Ok(text) => text,
             Err(e) => format!("error: {}", super::super::environment::describe(&e)),

@@ -8,6 +8,7 @@
 //! a variable on the left it stays an arithmetic operator, and fails on strings.)
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// The variable printed where a block begins.
 pub(super) const BEGIN: &str = "mica_generation_begin";
@@ -72,28 +73,42 @@ fn percent(tag: &str) -> Cow<'_, str> {
         return Cow::Borrowed(tag);
     }
     let bytes = tag.as_bytes();
-    let mut out = String::new();
-    let (mut done, mut i) = (0, 2);
+    // What is replaced by what; operands may hold such operators themselves.
+    let mut changes: Vec<(Range<usize>, String)> = Vec::new();
+    let mut i = 2;
     while i < bytes.len() {
         if !matches!(bytes[i], b'"' | b'\'') {
             i += 1;
             continue;
         }
         i = string_end(tag, i);
-        let operator = i + tag[i..].len() - tag[i..].trim_start().len();
+        let operator = skip_space(tag, i);
         if !tag[operator..].starts_with('%') || tag[operator..].starts_with("%}") {
             continue;
         }
-        let start = operator + 1 + tag[operator + 1..].len() - tag[operator + 1..].trim_start().len();
+        let start = skip_space(tag, operator + 1);
         let end = operand_end(tag, start);
         if end > start {
-            out.push_str(&tag[done..i]);
-            out.push_str(&format!("|{PERCENT}({})", percent(&tag[start..end])));
-            (done, i) = (end, end);
+            changes.push((i..start, format!("|{PERCENT}(")));
+            changes.push((end..end, ")".to_owned()));
+            // `a % b % c` is `(a % b) % c`: a string on the right is not on the left of the next.
+            i = if matches!(bytes[start], b'"' | b'\'') { string_end(tag, start) } else { start };
         }
+    }
+    changes.sort_by_key(|(range, _)| range.start);
+    let mut out = String::with_capacity(tag.len() + 16 * changes.len());
+    let mut done = 0;
+    for (range, text) in changes {
+        out.push_str(&tag[done..range.start]);
+        out.push_str(&text);
+        done = range.end;
     }
     out.push_str(&tag[done..]);
     Cow::Owned(out)
+}
+
+fn skip_space(text: &str, from: usize) -> usize {
+    text.len() - text[from..].trim_start().len()
 }
 
 /// Where a string literal that begins at `start` ends.
@@ -110,9 +125,11 @@ fn string_end(text: &str, start: usize) -> usize {
     end
 }
 
-/// Where a bracketed expression that begins at `start` ends.
+/// Where a bracketed expression that begins at `start` ends; `start` if it does not, or only after very long (which
+/// bounds the work that a template of nothing but brackets can cause).
 fn bracket_end(text: &str, start: usize) -> usize {
-    let bytes = text.as_bytes();
+    const LONGEST: usize = 4096;
+    let bytes = &text.as_bytes()[..text.len().min(start + LONGEST)];
     let (mut depth, mut i) = (0usize, start);
     while i < bytes.len() {
         match bytes[i] {
@@ -254,6 +271,7 @@ mod tests {
             ("{% if '%s%%' % '%s' % x == y %}", "{% if '%s%%'|mica_percent('%s') % x == y %}"),
             ("{{ a % 2 % 3 }}", "{{ a % 2 % 3 }}"),
             ("{% set x = '50% of %' %}", "{% set x = '50% of %' %}"),
+            ("{{ '%s' % ('%d' % a, 'x') }}", "{{ '%s'|mica_percent(('%d'|mica_percent(a), 'x')) }}"),
             ("{{ '%s%s' % }}", "{{ '%s%s' % }}"),
             ("{{ '%é%s' %", "{{ '%é%s' %"),
             ("{{ '%s %' % (a", "{{ '%s %' % (a"),
@@ -262,5 +280,8 @@ mod tests {
         ] {
             assert_eq!(rewrite(source).0, expected, "{source}");
         }
+        // Bounded, however much is nested.
+        let deep = format!("{{{{ {} }}}}", "'' % (".repeat(100_000));
+        assert!(rewrite(&deep).0.starts_with("{{ '' % ("));
     }
 }
