@@ -40,6 +40,8 @@ pub use types::{Epilogue, FloatType, FloatView, FloatViewMut, Precision};
 pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};
 
+pub(crate) use self::pack::{PanelForm, PanelRange, PanelSource};
+
 use self::pack::BSource;
 use self::product::{Product, Request};
 use self::types::Matrix;
@@ -125,6 +127,30 @@ impl<'a> Gemm<'a> {
             out,
             addends,
         }))
+    }
+
+    /// Plans `out [m, n] = epilogue(a [m, k] · b)` where `b` `[k, n]` writes its own panels. What
+    /// `b` reads must live as long as `'a`.
+    pub(crate) fn with_panels(
+        a: FloatView<'a>,
+        (b, k): (Arc<dyn PanelSource>, usize),
+        out: FloatViewMut<'a>,
+        precision: Precision,
+        epilogue: &Epilogue<'a>,
+        isa: Isa,
+    ) -> Result<Gemm<'a>, KernelError> {
+        let &[m, n] = out.shape() else {
+            return Err(KernelError::new(
+                "gemm",
+                format!("expected an output [m, n], got {:?}", out.shape()),
+            ));
+        };
+        let a = Matrix::of("x", (a.bytes(), a.float_type()), a.shape(), a.strides(), &[], (m, k))?;
+        let out =
+            Matrix::of("out", (out.bytes(), out.float_type()), out.shape(), out.strides(), &[], (m, n))?;
+        let addends = addends_of(epilogue, &out, &[], m, n)?;
+        let (batch, b) = (Default::default(), BSource::Panels(b));
+        Ok(Gemm::from_request(Request { isa, precision, batch, m, n, k, a, b, out, addends }))
     }
 
     fn from_request(request: Request) -> Gemm<'a> {

@@ -1,6 +1,8 @@
 //! Packing: from operands with any strides, or from packed weights, into the panels that the
 //! micro-kernels read (their layouts are in [`super::micro`]).
 
+use std::sync::Arc;
+
 use half::f16;
 use mica_simd::Isa;
 
@@ -9,6 +11,49 @@ use super::micro::Line;
 use super::types::{FloatType, Matrix};
 use super::weight::Tiles;
 
+/// How a [`PanelSource`] writes its lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PanelForm {
+    /// A line of 16 f32 per k.
+    F32,
+    /// The same, rounded to bf16.
+    Rounded,
+    /// A line of 16 pairs of bf16 per two k, the even one in the lower half.
+    Pairs,
+}
+
+impl PanelForm {
+    /// `k` up to a whole block: what a panel must hold, zeros at the end.
+    pub fn padded(self, k: usize) -> usize {
+        k.next_multiple_of(if self == PanelForm::Pairs { 32 } else { 16 })
+    }
+}
+
+/// Which panels to write, and where.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PanelRange {
+    /// The first column, a multiple of 16.
+    pub n0: usize,
+    /// Panels of 16 columns.
+    pub panels: usize,
+    /// The first k: a multiple of 256, or 0.
+    pub k0: usize,
+    /// How many of k: to the end, or a multiple of 256.
+    pub k: usize,
+    pub into: *mut u8,
+    /// Bytes from panel to panel.
+    pub stride: usize,
+}
+
+/// A second operand that writes its own panels: quantized weights.
+pub(crate) trait PanelSource: std::fmt::Debug + Send + Sync {
+    /// Writes the panels, each padded to [`PanelForm::padded`]; columns past the last are zeros.
+    ///
+    /// # Safety
+    /// The tier is available; the range lies inside the operand and the destination is writable.
+    unsafe fn panels(&self, isa: Isa, form: PanelForm, range: PanelRange);
+}
+
 /// The second operand.
 #[derive(Clone, Debug)]
 pub(super) enum BSource {
@@ -16,6 +61,8 @@ pub(super) enum BSource {
     Strided(Matrix),
     /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around.
     Weight { tiles: Tiles, transposed: bool },
+    /// Whatever writes panels.
+    Panels(Arc<dyn PanelSource>),
 }
 
 /// In which direction an operand is contiguous, and the block mover for it.
@@ -154,6 +201,8 @@ impl PackA {
 
 /// Packs panels of B.
 pub(super) struct PackB {
+    isa: Isa,
+    form: PanelForm,
     source: BSource,
     reader: Option<Reader>,
     block: Option<BlockFn>,
@@ -167,7 +216,13 @@ impl PackB {
             (_, true) => block::Into::Rounded,
             _ => block::Into::F32,
         };
+        let form = match (line, round) {
+            (Line::Pairs, _) => PanelForm::Pairs,
+            (_, true) => PanelForm::Rounded,
+            _ => PanelForm::F32,
+        };
         let (reader, block) = match source {
+            BSource::Panels(_) => (None, None),
             BSource::Strided(b) => {
                 (Some(Reader::new(isa, b.float, b.row, b.column, How::LinesAlongK, into)), None)
             }
@@ -180,7 +235,7 @@ impl PackB {
                 (None, Some(block::mover(isa, from, *transposed, into)))
             }
         };
-        PackB { source: source.clone(), reader, block, line }
+        PackB { isa, form, source: source.clone(), reader, block, line }
     }
 
     /// Packs `k` elements from `k0` (a multiple of 32) of `panels` panels from column `n0` (a
@@ -198,6 +253,12 @@ impl PackB {
         into: *mut u8,
         stride: usize,
     ) {
+        if let BSource::Panels(source) = &self.source {
+            // SAFETY: passed on.
+            return unsafe {
+                source.panels(self.isa, self.form, PanelRange { n0, panels, k0, k, into, stride })
+            };
+        }
         let (k_padded, step) = match self.line {
             Line::Pairs => (k.next_multiple_of(32), 32),
             _ => (k.next_multiple_of(16), 64),
@@ -238,6 +299,7 @@ impl PackB {
         let panel_by_panel = match &self.source {
             BSource::Strided(_) => self.reader.is_some_and(|reader| reader.how == How::LinesAlongK),
             BSource::Weight { transposed, .. } => !transposed,
+            BSource::Panels(_) => unreachable!("these have written their panels above"),
         };
         if panel_by_panel {
             for panel in 0..panels {

@@ -275,7 +275,7 @@ impl Product {
         };
         let b_base = match &self.b {
             BSource::Strided(b) => b.at(entry, &self.batch) as *const u8,
-            BSource::Weight { .. } => std::ptr::null(),
+            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
         };
         let panels_in_place: *const u8 = match &self.b {
             BSource::Weight { tiles, .. } if self.in_place => {
@@ -390,7 +390,7 @@ impl Request {
             let axis = self.batch.len() - 1;
             let b_stride = match &self.b {
                 BSource::Strided(b) => b.batch[axis],
-                BSource::Weight { .. } => 0,
+                BSource::Weight { .. } | BSource::Panels(_) => 0,
             };
             let m = self.m as isize;
             let mut walkers: Vec<&mut Matrix> = vec![&mut self.a, &mut self.out];

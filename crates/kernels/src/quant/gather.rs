@@ -1,7 +1,8 @@
 //! Rows of a quantized weight as numbers: the embedding lookup of a tied head, and dequantizing.
 //!
 //! Written as the scales' type T, values are those of `mx.dequantize`: T(T(q·s) + b). Written as
-//! f32, they are s·q + b in f32, the weights that the exact product multiplies with.
+//! f32, they are s·q + b in f32: from half scales the weights that the exact product multiplies
+//! with, from f32 scales rounded twice, as `mx.dequantize` rounds them.
 
 use half::{bf16, f16};
 use mica_codec::affine::dequantize_value;
@@ -26,20 +27,17 @@ pub enum Floats<'a> {
 }
 
 impl QuantWeight {
-    /// A task that writes row `ids[i]` to row i of `out`. Ids are checked here.
+    /// A task that writes row `ids[i]` to row i of `out`. Ids are read when the task runs, so an
+    /// earlier task may write them; one past the last row fails the task, with its number.
     pub fn gather_rows<'a>(
         &'a self,
         ids: View<'a, u32>,
         out: Floats<'a>,
     ) -> Result<Box<dyn Task + 'a>, KernelError> {
-        let Some(ids) = ids.as_slice() else {
-            return Err(KernelError::new(NAME, "ids must be contiguous"));
+        let &[rows] = ids.shape() else {
+            return Err(KernelError::new(NAME, format!("expected ids [rows], got {:?}", ids.shape())));
         };
-        let rows = self.shape()[0];
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= rows) {
-            return Err(KernelError::new(NAME, format!("row {id} of a weight with {rows} rows")));
-        }
-        self.gather(Some(ids), ids.len(), out)
+        self.gather(Some(ids), rows, out)
     }
 
     /// A task that writes the whole matrix, as `mx.dequantize` gives it.
@@ -49,7 +47,7 @@ impl QuantWeight {
 
     fn gather<'a>(
         &'a self,
-        ids: Option<&'a [u32]>,
+        ids: Option<View<'a, u32>>,
         rows: usize,
         out: Floats<'a>,
     ) -> Result<Box<dyn Task + 'a>, KernelError> {
@@ -140,7 +138,7 @@ fn bytes(sub_block: &[u8], lane: usize, codes: &mut [u8; SUB]) {
 struct Gather<'a> {
     weight: &'a QuantWeight,
     /// All rows in order if there are none.
-    ids: Option<&'a [u32]>,
+    ids: Option<View<'a, u32>>,
     rows: usize,
     out: Floats<'a>,
 }
@@ -159,7 +157,10 @@ impl Task for Gather<'_> {
     fn run(&self, chunk: usize, _: &mut Scratch) {
         let first = chunk * self.rows_per_chunk();
         for to in first..(first + self.rows_per_chunk()).min(self.rows) {
-            let row = self.ids.map_or(to, |ids| ids[to] as usize);
+            // SAFETY: the view has an id per row of the output.
+            let row = self.ids.as_ref().map_or(to, |ids| unsafe { ids.run(&[to], 1)[0] } as usize);
+            let rows = self.weight.shape()[0];
+            assert!(row < rows, "row {row} of a quantized weight with {rows} rows");
             let wide = matches!(self.out, Floats::F32(_));
             self.weight.row_values(row, wide, |at, values| {
                 // SAFETY: row `to` of the output is contiguous and this chunk's alone.

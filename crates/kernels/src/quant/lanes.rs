@@ -78,7 +78,6 @@ pub(super) trait Lanes: Copy + 'static {
 
     /// Each lane: bf16(low) | bf16(high) << 16.
     unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::I;
-    /// acc + w·x over the pair of bf16 in each lane of w and the pair read at `x`: one fused chain,
-    /// low half first, or the instruction for it (docs/NUMERICS.md).
-    unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: *const u32) -> Self::F;
+    /// Rounded to bf16 and widened again.
+    unsafe fn round_bf16(a: Self::F) -> Self::F;
 }

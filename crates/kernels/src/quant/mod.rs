@@ -1,12 +1,13 @@
 //! Products with quantized weights, in both directions, from one packed copy.
 //!
-//! [`QuantWeight`] holds a matrix in tiles. A product has two steps: a [`Stage`] brings the
-//! activations into the form of a [`Precision`] (once for all weights that read them), then
-//! [`QuantWeight::product`] is a task that multiplies. [`QuantWeight::plan_forward`] does both for
-//! the usual case of one weight.
+//! [`QuantWeight`] holds a matrix in tiles. [`QuantWeight::plan_forward`] multiplies by it and
+//! [`QuantWeight::plan_transposed`] by its transpose, in a [`Precision`]. For inference activations
+//! are quantized first; several weights that read the same ones share that step ([`Stage`], then
+//! [`QuantWeight::product`] per weight, side by side in [`Together`]).
 //!
-//! Files: `tile` is the memory layout, `lanes` the vector type all kernels are written in, `fast`
-//! the int8 product, `float` the bf16 and f32 products, `gather` rows as numbers. The codes themselves are mica-codec's subject.
+//! Files: `tile` is the memory layout, `lanes` the vector type all kernels are written in, `tier`
+//! their dispatch, `fast` and `fast_amx` the int8 product, `float` dequantizes into the panels of
+//! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -27,6 +28,6 @@ mod weight;
 pub use gather::Floats;
 pub use plan::{Precision, ProductPlan, Together};
 pub use sink::Epilogue;
-pub use stage::{Form, Rows, Stage, Staged};
+pub use stage::{Stage, Staged};
 pub use tile::{ScaleType, TILE_ROWS};
 pub use weight::{QuantWeight, ScaleVec, Scales, Unpacked};

@@ -1,14 +1,17 @@
-//! Products as tasks: which staging a precision needs, and the checks before anything runs.
+//! Products as tasks: which kernels a precision needs, and the checks before anything runs.
+
+use std::sync::Arc;
 
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::fast::FastTask;
-use super::float::FloatTask;
+use super::float::Dequantized;
 use super::sink::{Epilogue, Sink};
-use super::stage::{Form, Rows, Stage, Staged};
+use super::stage::{Stage, Staged};
 use super::tier;
 use super::weight::QuantWeight;
+use crate::gemm::{self, FloatView, Gemm};
 use crate::{KernelError, ViewMut};
 
 const FORWARD: &str = "quantized product";
@@ -26,17 +29,8 @@ pub enum Precision {
 }
 
 impl QuantWeight {
-    /// The form that activations take for a product with this weight.
-    pub fn form(&self, precision: Precision) -> Form {
-        match precision {
-            Precision::Fast => Form::Int8 { group: self.spec().group_size() },
-            Precision::Bf16 => Form::Bf16,
-            Precision::Exact => Form::F32,
-        }
-    }
-
-    /// y = x·wᵀ from staged rows `[m, in]` to `[m, out]`, in the precision of their form. The task
-    /// may run once the staging task has. The output may alias the residual, nothing else.
+    /// y = x·wᵀ with int8 activations, from staged rows `[m, in]` to `[m, out]`. The task may run
+    /// once the staging task has. The output may alias the residual, nothing else.
     pub fn product<'a>(
         &'a self,
         x: &Staged<'a>,
@@ -47,115 +41,128 @@ impl QuantWeight {
         tier::check(FORWARD, isa)?;
         let [n, k] = self.shape();
         if x.k != k {
-            let message = format!("a weight [{n}, {k}] expects rows of {k} values, got {}", x.k);
+            return Err(expects(FORWARD, [n, k], k, x.k));
+        }
+        let wanted = self.spec().group_size();
+        if x.group != wanted {
+            let message =
+                format!("rows quantized in groups of {}, this weight has groups of {wanted}", x.group);
             return Err(KernelError::new(FORWARD, message));
         }
         let sink = Sink::new(FORWARD, out, epilogue, [x.m, n])?;
-        let x = x.clone();
-        match x.form {
-            Form::Int8 { group } if group != self.spec().group_size() => {
-                let wanted = self.spec().group_size();
-                let message =
-                    format!("rows quantized in groups of {group}, this weight has groups of {wanted}");
-                Err(KernelError::new(FORWARD, message))
-            }
-            Form::Int8 { .. } => Ok(Box::new(FastTask { weight: self, x, sink, isa })),
-            Form::Bf16 | Form::F32 => {
-                Ok(Box::new(FloatTask { weight: self, x, sink, isa, transposed: false }))
-            }
-        }
+        Ok(Box::new(FastTask { weight: self, x: x.clone(), sink, isa }))
     }
 
-    /// dx = dy·w from staged rows dy `[m, out]` to `[m, in]`, for training through a frozen weight.
-    /// The rows are staged as [`Form::F32`] or [`Form::Bf16`].
-    pub fn product_transposed<'a>(
-        &'a self,
-        dy: &Staged<'a>,
-        dx: ViewMut<'a, f32>,
-        epilogue: Epilogue<'a>,
-        isa: Isa,
-    ) -> Result<Box<dyn Task + 'a>, KernelError> {
-        tier::check(TRANSPOSED, isa)?;
-        let [n, k] = self.shape();
-        if dy.k != n {
-            let message = format!("a weight [{n}, {k}] expects rows of {n} values, got {}", dy.k);
-            return Err(KernelError::new(TRANSPOSED, message));
-        }
-        let sink = Sink::new(TRANSPOSED, dx, epilogue, [dy.m, k])?;
-        match dy.form {
-            Form::Int8 { .. } => {
-                let message = "expected rows as bf16 or f32, got int8: gradients are not quantized";
-                Err(KernelError::new(TRANSPOSED, message))
-            }
-            Form::Bf16 | Form::F32 => {
-                Ok(Box::new(FloatTask { weight: self, x: dy.clone(), sink, isa, transposed: true }))
-            }
-        }
-    }
-
-    /// Staging and transposed product in one: dx = dy·w, dy `[m, out]`, dx `[m, in]`.
-    pub fn plan_transposed<'a>(
-        &'a self,
-        dy: impl Into<Rows<'a>>,
-        dx: ViewMut<'a, f32>,
-        precision: Precision,
-        epilogue: Epilogue<'a>,
-        isa: Isa,
-    ) -> Result<ProductPlan<'a>, KernelError> {
-        let form = match precision {
-            Precision::Fast => {
-                let message = "precision fast is for inference: expected bf16 or exact";
-                return Err(KernelError::new(TRANSPOSED, message));
-            }
-            precision => self.form(precision),
-        };
-        ProductPlan {
-            stage: Stage::new(dy, form, isa)?,
-            weight: self,
-            out: dx,
-            epilogue,
-            isa,
-            transposed: true,
-        }
-        .checked()
-    }
-
-    /// Staging and product in one: y = x·wᵀ, x `[m, in]`, out `[m, out]`.
+    /// y = x·wᵀ: x `[m, in]`, out `[m, out]`. The output may alias the residual, nothing else.
     pub fn plan_forward<'a>(
         &'a self,
-        x: impl Into<Rows<'a>>,
+        x: impl Into<FloatView<'a>>,
         out: ViewMut<'a, f32>,
         precision: Precision,
         epilogue: Epilogue<'a>,
         isa: Isa,
     ) -> Result<ProductPlan<'a>, KernelError> {
-        let stage = Stage::new(x, self.form(precision), isa)?;
-        ProductPlan { stage, weight: self, out, epilogue, isa, transposed: false }.checked()
+        let x = x.into();
+        if precision != Precision::Fast {
+            return self.plan_float(x, out, false, precision, epilogue, isa);
+        }
+        let plan = Int8Plan {
+            stage: Stage::new(x, self.spec().group_size(), isa)?,
+            weight: self,
+            out,
+            epilogue,
+            isa,
+        };
+        // The product's checks, so that a plan that exists can be run.
+        // SAFETY: the tasks are dropped unrun, so nobody touches the null workspace.
+        unsafe { plan.clone().tasks(std::ptr::null_mut(), &mut Vec::new())? };
+        Ok(ProductPlan(Plan::Int8(Box::new(plan))))
+    }
+
+    /// dx = dy·w for training through a frozen weight: dy `[m, out]`, dx `[m, in]`. Gradients are
+    /// not quantized: the precision is bf16 or exact.
+    pub fn plan_transposed<'a>(
+        &'a self,
+        dy: impl Into<FloatView<'a>>,
+        dx: ViewMut<'a, f32>,
+        precision: Precision,
+        epilogue: Epilogue<'a>,
+        isa: Isa,
+    ) -> Result<ProductPlan<'a>, KernelError> {
+        self.plan_float(dy.into(), dx, true, precision, epilogue, isa)
+    }
+
+    fn plan_float<'a>(
+        &'a self,
+        x: FloatView<'a>,
+        out: ViewMut<'a, f32>,
+        transposed: bool,
+        precision: Precision,
+        epilogue: Epilogue<'a>,
+        isa: Isa,
+    ) -> Result<ProductPlan<'a>, KernelError> {
+        let kernel = if transposed { TRANSPOSED } else { FORWARD };
+        tier::check(kernel, isa)?;
+        let precision = match precision {
+            Precision::Exact => gemm::Precision::Exact,
+            Precision::Bf16 => gemm::Precision::Bf16,
+            Precision::Fast => {
+                let message = "precision fast is for inference: expected bf16 or exact";
+                return Err(KernelError::new(kernel, message));
+            }
+        };
+        let [rows, columns] = self.shape();
+        let (k, n) = if transposed { (rows, columns) } else { (columns, rows) };
+        let &[m, width] = x.shape() else {
+            return Err(KernelError::new(kernel, format!("expected rows [m, {k}], got {:?}", x.shape())));
+        };
+        if width != k {
+            return Err(expects(kernel, [rows, columns], k, width));
+        }
+        if out.shape() != [m, n] {
+            let message = format!("expected an output [{m}, {n}], got {:?}", out.shape());
+            return Err(KernelError::new(kernel, message));
+        }
+        let epilogue = gemm::Epilogue {
+            bias: epilogue.bias.map(FloatView::F32),
+            residual: epilogue.residual.map(FloatView::F32),
+            accumulate: false,
+        };
+        let source = Arc::new(Dequantized::new(self, transposed));
+        let gemm = Gemm::with_panels(x, (source, k), out.into(), precision, &epilogue, isa)?;
+        Ok(ProductPlan(Plan::Float(gemm)))
     }
 }
 
-/// A product that owns its staging: ask for the workspace, then for the tasks.
+fn expects(kernel: &'static str, [n, k]: [usize; 2], wanted: usize, got: usize) -> KernelError {
+    KernelError::new(kernel, format!("a weight [{n}, {k}] expects rows of {wanted} values, got {got}"))
+}
+
+/// A checked product: ask for the workspace, then for the tasks.
+pub struct ProductPlan<'a>(Plan<'a>);
+
+enum Plan<'a> {
+    Int8(Box<Int8Plan<'a>>),
+    Float(Gemm<'a>),
+}
+
+/// Staging and product.
 #[derive(Clone)]
-pub struct ProductPlan<'a> {
+struct Int8Plan<'a> {
     stage: Stage<'a>,
     weight: &'a QuantWeight,
     out: ViewMut<'a, f32>,
     epilogue: Epilogue<'a>,
     isa: Isa,
-    transposed: bool,
 }
 
 impl<'a> ProductPlan<'a> {
-    /// Runs the product's checks, so that a plan that exists can be run.
-    fn checked(self) -> Result<ProductPlan<'a>, KernelError> {
-        // SAFETY: the tasks are dropped unrun, so nobody touches the null workspace.
-        unsafe { self.clone().tasks(std::ptr::null_mut(), &mut Vec::new())? };
-        Ok(self)
-    }
-
     /// Bytes of workspace that [`ProductPlan::tasks`] needs.
     pub fn workspace_bytes(&self) -> usize {
-        self.stage.workspace_bytes()
+        match &self.0 {
+            Plan::Int8(plan) => plan.stage.workspace_bytes(),
+            Plan::Float(gemm) => gemm.workspace_bytes(),
+        }
     }
 
     /// Appends the plan's tasks, in order.
@@ -169,13 +176,25 @@ impl<'a> ProductPlan<'a> {
         list: &mut Vec<Box<dyn Task + 'a>>,
     ) -> Result<(), KernelError> {
         // SAFETY: passed on.
+        unsafe {
+            match self.0 {
+                Plan::Int8(plan) => plan.tasks(workspace, list),
+                Plan::Float(gemm) => {
+                    gemm.tasks(workspace, list);
+                    Ok(())
+                }
+            }
+        }
+    }
+}
+
+impl<'a> Int8Plan<'a> {
+    /// # Safety
+    /// As [`ProductPlan::tasks`].
+    unsafe fn tasks(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task + 'a>>) -> Result<(), KernelError> {
+        // SAFETY: passed on.
         let (stage, staged) = unsafe { self.stage.bind(workspace) };
-        let ProductPlan { weight, out, epilogue, isa, .. } = self;
-        let product = if self.transposed {
-            weight.product_transposed(&staged, out, epilogue, isa)?
-        } else {
-            weight.product(&staged, out, epilogue, isa)?
-        };
+        let product = self.weight.product(&staged, self.out, self.epilogue, self.isa)?;
         list.push(stage);
         list.push(product);
         Ok(())

@@ -1,78 +1,20 @@
-//! Activations made ready for a product: quantized, or converted, once for all weights that read
-//! them (q, k and v; gate and up).
+//! Activations quantized to int8, once for all weights that read them (q, k and v; gate and up).
 //!
-//! The int8 form is symmetric per group: d = amax / 127, a = rint(x · (127 / amax)), and
+//! Symmetric per group: d = amax / 127, a = rint(x · (127 / amax)), and
 //! e = d · Σa, the factor of the bias term. A group whose largest magnitude is below 1e-30 counts
 //! as zero. A NaN makes its group's d NaN, an infinity makes it infinite, so neither is lost.
 
 use std::marker::PhantomData;
 
-use half::{bf16, f16};
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::lanes::Lanes;
 use super::tier::{self, PerTier, at_tier};
-use crate::{KernelError, View};
+use crate::KernelError;
+use crate::gemm::FloatView;
 
 const NAME: &str = "stage rows";
-
-/// Rows of activations or gradients `[m, k]`; each row is contiguous.
-#[derive(Clone, Debug)]
-pub enum Rows<'a> {
-    /// Single precision.
-    F32(View<'a, f32>),
-    /// The upper half of an f32.
-    Bf16(View<'a, bf16>),
-    /// IEEE half precision.
-    F16(View<'a, f16>),
-}
-
-impl<'a> From<View<'a, f32>> for Rows<'a> {
-    fn from(view: View<'a, f32>) -> Rows<'a> {
-        Rows::F32(view)
-    }
-}
-
-impl<'a> From<View<'a, bf16>> for Rows<'a> {
-    fn from(view: View<'a, bf16>) -> Rows<'a> {
-        Rows::Bf16(view)
-    }
-}
-
-impl<'a> From<View<'a, f16>> for Rows<'a> {
-    fn from(view: View<'a, f16>) -> Rows<'a> {
-        Rows::F16(view)
-    }
-}
-
-impl Rows<'_> {
-    /// Shape and strides.
-    fn geometry(&self) -> (&[usize], &[isize]) {
-        match self {
-            Rows::F32(view) => (view.shape(), view.strides()),
-            Rows::Bf16(view) => (view.shape(), view.strides()),
-            Rows::F16(view) => (view.shape(), view.strides()),
-        }
-    }
-}
-
-/// What activations are turned into.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Form {
-    /// int8 with a scale per group of this many values.
-    Int8 {
-        /// Values per group: 32, 64 or 128.
-        group: usize,
-    },
-    /// Rounded to bf16.
-    Bf16,
-    /// f32.
-    F32,
-}
-
-/// Zeros after a row, so that kernels read whole steps of k.
-const PAD_K: usize = 32;
 
 /// Rows whose d lie side by side.
 pub(super) const ROW_LANES: usize = 16;
@@ -86,55 +28,48 @@ fn row_stride(bytes: usize) -> usize {
 /// The staging of one matrix: how much workspace it needs, then its task.
 #[derive(Clone, Debug)]
 pub struct Stage<'a> {
-    rows: Rows<'a>,
-    form: Form,
+    rows: FloatView<'a>,
+    group: usize,
     isa: Isa,
     m: usize,
     k: usize,
 }
 
 impl<'a> Stage<'a> {
-    /// Plans to bring `rows` `[m, k]` into `form` with the code of tier `isa`.
-    pub fn new(rows: impl Into<Rows<'a>>, form: Form, isa: Isa) -> Result<Stage<'a>, KernelError> {
+    /// Plans to quantize `rows` `[m, k]` of contiguous rows, in groups of 32, 64 or 128 that divide
+    /// k, with the code of tier `isa`.
+    pub fn new(rows: impl Into<FloatView<'a>>, group: usize, isa: Isa) -> Result<Stage<'a>, KernelError> {
         tier::check(NAME, isa)?;
         let rows = rows.into();
-        let (shape, strides) = rows.geometry();
-        let &[m, k] = shape else {
-            return Err(KernelError::new(NAME, format!("expected rows [m, k], got {shape:?}")));
+        let &[m, k] = rows.shape() else {
+            return Err(KernelError::new(NAME, format!("expected rows [m, k], got {:?}", rows.shape())));
         };
-        if k > 1 && strides[1] != 1 {
-            let message = format!("rows must be contiguous, got strides {strides:?}: copy them first");
+        if k > 1 && rows.strides()[1] != 1 {
+            let message =
+                format!("rows must be contiguous, got strides {:?}: copy them first", rows.strides());
             return Err(KernelError::new(NAME, message));
         }
-        if let Form::Int8 { group } = form
-            && (!matches!(group, 32 | 64 | 128) || !k.is_multiple_of(group))
-        {
+        if !matches!(group, 32 | 64 | 128) || !k.is_multiple_of(group) {
             let message = format!(
                 "rows of {k} values and groups of {group}: expected groups of 32, 64 or 128 that divide the row"
             );
             return Err(KernelError::new(NAME, message));
         }
-        Ok(Stage { rows, form, isa, m, k })
+        Ok(Stage { rows, group, isa, m, k })
     }
 
-    /// The same for rows that a workspace of this shape will hold: sizes only.
-    fn sizes(&self) -> (usize, usize) {
-        match self.form {
-            Form::Int8 { group } => (row_stride(self.k), self.k / group),
-            Form::Bf16 => (row_stride(self.k.next_multiple_of(PAD_K) * 2), 0),
-            Form::F32 => (row_stride(self.k.next_multiple_of(PAD_K) * 4), 0),
-        }
+    fn groups(&self) -> usize {
+        self.k / self.group
     }
 
     /// Bytes of the d or of the e of all rows.
-    fn scale_bytes(&self, groups: usize) -> usize {
-        self.m.next_multiple_of(ROW_LANES) * groups * 4
+    fn scale_bytes(&self) -> usize {
+        self.m.next_multiple_of(ROW_LANES) * self.groups() * 4
     }
 
     /// Bytes that [`Stage::bind`] needs.
     pub fn workspace_bytes(&self) -> usize {
-        let (stride, groups) = self.sizes();
-        self.m * stride + 2 * self.scale_bytes(groups)
+        self.m * row_stride(self.k) + 2 * self.scale_bytes()
     }
 
     /// Puts the staged rows into `workspace`: the task that fills it, and what products read after
@@ -144,11 +79,11 @@ impl<'a> Stage<'a> {
     /// `workspace` is aligned to 64 and has [`Stage::workspace_bytes`] bytes, which for `'a`
     /// nothing else uses.
     pub unsafe fn bind(self, workspace: *mut u8) -> (Box<dyn Task + 'a>, Staged<'a>) {
-        let (stride, groups) = self.sizes();
+        let stride = row_stride(self.k);
         let scales = workspace.wrapping_add(self.m * stride);
-        let sums = scales.wrapping_add(self.scale_bytes(groups));
+        let sums = scales.wrapping_add(self.scale_bytes());
         let staged = Staged {
-            form: self.form,
+            group: self.group,
             m: self.m,
             k: self.k,
             stride,
@@ -165,17 +100,17 @@ impl<'a> Stage<'a> {
 /// Rows that a [`Stage`] has put into a workspace.
 #[derive(Clone, Debug)]
 pub struct Staged<'a> {
-    pub(super) form: Form,
+    pub(super) group: usize,
     pub(super) m: usize,
     pub(super) k: usize,
     /// Bytes from row to row.
     pub(super) stride: usize,
-    /// int8, bf16 or f32 values; the last two end in zeros up to a multiple of 32 values.
+    /// `[m]` rows of int8.
     pub(super) values: *mut u8,
-    /// Int8 only, `[m / 16][group][16 rows]`: d, with zeros for the rows past the last. A kernel
+    /// `[m / 16][group][16 rows]`: d, with zeros for the rows past the last. A kernel
     /// that multiplies some of 16 rows reads them at constant distances from one pointer.
     pub(super) scales: *mut f32,
-    /// Int8 only, laid out as `scales`: e = d · Σa.
+    /// Laid out as `scales`: e = d · Σa.
     pub(super) sums: *mut f32,
     life: PhantomData<&'a [u8]>,
 }
@@ -198,14 +133,14 @@ impl Staged<'_> {
         row / ROW_LANES * groups * ROW_LANES + row % ROW_LANES
     }
 
-    /// What the rows were turned into.
-    pub fn form(&self) -> Form {
-        self.form
+    /// Values per group.
+    pub fn group(&self) -> usize {
+        self.group
     }
 }
 
 struct StageTask<'a> {
-    rows: Rows<'a>,
+    rows: FloatView<'a>,
     isa: Isa,
     staged: Staged<'a>,
 }
@@ -231,9 +166,9 @@ impl Task for StageTask<'_> {
             unsafe {
                 let to = (&self.staged, row);
                 match &self.rows {
-                    Rows::F32(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
-                    Rows::Bf16(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
-                    Rows::F16(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
+                    FloatView::F32(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
+                    FloatView::Bf16(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
+                    FloatView::F16(view) => at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to }),
                 }
             }
         }
@@ -255,53 +190,24 @@ impl<T: mica_codec::Float> PerTier for StageRow<'_, T> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let (staged, row) = self.to;
-        let k = staged.k;
-        let padded = k.next_multiple_of(PAD_K);
+        let (k, groups) = (staged.k, staged.k / staged.group);
+        let at = staged.scale_offset(row, groups);
         // SAFETY: the row's part of the workspace, this chunk's alone.
         unsafe {
-            let values = staged.values.add(row * staged.stride);
-            match staged.form {
-                Form::Int8 { group } => {
-                    let groups = k / group;
-                    let codes = std::slice::from_raw_parts_mut(values.cast::<i8>(), k);
-                    let at = staged.scale_offset(row, groups);
-                    quantize_row(self.from, group, codes, |g, scale, sum| {
-                        *staged.scales.add(at + g * ROW_LANES) = scale;
-                        *staged.sums.add(at + g * ROW_LANES) = sum;
-                    });
-                    // The last row brings the zeros of the rows that are not there.
-                    let missing = if row + 1 == staged.m { ROW_LANES - 1 - row % ROW_LANES } else { 0 };
-                    for g in 0..groups {
-                        staged.scales.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
-                        staged.sums.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
-                    }
-                }
-                Form::F32 => {
-                    let to = std::slice::from_raw_parts_mut(values.cast::<f32>(), padded);
-                    for (to, from) in to.iter_mut().zip(self.from) {
-                        *to = from.to_f32();
-                    }
-                    to[k..].fill(0.0);
-                }
-                Form::Bf16 => {
-                    let to = std::slice::from_raw_parts_mut(values.cast::<u16>(), padded);
-                    for (to, from) in to.iter_mut().zip(self.from) {
-                        *to = round_bf16(from.to_f32());
-                    }
-                    to[k..].fill(0);
-                }
+            let codes =
+                std::slice::from_raw_parts_mut(staged.values.add(row * staged.stride).cast::<i8>(), k);
+            quantize_row(self.from, staged.group, codes, |g, scale, sum| {
+                *staged.scales.add(at + g * ROW_LANES) = scale;
+                *staged.sums.add(at + g * ROW_LANES) = sum;
+            });
+            // The last row brings the zeros of the rows that are not there.
+            let missing = if row + 1 == staged.m { ROW_LANES - 1 - row % ROW_LANES } else { 0 };
+            for g in 0..groups {
+                staged.scales.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
+                staged.sums.add(at + g * ROW_LANES + 1).write_bytes(0, missing);
             }
         }
     }
-}
-
-/// To bf16, to nearest even, in integers so that it vectorizes on every tier; NaN stays NaN.
-#[inline(always)]
-fn round_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    let quiet = bits >> 16 | 0x40;
-    (if value.is_nan() { quiet } else { rounded }) as u16
 }
 
 /// The smallest amax of a group that is not taken for zero: 127 / amax stays finite.
@@ -349,6 +255,7 @@ fn quantize_row<T: mica_codec::Float>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::View;
     use mica_testkit::Rng;
 
     #[test]
@@ -373,34 +280,18 @@ mod tests {
     }
 
     #[test]
-    fn bf16_is_rounded_as_half_rounds_it() {
-        let mut rng = Rng::new(4);
-        let special =
-            [0.0, -0.0, f32::INFINITY, f32::NAN, f32::MAX, 1e-40, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0];
-        for value in special.into_iter().chain((0..10_000).map(|_| f32::from_bits(rng.u32()))) {
-            let expected = bf16::from_f32(value);
-            let got = bf16::from_bits(round_bf16(value));
-            assert!(
-                got == expected || (got.is_nan() && expected.is_nan()),
-                "{value:e}: {got} for {expected}"
-            );
-        }
-    }
-
-    #[test]
     fn shapes_that_do_not_fit_are_refused() {
         let data = [0f32; 256];
         let view = |shape: &[usize], strides: &[isize]| View::strided(&data, 0, shape, strides).unwrap();
-        for (name, view, form, ok) in [
-            ("fits", view(&[2, 64], &[64, 1]), Form::Int8 { group: 64 }, true),
-            ("rows further apart", view(&[2, 64], &[128, 1]), Form::Int8 { group: 64 }, true),
-            ("rank", view(&[64], &[1]), Form::F32, false),
-            ("gaps", view(&[2, 64], &[1, 2]), Form::F32, false),
-            ("groups", view(&[2, 96], &[96, 1]), Form::Int8 { group: 64 }, false),
-            ("no such group", view(&[2, 96], &[96, 1]), Form::Int8 { group: 96 }, false),
-            ("odd rows as f32", view(&[2, 7], &[7, 1]), Form::F32, true),
+        for (name, view, group, ok) in [
+            ("fits", view(&[2, 64], &[64, 1]), 64, true),
+            ("rows further apart", view(&[2, 64], &[128, 1]), 64, true),
+            ("rank", view(&[64], &[1]), 64, false),
+            ("gaps", view(&[2, 64], &[1, 2]), 64, false),
+            ("groups", view(&[2, 96], &[96, 1]), 64, false),
+            ("no such group", view(&[2, 96], &[96, 1]), 96, false),
         ] {
-            assert_eq!(Stage::new(view, form, Isa::Scalar).is_ok(), ok, "{name}");
+            assert_eq!(Stage::new(view, group, Isa::Scalar).is_ok(), ok, "{name}");
         }
     }
 }

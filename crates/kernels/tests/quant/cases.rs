@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 use mica_codec::{Float, QuantSpec, affine};
-use mica_kernels::quant::{Epilogue, Precision, QuantWeight, Rows, ScaleType, ScaleVec};
+use mica_kernels::gemm::FloatView;
+use mica_kernels::quant::{Epilogue, Precision, QuantWeight, ScaleType, ScaleVec};
 use mica_kernels::{View, ViewMut};
 use mica_simd::Isa;
 use mica_testkit::Rng;
@@ -92,7 +93,7 @@ pub fn with_workspace<R>(bytes: usize, f: impl FnOnce(*mut u8) -> R) -> R {
 pub fn run_forward<'a>(
     pool: &Pool,
     weight: &'a QuantWeight,
-    x: impl Into<Rows<'a>>,
+    x: impl Into<FloatView<'a>>,
     m: usize,
     precision: Precision,
     epilogue: Epilogue<'a>,

@@ -1,7 +1,7 @@
 //! y = x·wᵀ in each precision.
 
 use mica_kernels::quant::{Epilogue, Precision, ScaleType};
-use mica_kernels::{View, ViewMut};
+use mica_kernels::{View, ViewMut, gemm};
 use mica_simd::Isa;
 use mica_testkit::{Rng, assert_bits_eq, relative_l2};
 use mica_threads::Pool;
@@ -55,6 +55,43 @@ fn products_are_near_the_dequantized_product_at_every_tier() {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// The float product with the dequantized weight is the definition: same chain, same bits.
+#[test]
+fn exact_and_bf16_products_have_the_bits_of_the_float_product() {
+    let mut rng = Rng::new(28);
+    let pool = Pool::new(2);
+    for (bits, group, out, inner, m) in [(4, 64, 50, 192, 7), (8, 32, 33, 1056, 70), (3, 128, 100, 640, 1)] {
+        let weight = Weight::random(&mut rng, &pool, bits, group, ScaleType::F32, out, inner);
+        // s·q + b in f64 rounds once to f32, as a fused multiply-add does: the product is exact.
+        let dense: Vec<f32> = weight.exact.iter().map(|&value| value as f32).collect();
+        let x = rng.normals(m * inner);
+        for &isa in Isa::available() {
+            for (precision, float) in
+                [(Precision::Exact, gemm::Precision::Exact), (Precision::Bf16, gemm::Precision::Bf16)]
+            {
+                let y =
+                    run_forward(&pool, &weight.packed, rows(&x, inner), m, precision, Epilogue::none(), isa);
+                let mut expected = vec![f32::NAN; m * out];
+                let spec = gemm::GemmSpec {
+                    precision: float,
+                    isa,
+                    ..gemm::GemmSpec::new(
+                        rows(&x, inner),
+                        View::strided(&dense, 0, &[inner, out], &[1, inner as isize]).unwrap(),
+                        ViewMut::new(&mut expected, &[m, out]).unwrap(),
+                    )
+                };
+                gemm::Gemm::plan(&spec).unwrap().run(&pool).unwrap();
+                assert_bits_eq(
+                    &format!("{bits} bits, groups of {group}, {precision:?}, {isa}"),
+                    &y,
+                    &expected,
+                );
             }
         }
     }

@@ -27,7 +27,7 @@ macro_rules! shift {
 
 /// Rounds to bf16, to nearest even, as integers; NaN stays NaN.
 #[inline(always)]
-unsafe fn round_bf16(a: __m256) -> __m256i {
+unsafe fn bf16_bits(a: __m256) -> __m256i {
     // SAFETY: as below.
     unsafe {
         let bits = _mm256_castps_si256(a);
@@ -55,17 +55,6 @@ unsafe fn dot_half<const WIDE: bool>(acc: __m256i, q: __m256i, a: __m256i) -> __
         } else {
             _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(q, a), ones))
         }
-    }
-}
-
-/// Two fused multiply-adds, the low bf16 first.
-#[inline(always)]
-unsafe fn dot_bf16_half(acc: __m256, w: __m256i, low: __m256, high: __m256) -> __m256 {
-    // SAFETY: as below.
-    unsafe {
-        let mask = _mm256_set1_epi32(0xffff_0000u32 as i32);
-        let acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(w)), low, acc);
-        _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, mask)), high, acc)
     }
 }
 
@@ -216,19 +205,19 @@ impl Lanes for Avx2 {
         // SAFETY: as above.
         unsafe {
             [
-                _mm256_or_si256(round_bf16(low[0]), _mm256_slli_epi32::<16>(round_bf16(high[0]))),
-                _mm256_or_si256(round_bf16(low[1]), _mm256_slli_epi32::<16>(round_bf16(high[1]))),
+                _mm256_or_si256(bf16_bits(low[0]), _mm256_slli_epi32::<16>(bf16_bits(high[0]))),
+                _mm256_or_si256(bf16_bits(low[1]), _mm256_slli_epi32::<16>(bf16_bits(high[1]))),
             ]
         }
     }
     #[inline(always)]
-    unsafe fn dot_bf16(acc: F, w: I, x: *const u32) -> F {
+    unsafe fn round_bf16(a: F) -> F {
         // SAFETY: as above.
         unsafe {
-            let x = x.read_unaligned();
-            let low = _mm256_set1_ps(f32::from_bits(x << 16));
-            let high = _mm256_set1_ps(f32::from_bits(x & 0xffff_0000));
-            [dot_bf16_half(acc[0], w[0], low, high), dot_bf16_half(acc[1], w[1], low, high)]
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bf16_bits(a[0]))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bf16_bits(a[1]))),
+            ]
         }
     }
 }

@@ -147,11 +147,11 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const u32) -> __m512 {
+    unsafe fn round_bf16(a: __m512) -> __m512 {
         // SAFETY: as above.
         unsafe {
-            let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
-            _mm512_dpbf16_ps(acc, transmute::<__m512i, __m512bh>(w), transmute::<__m512i, __m512bh>(x))
+            let halves = _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(a)));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
         }
     }
 }

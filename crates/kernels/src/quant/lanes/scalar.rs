@@ -126,13 +126,7 @@ impl Lanes for Scalar {
         zip(low, high, |low, high| bits(low) | bits(high) << 16)
     }
     #[inline(always)]
-    unsafe fn dot_bf16(acc: [f32; 16], w: [u32; 16], x: *const u32) -> [f32; 16] {
-        // SAFETY: as above.
-        let x = unsafe { x.read_unaligned() };
-        let (low, high) = (f32::from_bits(x << 16), f32::from_bits(x & 0xffff_0000));
-        zip(acc, w, |acc, w| {
-            let acc = f32::from_bits(w << 16).mul_add(low, acc);
-            f32::from_bits(w & 0xffff_0000).mul_add(high, acc)
-        })
+    unsafe fn round_bf16(a: [f32; 16]) -> [f32; 16] {
+        each(a, |a| bf16::from_f32(a).to_f32())
     }
 }
