@@ -1,5 +1,6 @@
 //! Fine-tuning: datasets, adapters, methods, the loop, checkpoints.
 
+pub mod adapters;
 pub mod config;
 pub mod data;
 mod error;

@@ -8,21 +8,23 @@ use std::ops::Range;
 use serde_json::Value;
 
 /// A conversation as tokens, tokenized in one go.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conversation {
     /// The whole conversation through the chat template.
     pub tokens: Vec<u32>,
-    /// For each assistant message, in order, the tokens that the model would have to write: from
-    /// after the generation prompt to the end of the turn, its end mark included.
-    pub assistant: Vec<Range<usize>>,
+    /// For each turn of the assistant, in order, the tokens that the model would have to write: from
+    /// after the generation prompt to the end of the turn, its end mark included. Or why they cannot be told.
+    pub assistant: Result<Vec<Range<usize>>, String>,
+    /// The same of the last message alone, whoever speaks.
+    pub last: Result<Vec<Range<usize>>, String>,
     /// Whether the template itself marks what the assistant writes (`{% generation %}` blocks).
     pub marked: bool,
 }
 
 /// Turns text and conversations into tokens. Errors are one line of cause.
 pub trait Encode: Send + Sync {
-    /// Running text, with the mark of the beginning if the tokenizer adds one and never with an end
-    /// mark. Text in the data is only text: it never becomes a special token.
+    /// Running text, with what the tokenizer adds by itself (a mark of the beginning, often). Special tokens
+    /// that are written out in it count as such, since prepared texts contain them.
     fn text(&self, text: &str) -> Result<Vec<u32>, String>;
 
     /// The mark of the end of a text, which is also learnt. `None` if the tokenizer has none.
@@ -58,10 +60,10 @@ impl Encode for ByteEncoder {
     }
 
     fn conversation(&self, messages: &[Value], tools: &[Value]) -> Result<Conversation, String> {
-        let mut conversation = Conversation::default();
+        let (mut tokens, mut assistant, mut last) = (Vec::new(), Vec::new(), 0..0);
         let mut push = |text: &str| {
-            conversation.tokens.extend(text.bytes().map(u32::from));
-            conversation.tokens.len()
+            tokens.extend(text.bytes().map(u32::from));
+            tokens.len()
         };
         if !tools.is_empty() {
             push(&format!("<tools:{}>", Value::from(tools.to_vec())));
@@ -70,12 +72,12 @@ impl Encode for ByteEncoder {
             let role = message["role"].as_str().ok_or("no role")?;
             let content = message["content"].as_str().ok_or("content is no string")?;
             let start = push(&format!("<{role}:"));
-            let end = push(&format!("{content}>"));
+            last = start..push(&format!("{content}>"));
             if role == "assistant" {
-                conversation.assistant.push(start..end);
+                assistant.push(last.clone());
             }
         }
-        Ok(conversation)
+        Ok(Conversation { tokens, assistant: Ok(assistant), last: Ok(vec![last]), marked: false })
     }
 
     fn has_template(&self) -> bool {

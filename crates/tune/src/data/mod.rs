@@ -10,6 +10,7 @@
 //! positions and segments.
 
 pub mod batch;
+
 pub mod encode;
 pub mod format;
 pub mod loader;

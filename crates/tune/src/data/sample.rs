@@ -321,21 +321,28 @@ impl<'a> Sampler<'a> {
             );
         }
         let conversation = self.encode.conversation(messages, tools)?;
-        let is_assistant = |message: &&Value| message["role"] == "assistant";
-        let before = messages[..from.min(messages.len())].iter().filter(is_assistant).count();
-        let turns = conversation.assistant.get(before..).unwrap_or_default();
-        let learn = match learn {
-            Learn::Marked if conversation.marked => Learn::Assistant,
-            Learn::Marked => Learn::All,
-            said => said,
-        };
         let turns = match learn {
-            Learn::LastAssistant => &turns[turns.len().saturating_sub(1)..],
-            _ => turns,
+            Learn::All => return Ok(Sample::new(conversation.tokens, |_| true)),
+            Learn::Marked if !conversation.marked => return Ok(Sample::new(conversation.tokens, |_| true)),
+            Learn::LastAssistant if messages.last().is_some_and(|message| message["role"] == "assistant") => {
+                conversation.last?
+            }
+            Learn::LastAssistant => conversation.assistant?.pop().into_iter().collect(),
+            Learn::Marked | Learn::Assistant => {
+                let mut turns = conversation.assistant?;
+                let (prompt, completion) = messages.split_at(from.min(messages.len()));
+                let said =
+                    |part: &[Value]| part.iter().filter(|message| message["role"] == "assistant").count();
+                if said(prompt) > 0 {
+                    if turns.len() != said(prompt) + said(completion) {
+                        return Err("the chat template joins turns of the assistant, so prompt and completion cannot be told apart".into());
+                    }
+                    turns.drain(..said(prompt));
+                }
+                turns
+            }
         };
-        Ok(Sample::new(conversation.tokens, |i| {
-            learn == Learn::All || turns.iter().any(|turn| turn.contains(&i))
-        }))
+        Ok(Sample::new(conversation.tokens, |i| turns.iter().any(|turn| turn.contains(&i))))
     }
 
     /// With the end mark, unless it is already there.
