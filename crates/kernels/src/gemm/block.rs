@@ -190,13 +190,20 @@ mod avx512 {
     /// As [`super::BlockFn`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) unsafe fn block<const S: u8, const T: bool, const D: u8>(job: &Job) {
-        let mask: u16 = if job.lanes >= 16 { !0 } else { (1 << job.lanes) - 1 };
         let mut lines = [_mm512_setzero_ps(); 16];
-        for line in 0..16 {
-            if line < job.lines {
-                let step = if S == From::Pairs as u8 { line / 2 } else { line };
-                // SAFETY: the line exists, and the mask hides the elements that do not.
-                unsafe {
+        // SAFETY: the lines exist, and the mask hides the elements that do not.
+        unsafe {
+            if job.lines == 16 && job.lanes == 16 {
+                // The common case without a branch per line, so that the lines stay in registers.
+                for line in 0..16 {
+                    let step = if S == From::Pairs as u8 { line / 2 } else { line };
+                    let at = job.from.offset(step as isize * job.from_step);
+                    lines[line] = load::<S>(at, !0, line % 2 == 1);
+                }
+            } else {
+                let mask: u16 = if job.lanes >= 16 { !0 } else { (1 << job.lanes) - 1 };
+                for line in 0..job.lines {
+                    let step = if S == From::Pairs as u8 { line / 2 } else { line };
                     let at = job.from.offset(step as isize * job.from_step);
                     lines[line] = load::<S>(at, mask, line % 2 == 1);
                 }
@@ -206,7 +213,13 @@ mod avx512 {
             transpose(&mut lines);
         }
         // SAFETY: stores only the lines that the caller asks for.
-        unsafe { store::<S, D>(job, &lines) }
+        unsafe {
+            if job.into_lines == 16 {
+                store::<S, D>(job, &lines, 16)
+            } else {
+                store::<S, D>(job, &lines, job.into_lines)
+            }
+        }
     }
 
     /// # Safety
@@ -237,7 +250,7 @@ mod avx512 {
     /// `into_lines` lines are writable.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn store<const S: u8, const D: u8>(job: &Job, lines: &[__m512; 16]) {
+    unsafe fn store<const S: u8, const D: u8>(job: &Job, lines: &[__m512; 16], count: usize) {
         let exact = S != From::F32 as u8 && S != From::F16 as u8;
         let high_half = _mm512_set1_epi32(0xffff_0000u32 as i32);
         // SAFETY: promised by the caller.
@@ -248,10 +261,7 @@ mod avx512 {
                     31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                     23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
                 );
-                for pair in 0..8 {
-                    if 2 * pair >= job.into_lines {
-                        break;
-                    }
+                for pair in 0..count.div_ceil(2) {
                     let (even, odd) = (lines[2 * pair], lines[2 * pair + 1]);
                     let line = if exact {
                         let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
@@ -265,10 +275,7 @@ mod avx512 {
                 }
                 return;
             }
-            for line in 0..16 {
-                if line >= job.into_lines {
-                    break;
-                }
+            for line in 0..count {
                 let at = job.into.add(line * job.into_step);
                 let value = lines[line];
                 if D == Into::F32 as u8 || (D == Into::Rounded as u8 && exact) {

@@ -161,6 +161,12 @@ impl Product {
         self.cut.mc * PackA::row_bytes(self.micro.line, self.k)
     }
 
+    /// Where the slab of k from `k0` (a multiple of `kc`) starts in a block. Slabs lie together: rows
+    /// of whole K would alias in the caches when K is a power of two.
+    fn slab(&self, k0: usize) -> usize {
+        self.cut.mc * PackA::row_bytes(self.micro.line, k0)
+    }
+
     /// Row blocks (of all batch entries) whose packed A exists at one time.
     fn a_group(&self) -> usize {
         let blocks = self.a_batches() * self.row_blocks();
@@ -216,11 +222,13 @@ impl Product {
         }
     }
 
-    /// Packs row block `block` (over batch entries and rows) to `into`.
+    /// Packs `k` elements from `k0` of row block `block` (over batch entries and rows): a slab, its
+    /// panels one after another.
     ///
     /// # Safety
     /// `into` has room for a block.
-    unsafe fn pack_rows(&self, block: usize, (k0, k): (usize, usize), row_bytes: usize, into: *mut u8) {
+    unsafe fn pack_rows(&self, block: usize, (k0, k): (usize, usize), into: *mut u8) {
+        let row_bytes = PackA::row_bytes(self.micro.line, k);
         let (entry, block) = (block / self.row_blocks(), block % self.row_blocks());
         let base = self.a.at(entry, &self.batch);
         let first = block * self.cut.mc;
@@ -259,13 +267,17 @@ impl Product {
         let k_blocks = self.k.div_ceil(kc).max(1);
         let tile = micro.rows * 16;
         let row_panels = rows.div_ceil(micro.rows);
-        let sums = if k_blocks > 1 { row_panels * panels } else { wide };
+        // Few rows in one block of k go straight from the registers to the output; else the sums of
+        // the chunk stay together, and rows are stored whole.
+        let together = k_blocks > 1 || rows > FEW_ROWS;
+        let sums = if together { row_panels * panels } else { wide };
         let acc = scratch.take::<f32>(sums * tile).as_mut_ptr();
-        let a_row_bytes = PackA::row_bytes(micro.line, if packed_a.is_some() { self.k } else { kc });
-        let padded_rows = row_panels * micro.rows;
         let own_a = match packed_a {
             Some(_) => std::ptr::null_mut(),
-            None => scratch.take::<u8>(padded_rows * a_row_bytes).as_mut_ptr(),
+            None => {
+                let bytes = PackA::row_bytes(micro.line, kc.min(self.k));
+                scratch.take::<u8>(row_panels * micro.rows * bytes).as_mut_ptr()
+            }
         };
         let own_b = !self.in_place && !self.b_shared;
         let b_stride = micro.line.panel_bytes(if own_b { kc } else { self.k });
@@ -297,11 +309,15 @@ impl Product {
             for k_block in 0..k_blocks {
                 let k0 = k_block * kc;
                 let k = kc.min(self.k - k0);
-                let last = k_block + 1 == k_blocks;
                 let steps = if micro.line == Line::Pairs { k.div_ceil(2) } else { k };
+                let a_row_bytes = PackA::row_bytes(micro.line, k);
+                let slab = match packed_a {
+                    Some(block) => block.wrapping_add(self.slab(k0)),
+                    None => own_a as *const u8,
+                };
                 if packed_a.is_none() {
                     let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
-                    self.pack_rows(block, (k0, k), a_row_bytes, own_a);
+                    self.pack_rows(block, (k0, k), own_a);
                 }
                 let b = if own_b {
                     let range = (n0, self.n, panels);
@@ -316,13 +332,8 @@ impl Product {
                         let row = row_panel * micro.rows;
                         let here = micro.rows.min(rows - row);
                         let padded = micro.padded(here, rows);
-                        let a = match packed_a {
-                            Some(block) => {
-                                block.wrapping_add(row * a_row_bytes + micro.line.blocks(k0) * padded * 64)
-                            }
-                            None => own_a.wrapping_add(row * a_row_bytes),
-                        };
-                        let at = if k_blocks > 1 { row_panel * panels + panel } else { 0 };
+                        let a = slab.wrapping_add(row * a_row_bytes);
+                        let at = if together { row_panel * panels + panel } else { 0 };
                         let sums = acc.add(at * tile);
                         micro.get(here, wide)(&Call {
                             steps,
@@ -334,19 +345,31 @@ impl Product {
                             acc_panel: tile,
                             load: k_block > 0,
                         });
-                        if last {
-                            for p in 0..wide {
-                                let column = (panel + p) * 16;
-                                (self.store)(&StoreJob {
-                                    sums: sums.add(p * tile),
-                                    rows: here,
-                                    columns: 16.min(columns - column),
-                                    out: out.moved(row, column),
-                                    addends: addends.moved(row, column).as_slice(),
-                                });
-                            }
+                        if !together {
+                            let column = panel * 16;
+                            (self.store)(&StoreJob {
+                                sums,
+                                panel: tile,
+                                rows: here,
+                                columns: (wide * 16).min(columns - column),
+                                out: out.moved(row, column),
+                                addends: addends.moved(row, column).as_slice(),
+                            });
                         }
                     }
+                }
+            }
+            if together {
+                for row_panel in 0..row_panels {
+                    let row = row_panel * micro.rows;
+                    (self.store)(&StoreJob {
+                        sums: acc.add(row_panel * panels * tile),
+                        panel: tile,
+                        rows: micro.rows.min(rows - row),
+                        columns,
+                        out: out.moved(row, 0),
+                        addends: addends.moved(row, 0).as_slice(),
+                    });
                 }
             }
         }
@@ -434,7 +457,7 @@ impl Request {
 impl Cut {
     fn new(micro: &Micro, in_place: bool, batches: usize, m: usize, n: usize, k: usize) -> Cut {
         let wide = micro.panels_for(m.min(micro.rows)) * 16;
-        let lines = 256;
+        let lines = std::env::var("KC").map_or(256, |v| v.parse().unwrap());
         let unit = if micro.line == Line::Pairs { 2 * lines } else { lines };
         let few = m <= FEW_ROWS;
         // Read in place with few rows: straight through. Otherwise 256 lines, so that three panels
@@ -442,14 +465,18 @@ impl Cut {
         let kc = if (few && in_place) || k <= unit + unit / 2 { k.max(1) } else { unit };
         let kc = kc.next_multiple_of(32);
         // Rows of A per chunk: `mc * kc` is half of a 1 MB second-level cache at most.
-        let most_rows = if micro.tile_rows.is_some() { 512 } else { 192 };
+        let most_rows = if micro.tile_rows.is_some() {
+            std::env::var("MC").map_or(512, |v| v.parse().unwrap())
+        } else {
+            std::env::var("MC").map_or(192, |v| v.parse().unwrap())
+        };
         let blocks = m.div_ceil(most_rows).max(1);
         let mut mc = m.div_ceil(blocks).max(1).next_multiple_of(micro.rows);
         let mut nc = if few {
             let panel = micro.line.panel_bytes(if in_place { k.max(1) } else { kc });
             (STREAM_BYTES / panel).max(1) * 16
         } else {
-            384
+            std::env::var("NC").map_or(384, |v| v.parse().unwrap())
         };
         nc = nc.next_multiple_of(wide).min(n.max(1).next_multiple_of(wide));
         // Enough chunks for many cores, as long as the blocks stay worth their packing.
@@ -468,11 +495,6 @@ impl Line {
     /// Bytes in a panel before element `k` (a multiple of 32).
     fn k_offset(self, k: usize) -> usize {
         if self == Line::F32 { k * 64 } else { k * 32 }
-    }
-
-    /// Blocks of packed A before element `k` (a multiple of 32).
-    fn blocks(self, k: usize) -> usize {
-        if self == Line::Pairs { k / 32 } else { k / 16 }
     }
 }
 
@@ -530,11 +552,13 @@ impl Task for Stage {
         let product = &*self.product;
         match self.what {
             What::Pack { .. } if chunk < self.a_chunks() => {
-                let row_bytes = PackA::row_bytes(product.micro.line, product.k);
-                // SAFETY: the workspace has room for `a_group` blocks.
-                unsafe {
-                    let into = self.packed_a.add(chunk * product.a_block_bytes());
-                    product.pack_rows(self.first + chunk, (0, product.k), row_bytes, into);
+                for k0 in (0..product.k).step_by(product.cut.kc) {
+                    let k = product.cut.kc.min(product.k - k0);
+                    // SAFETY: the workspace has room for `a_group` blocks.
+                    unsafe {
+                        let into = self.packed_a.add(chunk * product.a_block_bytes() + product.slab(k0));
+                        product.pack_rows(self.first + chunk, (k0, k), into);
+                    }
                 }
             }
             What::Pack { .. } => {

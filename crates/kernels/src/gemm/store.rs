@@ -25,9 +25,11 @@ impl Place {
     }
 }
 
-/// A tile of sums, 16 a row, of which `rows` x `columns` exist.
+/// Tiles of sums, 16 a row, side by side; `rows` x `columns` sums exist.
 pub(super) struct StoreJob<'a> {
     pub sums: *const f32,
+    /// f32 from one tile to the next.
+    pub panel: usize,
     pub rows: usize,
     pub columns: usize,
     pub out: Place,
@@ -82,18 +84,46 @@ unsafe fn store_portable(job: &StoreJob) {
 /// As [`StoreFn`].
 #[inline(always)]
 unsafe fn store(job: &StoreJob) {
+    let plain = |place: &Place| place.float == FloatType::F32 && place.column == 4;
+    let plain = plain(&job.out) && job.addends.iter().all(plain);
     for row in 0..job.rows {
-        // SAFETY: the rows and columns are those that the caller promises.
-        unsafe {
-            let mut line = job.sums.add(row * 16).cast::<[f32; 16]>().read();
-            for addend in job.addends {
-                let other = load_line(addend.moved(row, 0), job.columns);
-                for (sum, x) in line.iter_mut().zip(other) {
-                    *sum += x;
+        let out = job.out.moved(row, 0);
+        for column in (0..job.columns).step_by(16) {
+            let columns = (job.columns - column).min(16);
+            // SAFETY: the rows and columns are those that the caller promises.
+            unsafe {
+                let sums = job.sums.add(column / 16 * job.panel + row * 16);
+                if plain && columns == 16 {
+                    let mut line = sums.cast::<[f32; 16]>().read();
+                    for addend in job.addends {
+                        let other = addend.moved(row, column).pointer.cast::<[f32; 16]>().read_unaligned();
+                        line = std::array::from_fn(|lane| line[lane] + other[lane]);
+                    }
+                    out.moved(0, column).pointer.cast::<[f32; 16]>().write_unaligned(line);
+                } else {
+                    store_any(job, row, column, columns, sums);
                 }
             }
-            store_line(job.out.moved(row, 0), job.columns, &line);
         }
+    }
+}
+
+/// One line of any type and stride.
+///
+/// # Safety
+/// As [`StoreFn`].
+#[inline]
+unsafe fn store_any(job: &StoreJob, row: usize, column: usize, columns: usize, sums: *const f32) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut line = sums.cast::<[f32; 16]>().read();
+        for addend in job.addends {
+            let other = load_line(addend.moved(row, column), columns);
+            for (sum, x) in line.iter_mut().zip(other) {
+                *sum += x;
+            }
+        }
+        store_line(job.out.moved(row, column), columns, &line);
     }
 }
 
