@@ -53,6 +53,8 @@ pub(super) struct Job {
     pub into: *mut u8,
     /// Bytes from a destination line (pair line for [`Into::Pairs`]) to the next.
     pub into_step: usize,
+    /// Bytes from a line to what will be read after this block: a hint.
+    pub ahead: isize,
     /// Destination lines to store (at most 16, all of them 16 elements long).
     pub into_lines: usize,
 }
@@ -198,6 +200,7 @@ mod avx512 {
                 for line in 0..16 {
                     let step = if S == From::Pairs as u8 { line / 2 } else { line };
                     let at = job.from.offset(step as isize * job.from_step);
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(job.ahead).cast());
                     lines[line] = load::<S>(at, !0, line % 2 == 1);
                 }
             } else {
@@ -418,6 +421,7 @@ mod tests {
             lanes,
             into: out.as_mut_ptr(),
             into_step: step,
+            ahead: 64,
             into_lines,
         };
         // SAFETY: 16 source lines of up to 64 bytes at steps of 80, 16 destination lines at 96.

@@ -148,8 +148,13 @@ impl Reader {
                 (gathered.as_ptr().cast(), 64, ks, others)
             }
         };
+        let ahead = match self.how {
+            How::LinesAlongK => 512,
+            How::LinesAlongOther => 16 * from_step,
+            How::Gather => 0,
+        };
         // SAFETY: the lines are those of the caller, or of `gathered`.
-        unsafe { (self.block)(&Job { from, from_step, lines, lanes, into, into_step, into_lines }) }
+        unsafe { (self.block)(&Job { from, from_step, lines, lanes, into, into_step, ahead, into_lines }) }
     }
 }
 
@@ -289,6 +294,7 @@ impl PackB {
                             lanes: 16,
                             into,
                             into_step: 64,
+                            ahead: 2048,
                             into_lines: 16,
                         });
                     }

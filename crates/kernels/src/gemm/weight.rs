@@ -422,7 +422,9 @@ impl Move<'_> {
                 (along_out, gathered.as_ptr(), 64, inputs, outs)
             };
             // SAFETY: existing elements are read; the panel has room for 16 lines here.
-            unsafe { mover(&Job { from, from_step, lines, lanes, into, into_step, into_lines: 16 }) };
+            unsafe {
+                mover(&Job { from, from_step, lines, lanes, into, into_step, ahead: 512, into_lines: 16 })
+            };
         }
     }
 
@@ -450,6 +452,7 @@ impl Move<'_> {
                     lanes: 16,
                     into: lines.as_mut_ptr(),
                     into_step: 64,
+                    ahead: 2048,
                     into_lines: 16,
                 });
             }
