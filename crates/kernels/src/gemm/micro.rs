@@ -28,6 +28,8 @@ pub(super) struct Call {
     pub acc_panel: usize,
     /// Go on from the sums in `acc`; otherwise from zero.
     pub load: bool,
+    /// B comes from memory, not from a cache: worth asking for it early.
+    pub stream: bool,
 }
 
 /// A micro-kernel.

@@ -335,6 +335,14 @@ impl Product {
                         let a = slab.wrapping_add(row * a_row_bytes);
                         let at = if together { row_panel * panels + panel } else { 0 };
                         let sums = acc.add(at * tile);
+                        if together && !own_b {
+                            // The next panels come from far away: fetch a share of them per call.
+                            let bytes = micro.line.panel_bytes(k) / row_panels;
+                            for p in 0..wide {
+                                let next = b.wrapping_add((panel + wide + p) * b_stride + row_panel * bytes);
+                                prefetch(next, bytes);
+                            }
+                        }
                         micro.get(here, wide)(&Call {
                             steps,
                             a,
@@ -344,6 +352,7 @@ impl Product {
                             acc: sums,
                             acc_panel: tile,
                             load: k_block > 0,
+                            stream: self.in_place && !together,
                         });
                         if !together {
                             let column = panel * 16;
@@ -374,6 +383,19 @@ impl Product {
             }
         }
     }
+}
+
+/// Asks for bytes to be brought near; any address is fine.
+#[inline]
+fn prefetch(from: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch touches nothing and cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, bytes);
 }
 
 fn place(matrix: &Matrix, entry: usize, batch: &[usize]) -> Place {
@@ -457,7 +479,7 @@ impl Request {
 impl Cut {
     fn new(micro: &Micro, in_place: bool, batches: usize, m: usize, n: usize, k: usize) -> Cut {
         let wide = micro.panels_for(m.min(micro.rows)) * 16;
-        let lines = std::env::var("KC").map_or(256, |v| v.parse().unwrap());
+        let lines = 256;
         let unit = if micro.line == Line::Pairs { 2 * lines } else { lines };
         let few = m <= FEW_ROWS;
         // Read in place with few rows: straight through. Otherwise 256 lines, so that three panels
@@ -465,18 +487,14 @@ impl Cut {
         let kc = if (few && in_place) || k <= unit + unit / 2 { k.max(1) } else { unit };
         let kc = kc.next_multiple_of(32);
         // Rows of A per chunk: `mc * kc` is half of a 1 MB second-level cache at most.
-        let most_rows = if micro.tile_rows.is_some() {
-            std::env::var("MC").map_or(512, |v| v.parse().unwrap())
-        } else {
-            std::env::var("MC").map_or(192, |v| v.parse().unwrap())
-        };
+        let most_rows = if micro.tile_rows.is_some() { 512 } else { 192 };
         let blocks = m.div_ceil(most_rows).max(1);
         let mut mc = m.div_ceil(blocks).max(1).next_multiple_of(micro.rows);
         let mut nc = if few {
             let panel = micro.line.panel_bytes(if in_place { k.max(1) } else { kc });
             (STREAM_BYTES / panel).max(1) * 16
         } else {
-            std::env::var("NC").map_or(384, |v| v.parse().unwrap())
+            384
         };
         nc = nc.next_multiple_of(wide).min(n.max(1).next_multiple_of(wide));
         // Enough chunks for many cores, as long as the blocks stay worth their packing.
