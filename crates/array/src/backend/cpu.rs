@@ -6,6 +6,7 @@
 
 mod elementwise;
 mod fused;
+mod loss;
 mod products;
 
 use std::sync::Mutex;

@@ -1,12 +1,14 @@
 //! Steps whose kernels work on any dtype: elementwise, movement, reductions.
 
 use mica_kernels::index::{self, ScatterOp};
-use mica_kernels::{copy, elementwise, reduce};
+use mica_kernels::optimizer::{self, AdamWOptions, AdamWParameter};
+use mica_kernels::reduce::ArgReduceOp;
+use mica_kernels::{DynView, DynViewMut, copy, elementwise, random, reduce};
 use mica_threads::Task;
 
 use super::{Lowered, input, output};
 use crate::backend::Step;
-use crate::op::{Op, Scalar};
+use crate::op::{AdamWSpec, Op, Scalar};
 use crate::{Dtype, Result};
 
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
@@ -75,12 +77,68 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
                 index::scatter_along_axis(ScatterOp::Add, out, *axis, input(step, 0)?, input(step, 1)?)?;
             return Ok(Lowered::Tasks(vec![zero, add]));
         }
+        Op::ArgReduce { max, axis } => {
+            let op = if *max { ArgReduceOp::ArgMax } else { ArgReduceOp::ArgMin };
+            reduce::arg_reduce(op, input(step, 0)?, *axis, out)?
+        }
+        Op::Softmax => reduce::softmax(input(step, 0)?, out)?,
+        Op::LogSumExp => reduce::logsumexp(input(step, 0)?, out)?,
+        Op::RandomBits { .. } => random::bits(input(step, 0)?, out)?,
+        Op::AdamW(spec) => return adamw(step, spec),
         _ => return Ok(super::by_reference(step)),
     };
     Ok(task.into())
 }
 
-fn fill(value: Scalar, out: mica_kernels::DynViewMut) -> Result<Box<dyn Task>> {
+/// The kernel works in place: what was not donated is copied first.
+fn adamw(step: &Step, spec: &AdamWSpec) -> Result<Lowered> {
+    let mut tasks = Vec::new();
+    let places = [(0, 0), (2, 1), (3, 2)];
+    for (from, to) in places {
+        let target = output(step, to)?;
+        if target.pointer.cast_const() != input(step, from)?.pointer {
+            tasks.push(copy::copy(input(step, from)?, target)?);
+        }
+    }
+    let options = AdamWOptions {
+        learning_rate: spec.lr,
+        beta1: spec.beta1,
+        beta2: spec.beta2,
+        epsilon: spec.eps,
+        weight_decay: spec.weight_decay,
+        correct_bias: (spec.step > 0).then_some(spec.step as u64),
+    };
+    let parameter = AdamWParameter {
+        parameter: output(step, 0)?,
+        gradient: input(step, 1)?,
+        m: output(step, 1)?,
+        v: output(step, 2)?,
+    };
+    let factor = spec.grad_scale;
+    Ok(Lowered::WithWorkspace(
+        64,
+        Box::new(move |workspace: *mut u8, list: &mut Vec<Box<dyn Task>>| {
+            let scalar = |pointer| DynViewMut {
+                pointer,
+                dtype: Dtype::F32,
+                shape: [][..].into(),
+                strides: [][..].into(),
+            };
+            let scale = DynView {
+                pointer: workspace,
+                dtype: Dtype::F32,
+                shape: [][..].into(),
+                strides: [][..].into(),
+            };
+            list.extend(tasks);
+            list.push(copy::fill(factor, scalar(workspace))?);
+            list.push(optimizer::adamw(options, vec![parameter], Some(scale))?);
+            Ok(())
+        }),
+    ))
+}
+
+fn fill(value: Scalar, out: DynViewMut) -> Result<Box<dyn Task>> {
     Ok(match (value, out.dtype) {
         // Through f64 these would lose their low bits.
         (Scalar::Int(value), Dtype::I64) => copy::fill(value, out)?,
@@ -92,7 +150,7 @@ fn fill(value: Scalar, out: mica_kernels::DynViewMut) -> Result<Box<dyn Task>> {
 
 /// The kernel takes updates as (index dimensions, then a slice with size one on the axis); here
 /// the index dimensions stand in the axis' place. Only strides move.
-fn scatter_layout(updates: mica_kernels::DynView, axis: usize, rank: usize) -> mica_kernels::DynView {
+fn scatter_layout(updates: DynView, axis: usize, rank: usize) -> DynView {
     let order: Vec<usize> =
         (axis..axis + rank).chain(0..axis).chain(axis + rank..updates.shape.len()).collect();
     let mut view = updates.clone();

@@ -16,11 +16,11 @@ use crate::{Dtype, PackedWeight, Result};
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
     let transposed = matches!(step.op, Op::LinearTransposed { .. });
     match (&step.op, packed(step)) {
-        (Op::Linear { precision } | Op::LinearTransposed { precision }, weight) => match weight {
-            Some(PackedWeight::Quant(weight)) => quantized_linear(step, weight, *precision, transposed),
-            Some(PackedWeight::Float(weight)) => float_linear(step, weight, *precision, transposed),
-            None => plain_linear(step, *precision, transposed),
-        },
+        (Op::Linear { precision } | Op::LinearTransposed { precision }, _) => {
+            let (x, out) = (step.inputs[0].host()?, step.outputs[0].host()?);
+            linear(x, &step.inputs[1], out, *precision, transposed)
+        }
+        (Op::LinearCrossEntropy(spec), _) => super::loss::lower(step, spec),
         (Op::Matmul { precision }, _) => matmul(step, *precision),
         (Op::Embedding, weight) if is(step.inputs[1].host()?, &[Dtype::U32, Dtype::I32]) => {
             let (ids, out) = (step.inputs[1].host()?, step.outputs[0].host()?);
@@ -92,13 +92,30 @@ fn floats(view: &HostView) -> Result<Floats<'static>> {
     })
 }
 
-fn quantized_linear(
-    step: &Step,
-    weight: &QuantWeight,
+/// x · wᵀ, or x · w when `transposed`, by a weight in any form.
+pub(super) fn linear(
+    x: &HostView,
+    weight: &Operand,
+    out: &HostView,
     precision: Precision,
     transposed: bool,
 ) -> Result<Lowered> {
-    let (x, out) = (step.inputs[0].host()?, step.outputs[0].host()?);
+    match weight {
+        Operand::Packed(packed) => match packed.as_ref() {
+            PackedWeight::Quant(weight) => quantized_linear(x, weight, out, precision, transposed),
+            PackedWeight::Float(weight) => float_linear(x, weight, out, precision, transposed),
+        },
+        other => plain_linear(x, other.host()?, out, precision, transposed),
+    }
+}
+
+fn quantized_linear(
+    x: &HostView,
+    weight: &QuantWeight,
+    out: &HostView,
+    precision: Precision,
+    transposed: bool,
+) -> Result<Lowered> {
     let ([m, k], [_, n]) = (rows(x), rows(out));
     // SAFETY: the constructor of the op made x contiguous f32; outputs always are; the evaluator
     // keeps both alive and ordered.
@@ -183,28 +200,31 @@ fn matrix(view: &HostView) -> HostView {
 }
 
 fn float_linear(
-    step: &Step,
+    x: &HostView,
     weight: &FloatWeight,
+    out: &HostView,
     precision: Precision,
     transposed: bool,
 ) -> Result<Lowered> {
-    let (x, out) = (read(&matrix(step.inputs[0].host()?))?, write(&matrix(step.outputs[0].host()?))?);
+    let (x, out) = (read(&matrix(x))?, write(&matrix(out))?);
     let (precision, none) = (float_precision(precision), gemm::Epilogue::none());
     Ok(lowered(keep(weight).plan(x, out, transposed, precision, none, Isa::get())?))
 }
 
 /// By a weight in plain memory, read as it lies.
-fn plain_linear(step: &Step, precision: Precision, transposed: bool) -> Result<Lowered> {
-    let (x, weight, out) = (step.inputs[0].host()?, step.inputs[1].host()?, step.outputs[0].host()?);
-    if weight.dtype == Dtype::F64 {
-        return Ok(by_reference(step));
-    }
+fn plain_linear(
+    x: &HostView,
+    weight: &HostView,
+    out: &HostView,
+    precision: Precision,
+    transposed: bool,
+) -> Result<Lowered> {
     let mut right = weight.clone();
     if !transposed {
         right.shape.reverse();
         right.strides.reverse();
     }
-    product(&matrix(x), &right, &matrix(out), precision)
+    product(&matrix(x), &right, &matrix(out), precision, false)
 }
 
 fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
@@ -212,11 +232,21 @@ fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
     if a.dtype == Dtype::F64 {
         return Ok(by_reference(step));
     }
-    product(a, b, out, precision)
+    product(a, b, out, precision, false)
 }
 
-fn product(a: &HostView, b: &HostView, out: &HostView, precision: Precision) -> Result<Lowered> {
+/// a · b, added to what `out` holds if asked for.
+pub(super) fn product(
+    a: &HostView,
+    b: &HostView,
+    out: &HostView,
+    precision: Precision,
+    accumulate: bool,
+) -> Result<Lowered> {
     let mut spec = GemmSpec::new(read(a)?, read(b)?, write(out)?);
+    if accumulate {
+        spec.epilogue = gemm::Epilogue::accumulate();
+    }
     spec.precision = float_precision(precision);
     Ok(lowered(Gemm::plan(&spec)?))
 }
