@@ -9,6 +9,7 @@
 //! order, a row's result does not depend on its neighbours.
 
 pub mod attention;
+pub mod conv;
 pub mod copy;
 pub mod cross_entropy;
 pub mod dtype;

@@ -5,7 +5,7 @@
 //! layers of a model; [`rope`] rotates with them. How frequencies are scaled (linear, dynamic,
 //! YaRN, Llama 3, LongRoPE) is the model's business: only the numbers arrive here.
 
-use mica_simd::math::sin_cos_f64;
+use mica_simd::math::sin_cos;
 use mica_simd::{Isa, Kernel, LANES, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
@@ -28,8 +28,8 @@ pub enum Positions {
 /// `cos` and `sin` of shape `[.., dims / 2]`: of the angle position · inv_freq, times `factor`
 /// (YaRN's attention factor, else 1).
 ///
-/// `inv_freq` is `[dims / 2]` f32. As in `transformers`, the product is rounded to f32; unlike
-/// there, cosine and sine of it are exact to the last place for any angle.
+/// `inv_freq` is `[dims / 2]` f32. As in `transformers`, the product is rounded to f32; cosine and
+/// sine of it are within 2 units in the last place for any angle (large ones are reduced in f64).
 pub fn rope_table(
     positions: Positions,
     inv_freq: DynView,
@@ -86,7 +86,7 @@ unsafe impl Send for Table {}
 // SAFETY: as above.
 unsafe impl Sync for Table {}
 
-/// Rows of a table that one chunk computes: sines are slow, so few.
+/// Rows of a table that one chunk computes.
 const TABLE_ROWS: usize = 16;
 
 impl Task for Table {
@@ -95,7 +95,7 @@ impl Task for Table {
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        // The work is in scalar f64; the tier only matters for widening and rounding.
+        // Every tier gives the same bits, so there is no tier to choose.
         dispatch(Isa::get(), TableChunk { task: self, chunk, scratch });
     }
 
@@ -126,11 +126,12 @@ impl Kernel for TableChunk<'_> {
                 // SAFETY: there is a position for each row.
                 At::Each(pointer, linear) => unsafe { *pointer.offset(linear.offset(row)) as i64 },
             };
-            for i in 0..inv_freq.len() {
-                let angle = position as f32 * inv_freq[i];
-                let (s, c) = sin_cos_f64(angle as f64);
-                cos[i] = c as f32 * task.factor;
-                sin[i] = s as f32 * task.factor;
+            let (at, factor) = (V::splat(position as f32), V::splat(task.factor));
+            for i in (0..inv_freq.len()).step_by(LANES) {
+                let end = (i + LANES).min(inv_freq.len());
+                let (s, c) = sin_cos(at * V::from_slice(&inv_freq[i..end], 0.0));
+                (c * factor).to_slice(&mut cos[i..end]);
+                (s * factor).to_slice(&mut sin[i..end]);
             }
             // SAFETY: rows of this chunk are written by this chunk alone.
             unsafe {

@@ -4,7 +4,7 @@
 //! once when they are written, so that a kernel is written for f32 alone.
 
 use half::{bf16, f16};
-use mica_simd::{Element, LANES, Vector};
+use mica_simd::{Element, Isa, Kernel, LANES, Vector, dispatch};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
@@ -46,8 +46,6 @@ macro_rules! with_float {
         }
     };
 }
-
-pub(crate) use with_float;
 
 /// Refuses other types than f32, bf16 and f16.
 pub(crate) fn check_float(kernel: &'static str, name: &str, dtype: Dtype) -> Result<(), KernelError> {
@@ -117,11 +115,7 @@ impl Rows {
     pub unsafe fn load<V: Vector>(&self, row: usize, out: &mut [f32]) {
         debug_assert!(row < self.count() && out.len() == self.width);
         // SAFETY: the row is inside the view.
-        unsafe {
-            with_float!(self.dtype, T => {
-                load_run::<V, T>(self.pointer.cast::<T>().offset(self.outer.offset(row)), self.stride, out)
-            })
-        }
+        unsafe { load_any(V::ISA, self.dtype, self.pointer, self.outer.offset(row), self.stride, out) }
     }
 
     /// Widens the part of a row that begins at element `at`.
@@ -133,11 +127,7 @@ impl Rows {
         debug_assert!(row < self.count() && at + out.len() <= self.width);
         let offset = self.outer.offset(row) + at as isize * self.stride;
         // SAFETY: the row is inside the view.
-        unsafe {
-            with_float!(self.dtype, T => {
-                load_run::<V, T>(self.pointer.cast::<T>().offset(offset), self.stride, out)
-            })
-        }
+        unsafe { load_any(V::ISA, self.dtype, self.pointer, offset, self.stride, out) }
     }
 
     /// Rounds and writes the part of a row that begins at element `at`.
@@ -149,11 +139,7 @@ impl Rows {
         debug_assert!(row < self.count() && at + values.len() <= self.width);
         let offset = self.outer.offset(row) + at as isize * self.stride;
         // SAFETY: the row is inside the view, which may be written.
-        unsafe {
-            with_float!(self.dtype, T => {
-                store_run::<V, T>(self.pointer.cast::<T>().offset(offset), self.stride, values)
-            })
-        }
+        unsafe { store_any(V::ISA, self.dtype, self.pointer, offset, self.stride, values) }
     }
 
     /// Rounds and writes a row.
@@ -165,11 +151,83 @@ impl Rows {
     pub unsafe fn store<V: Vector>(&self, row: usize, values: &[f32]) {
         debug_assert!(row < self.count() && values.len() == self.width);
         // SAFETY: the row is inside the view, which may be written.
-        unsafe {
-            with_float!(self.dtype, T => {
-                store_run::<V, T>(self.pointer.cast::<T>().offset(self.outer.offset(row)), self.stride, values)
-            })
-        }
+        unsafe { store_any(V::ISA, self.dtype, self.pointer, self.outer.offset(row), self.stride, values) }
+    }
+}
+
+/// Widens `out.len()` elements from `pointer + offset` (in elements) that lie `stride` apart.
+///
+/// Never inlined: a row is long enough to pay for a call, and kernels that load many things would
+/// else be three times their size.
+///
+/// # Safety
+/// They are valid for reading and of type `dtype` (f32, bf16 or f16).
+#[inline(never)]
+pub(crate) unsafe fn load_any(
+    isa: Isa,
+    dtype: Dtype,
+    pointer: *const u8,
+    offset: isize,
+    stride: isize,
+    out: &mut [f32],
+) {
+    with_float!(dtype, T => {
+        let from = pointer.cast::<T>().wrapping_offset(offset);
+        dispatch(isa, LoadRun { from, stride, out })
+    })
+}
+
+/// Rounds and writes `values` to places from `pointer + offset` (in elements) that lie `stride`
+/// apart.
+///
+/// # Safety
+/// They are valid for writing and of type `dtype` (f32, bf16 or f16).
+#[inline(never)]
+pub(crate) unsafe fn store_any(
+    isa: Isa,
+    dtype: Dtype,
+    pointer: *mut u8,
+    offset: isize,
+    stride: isize,
+    values: &[f32],
+) {
+    with_float!(dtype, T => {
+        let to = pointer.cast::<T>().wrapping_offset(offset);
+        dispatch(isa, StoreRun { to, stride, values })
+    })
+}
+
+/// The arguments of [`load_any`], whose promises hold where one is made.
+struct LoadRun<'a, T> {
+    from: *const T,
+    stride: isize,
+    out: &'a mut [f32],
+}
+
+impl<T: Element> Kernel for LoadRun<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        // SAFETY: promised by the caller of `load_any`.
+        unsafe { load_run::<V, T>(self.from, self.stride, self.out) }
+    }
+}
+
+/// The arguments of [`store_any`], whose promises hold where one is made.
+struct StoreRun<'a, T> {
+    to: *mut T,
+    stride: isize,
+    values: &'a [f32],
+}
+
+impl<T: Element> Kernel for StoreRun<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        // SAFETY: promised by the caller of `store_any`.
+        unsafe { store_run::<V, T>(self.to, self.stride, self.values) }
     }
 }
 
@@ -178,7 +236,7 @@ impl Rows {
 /// # Safety
 /// They are valid for reading.
 #[inline(always)]
-pub(crate) unsafe fn load_run<V: Vector, T: Element>(from: *const T, stride: isize, out: &mut [f32]) {
+unsafe fn load_run<V: Vector, T: Element>(from: *const T, stride: isize, out: &mut [f32]) {
     // SAFETY: promised by the caller.
     unsafe {
         if stride == 1 {

@@ -11,4 +11,4 @@ mod vector;
 
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use isa::{ISA_VARIABLE, Isa, IsaError};
-pub use vector::{Element, Kernel, LANES, Vector, dispatch};
+pub use vector::{Element, Kernel, LANES, Vector, bf16_bits, dispatch};

@@ -19,9 +19,7 @@ use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
 use crate::plan::{Plan, Workspace};
-use crate::rows::{check_float, check_shape, load_run, store_run, with_float};
-
-use half::{bf16, f16};
+use crate::rows::{check_float, check_shape, load_any, store_any, store_run};
 
 /// Rows that one chunk carries through the blocks: their scores (32 KB) stay in the nearest
 /// caches beside a panel of keys.
@@ -330,11 +328,7 @@ impl Heads {
     pub unsafe fn load<V: Vector>(&self, base: isize, head: usize, position: usize, out: &mut [f32]) {
         let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
         // SAFETY: promised by the caller.
-        unsafe {
-            with_float!(self.dtype, T => {
-                load_run::<V, T>(self.pointer.cast::<T>().offset(at), self.strides[2], out)
-            })
-        }
+        unsafe { load_any(V::ISA, self.dtype, self.pointer, at, self.strides[2], out) }
     }
 
     /// Rounds and writes one head of one position.
@@ -345,11 +339,7 @@ impl Heads {
     pub unsafe fn store<V: Vector>(&self, base: isize, head: usize, position: usize, values: &[f32]) {
         let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
         // SAFETY: promised by the caller.
-        unsafe {
-            with_float!(self.dtype, T => {
-                store_run::<V, T>(self.pointer.cast::<T>().offset(at), self.strides[2], values)
-            })
-        }
+        unsafe { store_any(V::ISA, self.dtype, self.pointer, at, self.strides[2], values) }
     }
 }
 
@@ -536,7 +526,8 @@ impl<'a, P: Products> Rows<'a, P> {
         let pairs = forward.shape.key_pairs();
         // SAFETY: operands and scores have `count` rows; a block has 16 panels of `pairs` pairs.
         unsafe {
-            product::<P, V>(
+            product::<P>(
+                V::ISA,
                 self.operands.as_ptr(),
                 2 * pairs,
                 count,
@@ -574,7 +565,8 @@ impl<'a, P: Products> Rows<'a, P> {
         // SAFETY: weights and output have `count` rows; values have all panels of 128 pairs. The
         // pairs lie inside the tiles whose weights were just written.
         unsafe {
-            product::<P, V>(
+            product::<P>(
+                V::ISA,
                 self.weights.as_ptr(),
                 SCORES,
                 count,
@@ -878,4 +870,4 @@ impl<P: Products> Kernel for PackChunk<'_, P> {
 
 #[cfg(test)]
 #[path = "forward_tests.rs"]
-mod tests;
+pub(crate) mod tests;

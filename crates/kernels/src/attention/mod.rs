@@ -13,6 +13,7 @@
 //! -∞ as its log-sum-exp. Keys outside a query's range count as weight zero, so an infinity among
 //! the *values* of a neighbouring position can still turn its block into NaN.
 
+mod backward;
 mod block;
 mod forward;
 mod pages;
@@ -20,6 +21,7 @@ mod product;
 mod rule;
 
 pub use crate::gemm::Precision;
+pub use backward::{AttentionBackwardArgs, attention_backward};
 pub use block::BLOCK;
 pub use forward::{AttentionArgs, PagedArgs, PagedSequence, attention, paged_attention};
 pub use pages::{PageShape, append_to_pages, read_pages};

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use mica_simd::{Element, Isa, Vector};
+use mica_simd::{Element, Isa, Kernel, Vector, bf16_bits, dispatch};
 
 use super::block::{PAIR, Stored};
 
@@ -30,6 +30,11 @@ pub(crate) trait Products: Send + Sync + 'static {
     unsafe fn splat<V: Vector>(p: *const Self::Operand) -> Self::Splat<V>;
     /// `sum + b[0]·a[0] + b[1]·a[1]`, in that order.
     fn step<V: Vector>(sum: V, b: Self::Pair<V>, a: Self::Splat<V>) -> V;
+    /// Writes a pair: `low` is the first value of each lane.
+    ///
+    /// # Safety
+    /// `p` is valid for 32 values.
+    unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut Self::Stored);
 }
 
 /// f32 products of f32.
@@ -59,6 +64,14 @@ impl Products for Single {
     fn step<V: Vector>(sum: V, b: (V, V), a: (V, V)) -> V {
         b.1.mul_add(a.1, b.0.mul_add(a.0, sum))
     }
+    #[inline(always)]
+    unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut f32) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            low.store(p);
+            high.store(p.add(16));
+        }
+    }
 }
 
 impl Products for Widened {
@@ -83,6 +96,11 @@ impl Products for Widened {
     fn step<V: Vector>(sum: V, b: (V, V), a: (V, V)) -> V {
         Single::step(sum, b, a)
     }
+    #[inline(always)]
+    unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut bf16) {
+        // SAFETY: promised by the caller.
+        unsafe { Halves::store_pair(low, high, p) }
+    }
 }
 
 impl Products for Halves {
@@ -105,16 +123,25 @@ impl Products for Halves {
     fn step<V: Vector>(sum: V, b: V::Int, a: V::Int) -> V {
         sum.dot_bf16(b, a)
     }
+    #[inline(always)]
+    unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut bf16) {
+        let pair = V::int_or(bf16_bits(low), V::int_shl(bf16_bits(high), 16));
+        // SAFETY: promised by the caller.
+        unsafe { V::int_store(pair, p.cast()) }
+    }
 }
 
 /// `out[r][16·p + lane] = Σ over pairs, ascending, of a[r] · panel p`, for all rows and the
 /// panels of the range; added to what is there if `add`.
 ///
+/// Never inlined, so that its unrolled bodies exist once a tier and not once a call.
+///
 /// # Safety
 /// `a` holds `rows` rows, `a_stride` apart, with the pairs of the range; `b` holds the panels of
 /// the range, `panel` values apart; `out` holds the result rows, `out_stride` apart.
-#[inline(always)]
-pub(crate) unsafe fn product<P: Products, V: Vector>(
+#[inline(never)]
+pub(crate) unsafe fn product<P: Products>(
+    isa: Isa,
     a: *const P::Operand,
     a_stride: usize,
     rows: usize,
@@ -126,49 +153,77 @@ pub(crate) unsafe fn product<P: Products, V: Vector>(
     out_stride: usize,
     add: bool,
 ) {
-    // 6 × 4 accumulators of one register leave room for the panels on AVX-512; the other tiers
-    // need two or four registers a vector.
-    let big = matches!(V::ISA, Isa::Avx512);
-    let mut p = panels.start;
-    while p < panels.end {
-        let left = panels.end - p;
-        let (width, four) = if big && left >= 4 {
-            (4, true)
-        } else if left >= 2 {
-            (2, false)
-        } else {
-            (1, false)
-        };
-        // SAFETY: inside what the caller promised.
-        unsafe {
-            let b = b.add(p * panel);
-            let mut r = 0;
-            while r < rows {
-                let a = a.add(r * a_stride);
-                let out = out.add(r * out_stride + p * 16);
-                let left = rows - r;
-                macro_rules! run {
-                    ($rows:literal) => {{
-                        if four {
-                            tile::<P, V, $rows, 4>(a, a_stride, b, panel, &pairs, out, out_stride, add);
-                        } else if width == 2 {
-                            tile::<P, V, $rows, 2>(a, a_stride, b, panel, &pairs, out, out_stride, add);
-                        } else {
-                            tile::<P, V, $rows, 1>(a, a_stride, b, panel, &pairs, out, out_stride, add);
-                        }
-                        r += $rows;
-                    }};
-                }
-                if big && left >= 6 {
-                    run!(6)
-                } else if left >= 2 {
-                    run!(2)
-                } else {
-                    run!(1)
+    dispatch(isa, Body::<P> { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add });
+}
+
+/// The arguments of [`product`], whose promises hold where one is made.
+struct Body<P: Products> {
+    a: *const P::Operand,
+    a_stride: usize,
+    rows: usize,
+    b: *const P::Stored,
+    panel: usize,
+    panels: Range<usize>,
+    pairs: Range<usize>,
+    out: *mut f32,
+    out_stride: usize,
+    add: bool,
+}
+
+impl<P: Products> Kernel for Body<P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Body { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add } = self;
+        // 6 × 4 accumulators of one register leave room for the panels on AVX-512; the other tiers
+        // need two or four registers a vector.
+        let big = matches!(V::ISA, Isa::Avx512);
+        let mut p = panels.start;
+        while p < panels.end {
+            let left = panels.end - p;
+            let width = if big && left >= 4 {
+                4
+            } else if left >= 2 {
+                2
+            } else {
+                1
+            };
+            // SAFETY: inside what the caller of `product` promised.
+            unsafe {
+                let b = b.add(p * panel);
+                let mut r = 0;
+                while r < rows {
+                    let a = a.add(r * a_stride);
+                    let out = out.add(r * out_stride + p * 16);
+                    let left = rows - r;
+                    macro_rules! run {
+                        ($rows:literal) => {{
+                            match width {
+                                4 => tile::<P, V, $rows, 4>(
+                                    a, a_stride, b, panel, &pairs, out, out_stride, add,
+                                ),
+                                2 => tile::<P, V, $rows, 2>(
+                                    a, a_stride, b, panel, &pairs, out, out_stride, add,
+                                ),
+                                _ => tile::<P, V, $rows, 1>(
+                                    a, a_stride, b, panel, &pairs, out, out_stride, add,
+                                ),
+                            }
+                            r += $rows;
+                        }};
+                    }
+                    if big && left >= 6 {
+                        run!(6)
+                    } else if left >= 2 {
+                        run!(2)
+                    } else {
+                        run!(1)
+                    }
                 }
             }
+            p += width;
         }
-        p += width;
     }
 }
 

@@ -450,7 +450,7 @@ half_element!(f16, "f16", load_f16, store_f16);
 
 /// The bits of 16 f32 values as bf16 in the low halves: nearest, ties to even, NaN kept.
 #[inline(always)]
-pub(crate) fn bf16_bits<V: Vector>(x: V) -> V::Int {
+pub fn bf16_bits<V: Vector>(x: V) -> V::Int {
     let bits = x.to_bits();
     let odd = V::int_and(V::int_shr_logical(bits, 16), V::int_splat(1));
     let rounded = V::int_shr_logical(V::int_add(V::int_add(bits, V::int_splat(0x7fff)), odd), 16);
