@@ -1,8 +1,10 @@
 //! Fused ops: norms, rotary positions, attention, convolution.
 
 use mica_kernels::attention::{
-    AttentionArgs, PagedArgs, PagedSequence, Rule, append_to_pages, attention, paged_attention,
+    AttentionArgs, AttentionBackwardArgs, PagedArgs, PagedSequence, Rule, append_to_pages, attention,
+    attention_backward, paged_attention,
 };
+use mica_kernels::conv::{ShortConvArgs, ShortConvBackwardArgs, short_conv, short_conv_backward};
 use mica_kernels::gemm;
 use mica_kernels::norm::{Norm, NormArgs, NormBackwardArgs, norm, norm_backward};
 use mica_kernels::rope::{Positions, RopePairs, rope, rope_table};
@@ -61,7 +63,34 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         .into()),
         Op::Rope(spec) => rotate(step, spec),
         Op::Attention(spec) => forward(step, spec),
+        Op::AttentionVjp(spec) => backward(step, spec),
         Op::PagedAttention(paged) => over_pages(step, paged),
+        Op::ShortConv(spec) => Ok(short_conv(
+            Isa::get(),
+            ShortConvArgs {
+                x: input(step, 0)?,
+                weight: input(step, 1)?,
+                bias: None,
+                state: if spec.state { Some(input(step, 2)?) } else { None },
+                starts: if spec.starts { Some(input(step, 2 + spec.state as usize)?) } else { None },
+                out: output(step, 0)?,
+                next_state: wanted(step, 1),
+            },
+        )?
+        .into()),
+        Op::ShortConvVjp(spec) => Ok(short_conv_backward(
+            Isa::get(),
+            ShortConvBackwardArgs {
+                x: input(step, 0)?,
+                weight: input(step, 1)?,
+                starts: if spec.starts { Some(input(step, 3)?) } else { None },
+                dy: input(step, 2)?,
+                dx: output(step, 0)?,
+                dweight: wanted(step, 1),
+                dbias: None,
+            },
+        )?
+        .into()),
         _ => Ok(by_reference(step)),
     }
 }
@@ -109,6 +138,27 @@ fn forward(step: &Step, spec: &AttentionSpec) -> Result<Lowered> {
         lse: wanted(step, 1),
     };
     Ok(attention(Isa::get(), args)?.into())
+}
+
+/// Inputs q, k, v, out, lse, dout, (key_start); outputs dq, dk, dv.
+fn backward(step: &Step, spec: &AttentionSpec) -> Result<Lowered> {
+    let key_start = if spec.key_start { Some(input(step, 6)?) } else { None };
+    let gradient = |index: usize| wanted(step, index).map(heads_first_mut);
+    let args = AttentionBackwardArgs {
+        q: heads_first(input(step, 0)?),
+        k: heads_first(input(step, 1)?),
+        v: heads_first(input(step, 2)?),
+        rule: rule(spec, key_start),
+        precision: precision(spec.precision),
+        out: heads_first(input(step, 3)?),
+        lse: input(step, 4)?,
+        dout: heads_first(input(step, 5)?),
+        dq: gradient(0),
+        dk: gradient(1),
+        dv: gradient(2),
+        dsinks: None,
+    };
+    Ok(attention_backward(Isa::get(), args)?.into())
 }
 
 /// Appends to the pages of every sequence, then attends over them.
