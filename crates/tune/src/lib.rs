@@ -6,11 +6,13 @@ pub mod data;
 mod error;
 pub mod events;
 pub mod lines;
+pub mod methods;
 pub mod quickstart;
 pub mod report;
 pub mod rng;
 pub mod run;
 pub mod schedule;
 pub mod summary;
+pub mod trainer;
 
 pub use error::{Error, Result};
