@@ -5,6 +5,7 @@ pub mod config;
 pub mod data;
 mod error;
 pub mod events;
+pub mod fuse;
 pub mod lines;
 pub mod methods;
 pub mod quickstart;
@@ -12,6 +13,7 @@ pub mod report;
 pub mod rng;
 pub mod run;
 pub mod schedule;
+pub mod session;
 pub mod summary;
 pub mod trainer;
 

@@ -86,10 +86,8 @@ fn start(linear: &Linear, config: &AdapterConfig, dora: bool, seed: u64) -> Resu
     let a = random::uniform(-bound, bound, &[inputs, config.rank], Dtype::F32, &random::key(seed)?)?;
     let b = Array::zeros(&[config.rank, out], Dtype::F32);
     let magnitude = if dora { Some(row_lengths(linear)?) } else { None };
-    let adapter =
-        Adapter { a, b, scale: config.scale as f32, dropout: config.dropout as f32, magnitude };
-    let all: Vec<Array> =
-        [&adapter.a, &adapter.b].into_iter().chain(&adapter.magnitude).cloned().collect();
+    let adapter = Adapter { a, b, scale: config.scale as f32, dropout: config.dropout as f32, magnitude };
+    let all: Vec<Array> = [&adapter.a, &adapter.b].into_iter().chain(&adapter.magnitude).cloned().collect();
     mica_array::eval(&all)?;
     Ok(adapter)
 }

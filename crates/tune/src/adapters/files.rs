@@ -168,8 +168,11 @@ pub fn save(
     for (name, array) in parameters(model.as_module()).into_iter().filter(|(name, _)| wanted.contains(name)) {
         tensors.push(match (form, TensorName::parse(&name)) {
             (Form::Peft, Some((_, parsed))) => {
-                let array =
-                    if parsed.part == Part::Magnitude { array } else { array.transpose(&[])?.contiguous()? };
+                let array = if parsed.part == Part::Magnitude {
+                    array
+                } else {
+                    array.transpose(&[])?.contiguous()?
+                };
                 (parsed.write(Form::Peft), array)
             }
             (Form::Peft, None) => {

@@ -30,7 +30,8 @@ pub fn input(batch: &Batch, recompute: bool) -> mica_array::Result<Input> {
     let shape = [batch.rows, batch.length];
     let i32s = |values: &[u32]| values.iter().map(|&value| value as i32).collect::<Vec<i32>>();
     // Plain rows need no isolation: padding comes after the sample, where no target looks.
-    let key_start = if batch.is_plain() { None } else { Some(Array::from_slice(&key_starts(batch), &shape)?) };
+    let key_start =
+        if batch.is_plain() { None } else { Some(Array::from_slice(&key_starts(batch), &shape)?) };
     Ok(Input {
         tokens: Array::from_slice(&i32s(&batch.tokens), &shape)?,
         positions: Array::from_slice(&i32s(&batch.positions), &shape)?,

@@ -232,7 +232,9 @@ impl<'a> Trainer<'a> {
             window.push(batch);
         }
         if targets == 0 && window.len() >= MOST_EMPTY {
-            return Err(Error::Config(format!("{MOST_EMPTY} batches in a row hold nothing to learn: check masks and columns")));
+            return Err(Error::Config(format!(
+                "{MOST_EMPTY} batches in a row hold nothing to learn: check masks and columns"
+            )));
         }
         if targets == 0 {
             window.clear();
@@ -242,7 +244,8 @@ impl<'a> Trainer<'a> {
 
     fn step(&mut self, window: &[Batch], begun: Instant) -> Result<()> {
         let lr = self.run.plan.schedule.at(self.state.step);
-        let result = self.update.step(self.run.model, self.run.method, window, self.state.micro_batches, lr)?;
+        let result =
+            self.update.step(self.run.model, self.run.method, window, self.state.micro_batches, lr)?;
         for (what, value) in [("loss", result.loss), ("norm of the gradient", result.grad_norm)] {
             if !value.is_finite() {
                 let step = self.state.step + 1;
@@ -296,7 +299,8 @@ impl<'a> Trainer<'a> {
         let options = Options { shuffle: false, epochs: Some(1), ..held.options };
         let mut loader = Loader::new(held.samples, options)?;
         let next = limited(|| loader.next_batch(), self.run.plan.val_batches);
-        let (loss, tokens) = update::evaluate(&*self.run.model, self.run.method, self.run.update.precision, next)?;
+        let (loss, tokens) =
+            update::evaluate(&*self.run.model, self.run.method, self.run.update.precision, next)?;
         if tokens == 0 {
             note(self.run.observer, true, "the validation set has nothing to learn: no loss".into());
             return Ok(None);

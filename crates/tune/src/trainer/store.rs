@@ -73,7 +73,10 @@ pub(super) fn restore(
     for (name, array) in &present {
         let same = weights.iter().any(|(other, value)| other == name && value.dtype() == array.dtype());
         if !same {
-            return Err(bad(format!("has no {name} of {}: the settings of the run changed since", array.dtype())));
+            return Err(bad(format!(
+                "has no {name} of {}: the settings of the run changed since",
+                array.dtype()
+            )));
         }
     }
     drop(present);
@@ -81,7 +84,10 @@ pub(super) fn restore(
     let step = state.extra.get(OPTIMIZER_STEP).and_then(serde_json::Value::as_u64);
     let step = step.and_then(|step| u32::try_from(step).ok());
     let step = step.ok_or_else(|| bad(format!("says nothing about {OPTIMIZER_STEP}")))?;
-    update.optimizer_mut().restore(step, load_safetensors(folder.join(OPTIMIZER))?).map_err(|e| bad(e.to_string()))
+    update
+        .optimizer_mut()
+        .restore(step, load_safetensors(folder.join(OPTIMIZER))?)
+        .map_err(|e| bad(e.to_string()))
 }
 
 /// Saves the batches of a step that failed, to look at them.

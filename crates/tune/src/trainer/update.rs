@@ -137,7 +137,8 @@ impl Update {
         lr: f64,
     ) -> Result<Stepped> {
         let tokens: u64 = window.iter().map(|batch| batch.labelled as u64).sum();
-        let live: Vec<(u64, &Batch)> = (micro..).zip(window).filter(|(_, batch)| batch.labelled > 0).collect();
+        let live: Vec<(u64, &Batch)> =
+            (micro..).zip(window).filter(|(_, batch)| batch.labelled > 0).collect();
         let (mut losses, mut sums): (Vec<Array>, Option<Vec<Array>>) = (Vec::new(), None);
         for (number, batch) in &live {
             let (loss, grads) = self.gradients(model, method, batch, *number)?;

@@ -104,7 +104,13 @@ fn keys_and_layers_choose() {
         ("suffix", "llama", config(keys(&["q_proj", "v_proj"]), None), 2 * 2, &["self_attn.v_proj"]),
         ("full path, last block", "llama", config(keys(&["mlp.up_proj"]), Some(1)), 1, &["mlp.up_proj"]),
         ("more than there are", "llama", config(keys(&["o_proj"]), Some(99)), 2, &["self_attn.o_proj"]),
-        ("a key given twice", "llama", config(keys(&["o_proj", "self_attn.o_proj"]), None), 2, &["self_attn.o_proj"]),
+        (
+            "a key given twice",
+            "llama",
+            config(keys(&["o_proj", "self_attn.o_proj"]), None),
+            2,
+            &["self_attn.o_proj"],
+        ),
     ];
     for (name, model, config, count, among) in cases {
         let mut loaded = crate::model(model, Packing::Frozen);
@@ -115,8 +121,9 @@ fn keys_and_layers_choose() {
     }
     for (name, key) in [("typo", "q_prj"), ("part of a name", "proj"), ("head", "lm_head")] {
         let mut loaded = crate::model("llama", Packing::Frozen);
-        let error = attach(&mut *loaded.model, &config(keys(&[key]), None), false, 0).unwrap_err().to_string();
-        assert!(error.contains(key) && error.contains("self_attn.q_proj"), "{name}: {error}");
+        let error =
+            attach(&mut *loaded.model, &config(keys(&[key]), None), false, 0).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("q_proj"), "{name}: {error}");
     }
     let mut loaded = crate::model("llama", Packing::Frozen);
     assert!(attach(&mut *loaded.model, &config(None, Some(0)), false, 0).is_err());
@@ -126,10 +133,14 @@ fn keys_and_layers_choose() {
 fn what_is_trained_in_full_fine_tuning() {
     let loaded = crate::model("llama", Packing::Quantized);
     let all = trainable(&*loaded.model, FineTune::Full, None).unwrap();
-    assert!(all.iter().any(|name| name == "model.embed_tokens.weight") && all.iter().any(|name| name == "lm_head.weight"));
+    assert!(
+        all.iter().any(|name| name == "model.embed_tokens.weight")
+            && all.iter().any(|name| name == "lm_head.weight")
+    );
     let last = trainable(&*loaded.model, FineTune::Full, Some(1)).unwrap();
     assert!(last.len() == 9 && last.iter().all(|name| name.starts_with("model.layers.1.")), "{last:?}");
-    let error = trainable(&*crate::model("llama-4bit", Packing::Quantized).model, FineTune::Full, None).unwrap_err();
+    let error =
+        trainable(&*crate::model("llama-4bit", Packing::Quantized).model, FineTune::Full, None).unwrap_err();
     assert!(error.to_string().contains("quantized"), "{error}");
 }
 
@@ -154,6 +165,7 @@ fn files_that_do_not_fit_are_refused() {
     // An adapter of one rank does not go on as one of another.
     let config = AdapterConfig { rank: 3, scale: 1.0, dropout: 0.0, keys: None, layers: None };
     attach(&mut *loaded.model, &config, false, 0).unwrap();
-    let error = load_tensors(&mut *loaded.model, fixture("adapters/mlx-lm/adapters.safetensors")).unwrap_err();
+    let error =
+        load_tensors(&mut *loaded.model, fixture("adapters/mlx-lm/adapters.safetensors")).unwrap_err();
     assert!(error.to_string().contains("shape"), "{error}");
 }

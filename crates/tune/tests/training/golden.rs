@@ -23,13 +23,15 @@ struct Case {
     loaded: Loaded,
     names: Vec<String>,
     clip: f64,
+    /// How far norms of gradients may be off, relative. Losses are held to 1e-4 in all cases.
+    norm_tolerance: f64,
 }
 
 impl Case {
     fn full(name: &'static str, model: &str) -> Case {
         let loaded = crate::model(model, Packing::Quantized);
         let names = trainable(&*loaded.model, FineTune::Full, None).unwrap();
-        Case { name, golden: golden(name), loaded, names, clip: 1.0 }
+        Case { name, golden: golden(name), loaded, names, clip: 1.0, norm_tolerance: 1e-4 }
     }
 
     fn adapter(name: &'static str, packing: Packing, dora: bool, clip: f64) -> Case {
@@ -44,12 +46,13 @@ impl Case {
             })
             .collect();
         save_safetensors(folder.path().join("adapter_model.safetensors"), &start, &[]).unwrap();
-        let config = format!("{{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"use_dora\": {dora}}}");
+        let config =
+            format!("{{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"use_dora\": {dora}}}");
         std::fs::write(folder.path().join("adapter_config.json"), config).unwrap();
         let opened = files::load(&mut *loaded.model, folder.path()).unwrap();
         let names = trainable(&*loaded.model, opened.settings.fine_tune, None).unwrap();
         assert_eq!(names.len(), start.len(), "{name}");
-        Case { name, golden, loaded, names, clip }
+        Case { name, golden, loaded, names, clip, norm_tolerance: 1e-4 }
     }
 
     fn update(&self) -> Update {
@@ -108,7 +111,8 @@ impl Case {
         let whole = format!("{what}.{key}");
         if self.golden.contains(&whole) {
             let expected = self.golden.f32s(&whole);
-            let error = max_abs_rel_to_max(&values, &expected).min(largest_difference(&values, &expected) / shift);
+            let error =
+                max_abs_rel_to_max(&values, &expected).min(largest_difference(&values, &expected) / shift);
             assert!(error <= tolerance, "{}, {whole}: off by {error:.2e}", self.name);
         }
         let stat = self.golden.f32s(&format!("{what}_stat.{key}"));
@@ -116,7 +120,8 @@ impl Case {
         let error = (norm - f64::from(stat[0])).abs() / f64::from(stat[0]).max(1e-6);
         assert!(error <= tolerance, "{}, {what} of {key}: norm {norm} instead of {}", self.name, stat[0]);
         let sum: f64 = values.iter().map(|&v| f64::from(v)).sum();
-        let error = (sum - f64::from(stat[1])).abs() / (f64::from(stat[0]) * (values.len() as f64).sqrt()).max(1e-6);
+        let error =
+            (sum - f64::from(stat[1])).abs() / (f64::from(stat[0]) * (values.len() as f64).sqrt()).max(1e-6);
         assert!(error <= tolerance, "{}, {what} of {key}: sum {sum} instead of {}", self.name, stat[1]);
     }
 
@@ -133,9 +138,10 @@ impl Case {
             for (what, got, expected) in
                 [("loss", result.loss, losses[step]), ("norm", result.grad_norm, norms[step])]
             {
+                let tolerance = if what == "loss" || step == 0 { 1e-4 } else { self.norm_tolerance };
                 let error = (got - expected).abs() / expected;
                 assert!(
-                    error <= 1e-4,
+                    error <= tolerance,
                     "{}, step {step}: {what} {got} instead of {expected} ({error:.1e})",
                     self.name
                 );
@@ -179,7 +185,9 @@ fn full_fine_tuning_of_a_tied_llama() {
 
 #[test]
 fn full_fine_tuning_of_lfm2() {
-    Case::full("full-lfm2", "lfm2").check();
+    // Here torch's own two runs end with weights that differ by 2.4e-4, a quarter of a step: gradients at the level of
+    // rounding decide the direction of some weights, and at a norm of 29 that shows in the norm.
+    Case { norm_tolerance: 1e-3, ..Case::full("full-lfm2", "lfm2") }.check();
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Training through the public door: golden curves, adapters of other programs, resuming.
 
 mod adapters;
+mod fuse;
 mod golden;
 mod resume;
+mod session;
 
 use mica_lm::load::{Loaded, load};
 use mica_lm::weights::Packing;

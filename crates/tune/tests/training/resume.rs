@@ -173,7 +173,11 @@ fn final_files(folder: &Path) -> [Vec<u8>; 2] {
 fn undisturbed(case: Case) -> (tempfile::TempDir, Vec<Value>) {
     let folder = tempfile::tempdir().unwrap();
     let outcome = run(case, folder.path(), STEPS, None, false);
-    assert!(matches!(&outcome, Outcome::Finished(summary) if summary.steps == STEPS), "{}: {outcome:?}", case.name);
+    assert!(
+        matches!(&outcome, Outcome::Finished(summary) if summary.steps == STEPS),
+        "{}: {outcome:?}",
+        case.name
+    );
     let lines = metrics(folder.path());
     assert_eq!(lines.len() as u64, STEPS, "{}", case.name);
     assert_eq!(lines.iter().filter(|line| line.get("val_loss").is_some()).count(), 2, "{}", case.name);
@@ -188,7 +192,11 @@ fn stopped_at_any_step_and_resumed() {
             let folder = tempfile::tempdir().unwrap();
             for (i, &stop) in stops.iter().enumerate() {
                 let outcome = run(case, folder.path(), STEPS, Some(stop), i > 0);
-                assert!(matches!(outcome, Outcome::Stopped { step, .. } if step == stop), "{}: {outcome:?}", case.name);
+                assert!(
+                    matches!(outcome, Outcome::Stopped { step, .. } if step == stop),
+                    "{}: {outcome:?}",
+                    case.name
+                );
             }
             let outcome = run(case, folder.path(), STEPS, None, true);
             assert!(matches!(outcome, Outcome::Finished(_)), "{}: {outcome:?}", case.name);
@@ -207,8 +215,15 @@ fn killed_after_steps_that_no_checkpoint_has() {
         run(case, folder.path(), killed_at, None, false);
         // What a kill after this step leaves: the lines are there, the checkpoint is not.
         std::fs::remove_dir_all(folder.path().join(format!("checkpoints/step-{killed_at}"))).unwrap();
-        let checkpoints: Vec<u64> =
-            RunFolder::resume(folder.path()).unwrap().checkpoints().steps().unwrap().into_iter().rev().take(1).collect();
+        let checkpoints: Vec<u64> = RunFolder::resume(folder.path())
+            .unwrap()
+            .checkpoints()
+            .steps()
+            .unwrap()
+            .into_iter()
+            .rev()
+            .take(1)
+            .collect();
         assert_eq!(checkpoints, kept);
         run(case, folder.path(), STEPS, None, true);
         assert_eq!(metrics(folder.path()), lines, "killed at {killed_at}");
