@@ -76,15 +76,16 @@ pub fn save_safetensors(
     metadata: &[(&str, &str)],
 ) -> Result<()> {
     let fail = file_error("save_safetensors");
-    write_safetensors(arrays, metadata)?.write(path).map_err(&fail)
+    safetensors_writer(arrays, metadata)?.write(path).map_err(&fail)
 }
 
 /// Arrays as the bytes of a safetensors file.
 pub fn safetensors_bytes(arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
-    write_safetensors(arrays, metadata)?.to_bytes().map_err(file_error("save_safetensors"))
+    safetensors_writer(arrays, metadata)?.to_bytes().map_err(file_error("save_safetensors"))
 }
 
-fn write_safetensors(arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<Writer<'static>> {
+/// A writer of a safetensors file with these arrays, for who wants its errors as `mica-io` tells them.
+pub fn safetensors_writer(arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<Writer<'static>> {
     crate::eval(&arrays.iter().map(|(_, array)| array.clone()).collect::<Vec<_>>())?;
     let mut writer = Writer::new();
     for (key, value) in metadata {

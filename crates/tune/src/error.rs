@@ -81,6 +81,32 @@ pub enum Error {
         owner: String,
     },
 
+    /// The loss or its gradient stopped being a number.
+    #[error(
+        "step {step}: the {what} is {value}; the weights are those of step {}, the batch is in {}; lower the \
+         learning rate or clip the gradient, and go on from the last checkpoint",
+        step - 1,
+        batch.display()
+    )]
+    NotFinite {
+        /// The step that could not be taken.
+        step: u64,
+        /// `loss` or `norm of the gradient`.
+        what: &'static str,
+        /// NaN or an infinity.
+        value: f64,
+        /// Where the step's batches were saved, as JSON.
+        batch: PathBuf,
+    },
+
+    /// Computing failed.
+    #[error(transparent)]
+    Array(#[from] mica_array::Error),
+
+    /// A model could not be opened or written.
+    #[error(transparent)]
+    Model(#[from] mica_lm::Error),
+
     /// The disk is full; whatever was saved before is untouched.
     #[error("{}: no space left while saving; the earlier checkpoint is untouched, free some space and resume", path.display())]
     DiskFull {

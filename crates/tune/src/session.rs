@@ -1,0 +1,297 @@
+//! A whole run from its settings: model, data, adapter, loop, and what the run folder holds at the end.
+//!
+//! Resolving settings and finding the model is the caller's business, and so is showing events and turning
+//! outcomes into exit codes.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use mica_array::{Dtype, Precision, memory};
+use mica_lm::load::{Loaded, load};
+use mica_lm::models::LanguageModel;
+use mica_lm::weights::Packing;
+use mica_nn::optim::AdamWConfig;
+use serde_json::Value;
+
+use crate::adapters::attach::{attach, trainable};
+use crate::adapters::config::to_mlx;
+use crate::adapters::files;
+use crate::adapters::names::{Form, TensorName};
+use crate::config::{Duration, FineTune, ModelFacts, Optimizer, RunConfig};
+use crate::data::batch::Shape;
+use crate::data::encode::Encode;
+use crate::data::loader::{Loader, Options};
+use crate::data::read::{BadLines, Source, Splits};
+use crate::data::sample::{Sampler, Totals};
+use crate::data::samples::{InMemory, Samples};
+use crate::events::{Evaluation, Event, Observer};
+use crate::methods::sft::Sft;
+use crate::run::RunFolder;
+use crate::run::folder::Existing;
+use crate::run::metrics::METRICS;
+use crate::trainer::update::evaluate;
+use crate::trainer::{HeldOut, Outcome, Plan, Run, UpdateSettings, train};
+use crate::{Error, Result, report};
+
+/// Positions that are computed at once where the settings leave it open. Their activations take about 100 bytes a
+/// position, layer and unit of width, so this is 0.2 GB a layer at a width of 1,024.
+const POSITIONS: usize = 2048;
+
+/// How a run begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Anew.
+    New(Existing),
+    /// From the newest whole checkpoint of the run folder.
+    Resume,
+}
+
+/// What defaults depend on, of the model in a folder.
+pub fn facts(model: &Path) -> Result<ModelFacts> {
+    let config = mica_lm::config::ModelConfig::load(model)?;
+    let layers = config.text_fields()?.get::<usize>("num_hidden_layers")?;
+    let bits = config.quantization.default.map(|spec| spec.bits as u32);
+    Ok(ModelFacts { layers, bits })
+}
+
+/// Does what the settings say with the model of a folder.
+///
+/// # Errors
+/// Whatever is wrong with settings, model, data or disk, told so that it can be mended; a loss that is not a number.
+pub fn run(
+    config: &RunConfig,
+    model: &Path,
+    encode: &dyn Encode,
+    start: Start,
+    observer: &mut dyn Observer,
+    stop: &AtomicBool,
+) -> Result<Outcome> {
+    let optimizer = optimizer(&config.optimizer)?;
+    if config.cache_limit > 0 {
+        memory::set_cache_limit(config.cache_limit as usize);
+    }
+    let folder = match start {
+        Start::New(existing) => RunFolder::create(&config.output, existing)?,
+        Start::Resume => RunFolder::resume(&config.output)?,
+    };
+    folder.write_config(config)?;
+    let packing = if config.fine_tune == FineTune::Full { Packing::Quantized } else { Packing::Frozen };
+    let mut loaded = load(model, packing)?;
+    let names = prepare(config, &mut *loaded.model, observer)?;
+    let splits = Splits::open(&config.data, &config.columns)?;
+    let mut data = Data::read(config, encode, &splits, observer)?;
+    let precision = precision(&loaded);
+    let mut outcome = Outcome::Finished(Default::default());
+    if config.train {
+        let samples = data.train.take().ok_or_else(|| Error::Data {
+            path: config.data.clone(),
+            cause: "holds no training data: a file, or a folder with train.jsonl, is needed".into(),
+        })?;
+        let micro = micro_batch(config);
+        let accumulate = config.accumulate(micro);
+        let options = loader_options(config, micro);
+        let loader = Loader::new(samples, options.clone())?;
+        let steps = config.total_steps(loader.batches_in_epoch(0)?, accumulate);
+        let plan = Plan {
+            steps,
+            iters: if let Duration::Iters(iters) = config.duration { Some(iters) } else { None },
+            accumulate,
+            schedule: config.rate.schedule(steps),
+            eval_every: if data.valid.is_some() { config.eval_every } else { 0 },
+            val_batches: config.val_batches,
+            save_every: config.save_every,
+            keep: 2,
+        };
+        let update = UpdateSettings {
+            optimizer,
+            clip: config.clip,
+            precision,
+            recompute: config.grad_checkpoint,
+            seed: config.seed,
+        };
+        let validation = data.valid.clone().map(|samples| HeldOut { samples, options });
+        let mut export = |model: &dyn LanguageModel, count: u64| export(config, model, count);
+        outcome = train(
+            Run {
+                model: &mut *loaded.model,
+                method: &Sft,
+                names,
+                validation,
+                plan,
+                update,
+                folder: &folder,
+                observer,
+                stop,
+                export: &mut export,
+            },
+            loader,
+            start == Start::Resume,
+        )?;
+        draw(folder.path())?;
+    }
+    if let (Outcome::Finished(_), Some(test), Some(samples)) = (&outcome, config.test, data.test) {
+        let begun = Instant::now();
+        let options =
+            Options { shuffle: false, epochs: Some(1), ..loader_options(config, micro_batch(config)) };
+        let mut loader = Loader::new(samples, options)?;
+        let mut left = test.batches.unwrap_or(usize::MAX);
+        let (loss, tokens) = evaluate(&*loaded.model, &Sft, precision, || {
+            let batch = if left > 0 { loader.next_batch() } else { Ok(None) };
+            left = left.saturating_sub(1);
+            batch
+        })?;
+        let seconds = begun.elapsed().as_secs_f64();
+        observer.event(&Event::Test(Evaluation { step: 0, loss, tokens, seconds }));
+    }
+    Ok(outcome)
+}
+
+/// Products in bf16 for models stored in half precision.
+fn precision(loaded: &Loaded) -> Precision {
+    if loaded.dtype == Dtype::F32 { Precision::Exact } else { Precision::Bf16 }
+}
+
+fn optimizer(optimizer: &Optimizer) -> Result<AdamWConfig> {
+    let (betas, eps, weight_decay, bias_correction) = match optimizer {
+        Optimizer::Adam { betas, eps, bias_correction } => (betas, eps, 0.0, bias_correction),
+        Optimizer::AdamW { betas, eps, weight_decay, bias_correction } => {
+            (betas, eps, *weight_decay, bias_correction)
+        }
+        other => {
+            let name =
+                serde_json::to_value(other).ok().and_then(|value| value["name"].as_str().map(String::from));
+            return Err(Error::Config(format!(
+                "the optimizer {} is not there yet; adam and adamw are",
+                name.unwrap_or_default()
+            )));
+        }
+    };
+    Ok(AdamWConfig {
+        beta1: betas[0] as f32,
+        beta2: betas[1] as f32,
+        eps: *eps as f32,
+        weight_decay: weight_decay as f32,
+        bias_correction: *bias_correction,
+    })
+}
+
+/// Attaches the adapter, if one is trained, and names what is trained.
+fn prepare(
+    config: &RunConfig,
+    model: &mut dyn LanguageModel,
+    observer: &mut dyn Observer,
+) -> Result<Vec<String>> {
+    if let Some(adapter) = config.adapter.as_ref().filter(|_| config.fine_tune != FineTune::Full) {
+        let attached = attach(model, adapter, config.fine_tune == FineTune::Dora, config.seed)?;
+        if let Some(text) = attached.note {
+            observer.event(&Event::Note { warning: false, text });
+        }
+    }
+    if let Some(file) = &config.resume_adapter_file {
+        files::load_tensors(model, file)?;
+    }
+    trainable(model, config.fine_tune, config.full_layers)
+}
+
+/// The largest divisor of the batch whose rows stay within [`POSITIONS`].
+fn micro_batch(config: &RunConfig) -> usize {
+    let fits =
+        |rows: &usize| rows * config.rules.max_length <= POSITIONS && config.batch_size.is_multiple_of(*rows);
+    config.micro_batch_size.unwrap_or_else(|| (1..=config.batch_size).rev().find(fits).unwrap_or(1))
+}
+
+fn loader_options(config: &RunConfig, micro: usize) -> Options {
+    let shape = Shape {
+        rows: micro,
+        max_length: config.rules.max_length,
+        gather: config.gather,
+        lengths: config.lengths.clone(),
+    };
+    Options { shape, shuffle: true, seed: config.seed, window: Options::DEFAULT_WINDOW, epochs: None }
+}
+
+/// The tokenized sets of a run; empty ones are `None`.
+struct Data {
+    train: Option<Arc<dyn Samples>>,
+    valid: Option<Arc<dyn Samples>>,
+    test: Option<Arc<dyn Samples>>,
+}
+
+impl Data {
+    fn read(
+        config: &RunConfig,
+        encode: &dyn Encode,
+        splits: &Splits,
+        observer: &mut dyn Observer,
+    ) -> Result<Data> {
+        let sampler = Sampler::new(encode, config.rules.clone());
+        let mut bad = BadLines::allow(config.skip_bad_lines);
+        let mut read = |name: &str, sources: &[Source]| -> Result<Option<InMemory>> {
+            if sources.is_empty() {
+                return Ok(None);
+            }
+            let (samples, totals): (InMemory, Totals) =
+                InMemory::tokenize(sources, &sampler, &mut bad, &mut |_, _| {})?;
+            if let Some(text) = totals.warning(config.rules.max_length) {
+                observer.event(&Event::Note { warning: true, text: format!("{name}: {text}") });
+            }
+            Ok(Some(samples))
+        };
+        let mut train = if config.train { read("training data", &splits.train)? } else { None };
+        let mut valid = if config.train { read("validation data", &splits.valid)? } else { None };
+        let test = if config.test.is_some() { read("test data", &splits.test)? } else { None };
+        if valid.is_none()
+            && config.hold_out > 0
+            && config.eval_every > 0
+            && let Some(all) = train.take()
+        {
+            let (rest, held) = all.hold_out(config.hold_out, config.seed);
+            train = Some(rest);
+            valid = (held.len() > 0).then_some(held);
+        }
+        for text in bad.messages() {
+            observer.event(&Event::Note { warning: true, text: format!("passed over: {text}") });
+        }
+        let shared = |samples: Option<InMemory>| samples.map(|samples| Arc::new(samples) as Arc<dyn Samples>);
+        Ok(Data { train: shared(train), valid: shared(valid), test: shared(test) })
+    }
+}
+
+/// Writes what was trained for other programs, in mlx-lm's form; where micro-batches are counted, also under the
+/// name with their count.
+fn export(config: &RunConfig, model: &dyn LanguageModel, count: u64) -> Result<Vec<PathBuf>> {
+    let names = trainable(model, config.fine_tune, config.full_layers)?;
+    let keys: BTreeSet<String> = names
+        .iter()
+        .filter_map(|name| TensorName::parse(name))
+        .filter_map(|(_, name)| {
+            Some(name.module.strip_prefix("model.layers.")?.split_once('.')?.1.to_string())
+        })
+        .collect();
+    let keys: Vec<String> = keys.into_iter().collect();
+    let settings = to_mlx(config, &keys, model.layers());
+    let mut written = files::save(model, &names, Form::Mlx, &settings, &config.output)?;
+    written.truncate(1);
+    if matches!(config.duration, Duration::Iters(_)) && config.fine_tune != FineTune::Full {
+        let numbered = config.output.join(format!("{count:07}_adapters.safetensors"));
+        let bytes = std::fs::read(&written[0]).map_err(|e| Error::file(&written[0], e))?;
+        mica_io::atomic::write(&numbered, bytes)?;
+        written.push(numbered);
+    }
+    Ok(written)
+}
+
+/// Draws the run's curves from its metrics.
+fn draw(folder: &Path) -> Result<()> {
+    let path = folder.join(METRICS);
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
+    let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let curve = |key: &str| -> Vec<(u64, f64)> {
+        lines.iter().filter_map(|line| Some((line["step"].as_u64()?, line[key].as_f64()?))).collect()
+    };
+    mica_io::atomic::write(folder.join("loss.svg"), report::loss_svg(&curve("loss"), &curve("val_loss"))?)?;
+    Ok(())
+}
