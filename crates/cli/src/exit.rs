@@ -38,11 +38,33 @@ fn code(error: &anyhow::Error) -> u8 {
         if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
             return of_io(error.kind());
         }
+        if let Some(error) = cause.downcast_ref::<mica_tune::Error>() {
+            return of_tune(error);
+        }
         if let Some(mica_array::Error::OutOfMemory { .. }) = cause.downcast_ref::<mica_array::Error>() {
             return 5;
         }
     }
     1
+}
+
+fn of_tune(error: &mica_tune::Error) -> u8 {
+    use mica_tune::Error;
+    match error {
+        Error::File { source, .. } => match source.kind() {
+            std::io::ErrorKind::NotFound => 3,
+            std::io::ErrorKind::PermissionDenied => 4,
+            _ => 1,
+        },
+        Error::Io(error) => of_io(error.kind()),
+        Error::Model(error) => of_kind(error.kind()),
+        Error::Array(mica_array::Error::OutOfMemory { .. }) => 5,
+        Error::Config(_) => 2,
+        Error::DiskFull { .. } => 6,
+        Error::BadLine { .. } | Error::TooManyBadLines { .. } | Error::Data { .. } | Error::Tokenize(_) => 7,
+        Error::Checkpoint { .. } => 8,
+        _ => 1,
+    }
 }
 
 fn of_kind(kind: ErrorKind) -> u8 {

@@ -5,7 +5,10 @@
 
 mod commands;
 mod exit;
+mod live;
 mod machine;
+mod signals;
+mod training;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -23,7 +26,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Quickstart(commands::quickstart::Args),
     Generate(commands::generate::Args),
+    Chat(commands::chat::Args),
+    Train(commands::train::Args),
+    Lora(commands::lora::Args),
+    Perplexity(commands::perplexity::Args),
     Logits(commands::logits::Args),
     Bench(commands::bench::Args),
     Doctor(commands::doctor::Args),
@@ -42,7 +50,12 @@ fn main() -> std::process::ExitCode {
         mica_array::set_threads(threads.into());
     }
     let result = match cli.command {
+        Command::Quickstart(args) => commands::quickstart::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Train(args) => commands::train::run(args),
+        Command::Lora(args) => commands::lora::run(args),
+        Command::Perplexity(args) => commands::perplexity::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Doctor(args) => commands::doctor::run(args),

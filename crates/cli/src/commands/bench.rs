@@ -9,11 +9,11 @@ use mica_lm::models::Input;
 use mica_nn::Context;
 use mica_simd::Isa;
 
-use super::ModelArgs;
+use super::{ModelArgs, bench_train};
 use crate::exit::Usage;
 use crate::machine::{peak_memory_gb, read_bandwidth};
 
-/// Measure prefill and decode speed
+/// Measure the speed of prefill and decoding, or of training (--train)
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -30,12 +30,14 @@ pub struct Args {
     /// Start decoding behind this many cached tokens, instead of behind the prompt
     #[arg(long, value_name = "N")]
     depth: Option<usize>,
-    /// Decode so many sequences at once
+    /// Decode so many sequences at once, or train on so many rows
     #[arg(long, default_value_t = 1, value_name = "N")]
     batch: usize,
     /// Form products exactly in f32
     #[arg(long)]
     exact: bool,
+    #[command(flatten)]
+    train: bench_train::Args,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -51,6 +53,13 @@ struct Run {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.train.train {
+        if args.model.adapter_path.is_some() || args.depth.is_some() || args.exact {
+            let text = "--adapter-path, --depth and --exact have no meaning with --train";
+            return Err(Usage(text.to_string()).into());
+        }
+        return bench_train::run(&args.model.model, &args.train, args.batch, args.json);
+    }
     if args.runs == 0 || args.prompt_tokens == 0 || args.batch == 0 {
         return Err(Usage("-n, -p and --batch must be at least 1".to_string()).into());
     }

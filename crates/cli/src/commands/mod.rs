@@ -1,9 +1,17 @@
 //! The commands, one file each.
 
 pub mod bench;
+pub mod bench_train;
+pub mod chat;
 pub mod doctor;
 pub mod generate;
 pub mod logits;
+pub mod lora;
+pub mod perplexity;
+pub mod quickstart;
+pub mod train;
+
+use std::path::PathBuf;
 
 use mica_lm::chat::{ChatRequest, ChatTemplate, Message};
 use mica_lm::generate::Options;
@@ -19,13 +27,20 @@ pub struct ModelArgs {
     /// Model folder, or the name of one in the local Hugging Face cache
     #[arg(long, short, value_name = "MODEL")]
     pub model: String,
+    /// Folder of an adapter to put on the model: mica's, mlx-lm's or PEFT's
+    #[arg(long, value_name = "FOLDER")]
+    pub adapter_path: Option<PathBuf>,
 }
 
 impl ModelArgs {
     /// Opens the model.
     pub fn open(&self) -> anyhow::Result<Loaded> {
         let folder = mica_lm::locate::locate(&self.model)?;
-        Ok(load(&folder, Packing::Frozen)?)
+        let mut loaded = load(&folder, Packing::Frozen)?;
+        if let Some(adapter) = &self.adapter_path {
+            mica_tune::adapters::files::load(&mut *loaded.model, adapter)?;
+        }
+        Ok(loaded)
     }
 }
 

@@ -1,0 +1,185 @@
+//! `mica bench --train`: the speed of training steps, through the step that `mica train` takes.
+//!
+//! One batch of random tokens, all of them targets, so that speed depends on no data; training on it again
+//! and again must bring its loss down.
+
+use std::time::Instant;
+
+use mica_lm::load::load;
+use mica_lm::weights::Packing;
+use mica_nn::optim::AdamWConfig;
+use mica_nn::parameters;
+use mica_simd::Isa;
+use mica_tune::adapters::attach::{attach, trainable};
+use mica_tune::config::{AdapterConfig, FineTune};
+use mica_tune::data::batch::Batch;
+use mica_tune::data::sample::Sample;
+use mica_tune::methods::sft::Sft;
+use mica_tune::rng::Rng;
+use mica_tune::trainer::{Update, UpdateSettings};
+
+use crate::exit::Usage;
+use crate::machine::peak_memory_gb;
+use crate::training::precision;
+
+/// What to train.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Training (--train)")]
+pub struct Args {
+    /// Measure training steps instead of generation
+    #[arg(long)]
+    pub train: bool,
+    /// Tokens of a row
+    #[arg(long, value_name = "N", default_value_t = 1024, requires = "train")]
+    seq: usize,
+    /// Steps; the median is reported
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "train")]
+    steps: usize,
+    /// lora, dora or full
+    #[arg(long, value_name = "TYPE", default_value = "lora", requires = "train", value_parser = parse_type)]
+    fine_tune_type: FineTune,
+    /// The last N blocks; -1 means all
+    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true, requires = "train")]
+    num_layers: i64,
+    /// Layers that get an adapter, by path or suffix [default: all linear layers]
+    #[arg(long, value_delimiter = ',', value_name = "q_proj,v_proj", requires = "train")]
+    lora_keys: Option<Vec<String>>,
+    /// Rank of the adapters
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "train")]
+    lora_rank: usize,
+    /// The learning rate
+    #[arg(long, value_name = "R", default_value_t = 1e-4, requires = "train")]
+    learning_rate: f64,
+    /// Recompute activations in the backward pass, to save memory
+    #[arg(long, requires = "train")]
+    grad_checkpoint: bool,
+}
+
+fn parse_type(text: &str) -> Result<FineTune, String> {
+    match text {
+        "lora" => Ok(FineTune::Lora),
+        "dora" => Ok(FineTune::Dora),
+        "full" => Ok(FineTune::Full),
+        _ => Err("expected lora, dora or full".to_string()),
+    }
+}
+
+/// Runs the measurement on a batch of so many rows.
+pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow::Result<()> {
+    if rows == 0 || args.steps == 0 || args.seq == 0 || args.lora_rank == 0 {
+        return Err(Usage("--batch, --seq, --steps and --lora-rank must be at least 1".to_string()).into());
+    }
+    let layers = match args.num_layers {
+        -1 => None,
+        n if n > 0 => Some(n as usize),
+        n => return Err(Usage(format!("--num-layers must be -1 or at least 1, got {n}")).into()),
+    };
+    let begun = Instant::now();
+    let full = args.fine_tune_type == FineTune::Full;
+    let folder = mica_lm::locate::locate(model_name)?;
+    let mut loaded = load(&folder, if full { Packing::Quantized } else { Packing::Frozen })?;
+    let load_s = begun.elapsed().as_secs_f64();
+    let longest = loaded.model.info().max_positions;
+    if args.seq > longest {
+        return Err(Usage(format!("--seq {} is more than the model's {longest} positions", args.seq)).into());
+    }
+    if !full {
+        let adapter = AdapterConfig {
+            rank: args.lora_rank,
+            scale: 20.0,
+            dropout: 0.0,
+            keys: args.lora_keys.clone(),
+            layers,
+        };
+        attach(&mut *loaded.model, &adapter, args.fine_tune_type == FineTune::Dora, 0)?;
+    } else if args.lora_keys.is_some() {
+        return Err(Usage("--lora-keys has no meaning for full fine-tuning".to_string()).into());
+    }
+    let names = trainable(&*loaded.model, args.fine_tune_type, layers)?;
+    let settings = UpdateSettings {
+        optimizer: AdamWConfig::default(),
+        clip: None,
+        precision: precision(&loaded),
+        recompute: args.grad_checkpoint,
+        seed: 0,
+    };
+    let mut update = Update::new(&*loaded.model, &names, settings)?;
+    let size =
+        |list: Vec<(String, mica_array::Array)>| list.iter().map(|(_, array)| array.size()).sum::<usize>();
+    let (trainable, all) =
+        (size(update.parameters(&*loaded.model)), size(parameters(loaded.model.as_module())));
+    let batch = batch(rows, args.seq, loaded.model.info().vocabulary);
+    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    for step in 0..args.steps {
+        let begun = Instant::now();
+        let window = std::slice::from_ref(&batch);
+        let stepped = update.step(&mut *loaded.model, &Sft, window, step as u64, args.learning_rate)?;
+        seconds.push(begun.elapsed().as_secs_f64());
+        losses.push(stepped.loss);
+    }
+    let mut sorted = seconds.clone();
+    sorted.sort_by(f64::total_cmp);
+    let step_s = sorted[sorted.len() / 2];
+    let tokens_per_s = (rows * args.seq) as f64 / step_s;
+    if as_json {
+        let document = serde_json::json!({
+            "model": model_name,
+            "threads": mica_array::threads(),
+            "isa": Isa::get().name(),
+            "fine_tune_type": args.fine_tune_type,
+            "num_layers": args.num_layers,
+            "lora_keys": args.lora_keys,
+            "lora_rank": if full { None } else { Some(args.lora_rank) },
+            "batch": rows,
+            "seq": args.seq,
+            "steps": args.steps,
+            "load_s": load_s,
+            "step_s": step_s,
+            "tokens_per_s": tokens_per_s,
+            "trainable": trainable,
+            "parameters": all,
+            "peak_memory_gb": peak_memory_gb(),
+            "loss_first": losses.first(),
+            "loss_last": losses.last(),
+            "losses": losses,
+            "runs": seconds,
+        });
+        println!("{document}");
+        return Ok(());
+    }
+    println!(
+        "model      {model_name} (loaded in {load_s:.2} s), {} threads, {}",
+        mica_array::threads(),
+        Isa::get()
+    );
+    println!("trained    {trainable} of {all} parameters");
+    println!("step       {step_s:.3} s for {rows} × {} tokens: {tokens_per_s:.1} tokens/s", args.seq);
+    println!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
+    println!("memory     peak {:.2} GB", peak_memory_gb());
+    Ok(())
+}
+
+/// Random rows of which every token is predicted.
+fn batch(rows: usize, seq: usize, vocabulary: usize) -> Batch {
+    let samples: Vec<Sample> = (0..rows as u64)
+        .map(|row| {
+            let mut rng = Rng::new(0, &[row]);
+            let tokens = (0..=seq).map(|_| rng.below(vocabulary as u64) as u32).collect();
+            Sample { tokens, targets: (0..=seq).map(|i| i > 0).collect() }
+        })
+        .collect();
+    let rows: Vec<Vec<&Sample>> = samples.iter().map(|sample| vec![sample]).collect();
+    Batch::assemble(&rows, seq)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_position_has_a_target() {
+        let batch = batch(3, 7, 11);
+        assert_eq!((batch.rows, batch.length, batch.labelled), (3, 7, 21));
+        assert!(batch.tokens.iter().all(|&token| token < 11));
+    }
+}

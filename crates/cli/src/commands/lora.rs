@@ -1,0 +1,156 @@
+//! `mica lora`: mlx-lm's LoRA command, with its flags, defaults and meanings.
+
+use std::path::PathBuf;
+
+use mica_tune::config::LoraConfig;
+use mica_tune::run::folder::Existing;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::train::AdapterFlags;
+use crate::exit::Usage;
+use crate::training::{Job, facts, resumed, run as run_job, settings};
+
+/// Fine-tune with mlx-lm's flags, defaults and meanings
+#[derive(clap::Args)]
+pub struct Args {
+    /// Settings as YAML; flags win over it
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+    #[command(flatten)]
+    adapter: AdapterFlags,
+    /// Go on from the newest checkpoint in --adapter-path, bit for bit
+    #[arg(long)]
+    resume: bool,
+    /// Print the summary as one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+/// Flags that are keys of the file too.
+#[derive(clap::Args, Serialize)]
+struct Flags {
+    /// Model folder, or the name of one in the local Hugging Face cache
+    #[arg(long)]
+    model: Option<String>,
+    /// Train
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    train: Option<bool>,
+    /// A folder with {train,valid,test}.jsonl
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// lora, dora or full
+    #[arg(long)]
+    fine_tune_type: Option<String>,
+    /// adam or adamw
+    #[arg(long)]
+    optimizer: Option<String>,
+    /// Learn only the last answer
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    mask_prompt: Option<bool>,
+    /// The last N blocks; -1 means all
+    #[arg(long, allow_negative_numbers = true)]
+    num_layers: Option<i64>,
+    /// Older name of --num-layers
+    #[arg(long, hide = true, allow_negative_numbers = true)]
+    lora_layers: Option<i64>,
+    /// Rows of a micro-batch
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Micro-batches
+    #[arg(long)]
+    iters: Option<u64>,
+    /// Batches of a validation; -1 means all
+    #[arg(long, allow_negative_numbers = true)]
+    val_batches: Option<i64>,
+    /// The learning rate
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Micro-batches between report lines
+    #[arg(long)]
+    steps_per_report: Option<u64>,
+    /// Micro-batches between validations
+    #[arg(long)]
+    steps_per_eval: Option<u64>,
+    /// Micro-batches of one optimizer step
+    #[arg(long)]
+    grad_accumulation_steps: Option<usize>,
+    /// Start from the tensors of this adapter
+    #[arg(long)]
+    resume_adapter_file: Option<PathBuf>,
+    /// Where the adapter and the run are written
+    #[arg(long)]
+    adapter_path: Option<PathBuf>,
+    /// Micro-batches between checkpoints
+    #[arg(long)]
+    save_every: Option<u64>,
+    /// Evaluate on the test file
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    test: Option<bool>,
+    /// Batches of the test; -1 means all
+    #[arg(long, allow_negative_numbers = true)]
+    test_batches: Option<i64>,
+    /// Most tokens of a sample; longer ones are cut and counted
+    #[arg(long)]
+    max_seq_length: Option<usize>,
+    /// Recompute activations in the backward pass, to save memory
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    grad_checkpoint: Option<bool>,
+    /// Bytes of freed memory that are kept for reuse; 0 leaves it to the allocator
+    #[arg(long)]
+    clear_cache_threshold: Option<u64>,
+    /// Refused: there is no reporting to services
+    #[arg(long, hide = true)]
+    report_to: Option<String>,
+    /// Belongs to --report-to
+    #[arg(long, hide = true)]
+    project_name: Option<String>,
+    /// Where randomness starts
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Name of the column
+    #[arg(long)]
+    prompt_feature: Option<String>,
+    /// Name of the column
+    #[arg(long)]
+    completion_feature: Option<String>,
+    /// Name of the column
+    #[arg(long)]
+    chat_feature: Option<String>,
+    /// Name of the column
+    #[arg(long)]
+    text_feature: Option<String>,
+    /// Bad lines that may be passed over
+    #[arg(long)]
+    skip_bad_lines: Option<usize>,
+    /// Rows are padded to multiples of this
+    #[arg(long, env = "MICA_BUCKET_SIZE")]
+    bucket_size: Option<usize>,
+    /// Rows are padded to the smallest of these that fits
+    #[arg(long, value_delimiter = ',', value_name = "N,N")]
+    bucket_sizes: Option<Vec<usize>>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let mut given = settings(args.config.as_deref(), &args.flags)?;
+    args.adapter.overlay(&mut given);
+    let output = given.get("adapter_path").and_then(Value::as_str).map(PathBuf::from);
+    let output = output.unwrap_or_else(|| "adapters".into());
+    let alone = given.keys().all(|key| key == "adapter_path");
+    let config = if args.resume && alone {
+        resumed(None, &output)?
+    } else {
+        let parsed = LoraConfig::new(given)?;
+        let model = parsed.model.clone().ok_or_else(|| Usage("--model is missing".to_string()))?;
+        let (config, notes) = parsed.resolve(&facts(&model)?)?;
+        notes.iter().for_each(|note| eprintln!("{note}"));
+        if args.resume { resumed(Some(config), &output)? } else { config }
+    };
+    let resume_command = format!("mica lora --resume --adapter-path {}", config.output.display());
+    // As in mlx-lm, a new run takes the place of an older one.
+    let existing = Existing::Replace;
+    run_job(Job { config, resume: args.resume, existing, resume_command, numbered: true, json: args.json })
+}

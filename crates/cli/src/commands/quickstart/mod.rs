@@ -1,0 +1,39 @@
+//! `mica quickstart`: from nothing to a fine-tuned model on this machine, without a network.
+
+mod base;
+mod tour;
+
+use std::path::PathBuf;
+
+/// Fine-tune a small model on this machine in about two minutes, with nothing to download
+#[derive(clap::Args)]
+pub struct Args {
+    /// Where the model, the adapter and the loss curve are written; what an earlier run left there is replaced
+    #[arg(long, short, value_name = "FOLDER", default_value = "mica-quickstart")]
+    output: PathBuf,
+    /// Steps of fine-tuning
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    steps: u64,
+    /// Held-out questions that are asked before and after
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    questions: usize,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+    /// Train the base model anew into this folder, as the one that ships was trained, and nothing else
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["output", "steps", "questions", "json"])]
+    rebuild_base: Option<PathBuf>,
+    /// Steps of --rebuild-base
+    #[arg(long, value_name = "N", default_value_t = 3000, requires = "rebuild_base")]
+    base_steps: u64,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    match &args.rebuild_base {
+        Some(folder) => base::rebuild(folder, args.base_steps),
+        None => {
+            tour::run(&args.output, tour::Size { steps: args.steps, questions: args.questions }, args.json)
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The program from outside: exit codes, the shape of its JSON, and refusals, on the tiny models of the fixtures.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use mica_testkit::fixture;
+use serde_json::Value;
+
+fn mica(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mica")).args(arguments).output().expect("mica starts")
+}
+
+fn model(name: &str) -> String {
+    fixture(format!("models/{name}")).display().to_string()
+}
+
+/// Runs with --json; stdout must be one document.
+fn document(arguments: &[&str]) -> Value {
+    let output = mica(arguments);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{arguments:?}: {err}");
+    serde_json::from_str(&out).unwrap_or_else(|error| panic!("{arguments:?}: {error} in {out:?}"))
+}
+
+fn data(folder: &Path) -> String {
+    let line = |i: usize| format!("{{\"text\": \"the number {i} comes before {}\"}}\n", i + 1);
+    for (name, lines) in [("train", 24), ("valid", 4), ("test", 4)] {
+        let text: String = (0..lines).map(line).collect();
+        std::fs::write(folder.join(format!("{name}.jsonl")), text).unwrap();
+    }
+    folder.display().to_string()
+}
+
+#[test]
+fn failures_have_their_codes() {
+    let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (nowhere, bad, out) = (path("nowhere"), path("bad.jsonl"), path("run"));
+    std::fs::write(&bad, "{\"text\": \"a\"}\n{\"text\": \n").unwrap();
+    let with = |more: &[&str]| -> Vec<String> {
+        let start = ["train", "--model", &llama, "--output", &out];
+        start.iter().chain(more).map(|part| part.to_string()).collect()
+    };
+    let plain = |parts: &[&str]| -> Vec<String> { parts.iter().map(|part| part.to_string()).collect() };
+    let cases: [(&str, Vec<String>, i32); 12] = [
+        ("no command", plain(&[]), 2),
+        ("unknown flag", plain(&["train", "--modell", "x"]), 2),
+        ("no prompt", plain(&["generate", "--model", &llama]), 2),
+        ("no such model", plain(&["generate", "--model", &nowhere, "--prompt", "a"]), 3),
+        ("no model", plain(&["train", "--data", &bad]), 2),
+        ("no data", with(&["--data", &nowhere]), 3),
+        ("bad data", with(&["--data", &bad]), 7),
+        ("no such method", with(&["--data", &bad, "--method", "magic"]), 2),
+        ("optimizer", with(&["--data", &bad, "--optimizer", "lion"]), 2),
+        ("nothing to resume", plain(&["train", "--resume", "--output", &nowhere]), 2),
+        ("nothing to do", plain(&["lora", "--model", &llama, "--data", &bad]), 2),
+        ("no text", plain(&["perplexity", "--model", &llama, "--file", &nowhere]), 3),
+    ];
+    for (name, arguments, code) in cases {
+        let output = mica(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{name}: {err}");
+        assert!(!err.is_empty() && !err.contains("panicked"), "{name}: {err}");
+        assert!(output.stdout.is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn documents_have_their_fields() {
+    let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
+    let text = folder.path().join("text.txt").display().to_string();
+    std::fs::write(&text, "the cat and the dog and the horse went home. ".repeat(8)).unwrap();
+    let bench = ["bench", "--train", "--model", &llama, "--batch", "2", "--seq", "8", "--steps", "3", "--json"];
+    let perplexity = ["perplexity", "--model", &llama, "--file", &text, "--length", "16", "--json"];
+    let generate = ["generate", "--model", &llama, "--prompt-tokens", "1,2,3", "-n", "4", "--json"];
+    let cases: [(&str, &[&str], &[&str]); 3] = [
+        (
+            "bench --train",
+            &bench,
+            &["step_s", "tokens_per_s", "trainable", "peak_memory_gb", "loss_first", "loss_last"],
+        ),
+        ("perplexity", &perplexity, &["perplexity", "nll", "tokens", "stderr"]),
+        ("generate", &generate, &["prompt_tokens", "prompt_tps", "generation_tps", "peak_memory_gb"]),
+    ];
+    for (name, arguments, fields) in cases {
+        let document = document(arguments);
+        for field in fields {
+            assert!(document[field].as_f64().is_some_and(f64::is_finite), "{name}: {field} in {document}");
+        }
+    }
+}
+
+#[test]
+fn perplexity_is_the_same_in_all_windows_that_hold_the_text() {
+    let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
+    let text = folder.path().join("text.txt").display().to_string();
+    std::fs::write(&text, "the cat and").unwrap();
+    let nll = |length: &str| {
+        let arguments = ["perplexity", "--model", &llama, "--file", &text, "--length", length, "--json"];
+        document(&arguments)["nll"].as_f64().unwrap()
+    };
+    assert_eq!(nll("32"), nll("48"));
+}
+
+#[test]
+fn a_run_is_finished_resumed_and_used() {
+    let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
+    let data = data(folder.path());
+    let out = folder.path().join("run").display().to_string();
+    let run = |more: &[&str]| {
+        let mut all = vec!["train", "--model", &llama, "--data", &data, "--output", &out];
+        all.extend(["--batch-size", "4", "--max-seq-length", "32", "--steps", "3", "--json"]);
+        all.extend(more);
+        mica(&all)
+    };
+    let first = run(&[]);
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    let summary: Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert_eq!(summary["steps"], 3);
+    for file in ["config.yaml", "metrics.jsonl", "loss.svg", "adapters.safetensors", "adapter_config.json"] {
+        assert!(folder.path().join("run").join(file).is_file(), "{file}");
+    }
+    let metrics = || std::fs::read_to_string(folder.path().join("run/metrics.jsonl")).unwrap();
+    let written = metrics();
+    assert_eq!(written.lines().count(), 3);
+    // A second run does not overwrite it, nor does one with other settings go on with it.
+    assert_ne!(run(&[]).status.code(), Some(0));
+    assert_eq!(run(&["--resume", "--seed", "7"]).status.code(), Some(2));
+    assert!(run(&["--resume"]).status.success());
+    assert!(mica(&["train", "--resume", "--output", &out]).status.success());
+    assert_eq!(metrics(), written);
+    let prompt = ["--prompt-tokens", "1,2", "-n", "2", "--json"];
+    let mut generate = vec!["generate", "--model", &llama, "--adapter-path", &out];
+    generate.extend(prompt);
+    assert!(document(&generate)["tokens"].as_array().is_some_and(|tokens| !tokens.is_empty()));
+}
+
+#[test]
+fn mlx_lms_command_reports_and_tests() {
+    let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
+    let data = data(folder.path());
+    let out = folder.path().join("adapters").display().to_string();
+    let mut arguments = vec!["lora", "--model", &llama, "--train", "--test", "--data", &data];
+    arguments.extend(["--adapter-path", &out, "--iters", "4", "--batch-size", "2", "--save-every", "2"]);
+    arguments.extend(["--steps-per-report", "2", "--max-seq-length", "32", "--learning-rate", "1e-3"]);
+    let output = mica(&arguments);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{err}");
+    let parts = [
+        "Iter 2: Train loss ",
+        "Iter 4: Train loss ",
+        "Iter 1: Val loss ",
+        "Test loss ",
+        "Saved adapter weights",
+    ];
+    for part in parts {
+        assert!(err.contains(part), "{part} in {err}");
+    }
+    for file in ["adapters.safetensors", "0000002_adapters.safetensors", "0000004_adapters.safetensors"] {
+        assert!(folder.path().join("adapters").join(file).is_file(), "{file}");
+    }
+}
+
+#[test]
+fn piped_chat_answers_and_obeys() {
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("talk.json");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mica"))
+        .args(["chat", "--model", &model("llama-4bit"), "-n", "4"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = format!("one\\\ntwo\n/save {}\n/exit\nnever\n", saved.display());
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    assert!(child.wait_with_output().unwrap().status.success());
+    let talk: Value = serde_json::from_slice(&std::fs::read(&saved).unwrap()).unwrap();
+    assert_eq!(talk["messages"][0]["content"], "one\ntwo");
+    assert_eq!(talk["messages"].as_array().unwrap().len(), 2);
+}
