@@ -11,6 +11,7 @@
 
 pub mod batch;
 
+pub mod chat;
 pub mod encode;
 pub mod format;
 pub mod loader;
