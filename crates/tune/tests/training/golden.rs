@@ -23,15 +23,13 @@ struct Case {
     loaded: Loaded,
     names: Vec<String>,
     clip: f64,
-    /// How far norms of gradients may be off, relative. Losses are held to 1e-4 in all cases.
-    norm_tolerance: f64,
 }
 
 impl Case {
     fn full(name: &'static str, model: &str) -> Case {
         let loaded = crate::model(model, Packing::Quantized);
         let names = trainable(&*loaded.model, FineTune::Full, None).unwrap();
-        Case { name, golden: golden(name), loaded, names, clip: 1.0, norm_tolerance: 1e-4 }
+        Case { name, golden: golden(name), loaded, names, clip: 1.0 }
     }
 
     fn adapter(name: &'static str, packing: Packing, dora: bool, clip: f64) -> Case {
@@ -52,7 +50,7 @@ impl Case {
         let opened = files::load(&mut *loaded.model, folder.path()).unwrap();
         let names = trainable(&*loaded.model, opened.settings.fine_tune, None).unwrap();
         assert_eq!(names.len(), start.len(), "{name}");
-        Case { name, golden, loaded, names, clip, norm_tolerance: 1e-4 }
+        Case { name, golden, loaded, names, clip }
     }
 
     fn update(&self) -> Update {
@@ -133,23 +131,44 @@ impl Case {
         let counts = self.golden.i64s("labelled");
         for step in 0..steps {
             let window = self.window(step);
+            let diverges = self.reads_padding(step);
             let result = update.step(&mut *self.loaded.model, &Sft, &window, 2 * step as u64, 1e-3).unwrap();
             assert_eq!(result.tokens as i64, counts[step], "{}, step {step}", self.name);
             for (what, got, expected) in
                 [("loss", result.loss, losses[step]), ("norm", result.grad_norm, norms[step])]
             {
-                let tolerance = if what == "loss" || step == 0 { 1e-4 } else { self.norm_tolerance };
+                if what == "norm" && diverges {
+                    continue;
+                }
                 let error = (got - expected).abs() / expected;
                 assert!(
-                    error <= tolerance,
+                    error <= 1e-4,
                     "{}, step {step}: {what} {got} instead of {expected} ({error:.1e})",
                     self.name
                 );
+            }
+            if diverges {
+                assert!(step >= 5, "{}: only {step} steps can be compared", self.name);
+                return;
             }
         }
         for (name, value) in update.parameters(&*self.loaded.model) {
             self.compare("final", &name, &value, 1e-4, 1.0);
         }
+    }
+
+    /// Whether a sample of this step contains the padding token as text. From there on the runs part: torch's
+    /// `Embedding(padding_idx)` gives that row no gradient from being read, mica treats it as any other token.
+    fn reads_padding(&self, step: usize) -> bool {
+        let pad = self.loaded.config.raw.get("pad_token_id").and_then(|pad| pad.as_i64());
+        let [_, micro, rows, length] = *self.golden.shape("tokens") else { panic!("{}", self.name) };
+        let (tokens, lengths) = (self.golden.i64s("tokens"), self.golden.i64s("lengths"));
+        let all_rows = step * micro * rows..(step + 1) * micro * rows;
+        let trained = self.names.iter().any(|name| name == "model.embed_tokens.weight");
+        trained
+            && all_rows.into_iter().any(|row| {
+                tokens[row * length..][..lengths[row] as usize].iter().any(|&token| Some(token) == pad)
+            })
     }
 
     /// The gradients of the mean loss of the first window.
@@ -185,9 +204,7 @@ fn full_fine_tuning_of_a_tied_llama() {
 
 #[test]
 fn full_fine_tuning_of_lfm2() {
-    // Here torch's own two runs end with weights that differ by 2.4e-4, a quarter of a step: gradients at the level of
-    // rounding decide the direction of some weights, and at a norm of 29 that shows in the norm.
-    Case { norm_tolerance: 1e-3, ..Case::full("full-lfm2", "lfm2") }.check();
+    Case::full("full-lfm2", "lfm2").check();
 }
 
 #[test]
