@@ -12,6 +12,7 @@
 pub mod batch;
 
 pub mod chat;
+pub mod check;
 pub mod encode;
 pub mod format;
 pub mod loader;
