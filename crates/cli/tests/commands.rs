@@ -70,7 +70,8 @@ fn documents_have_their_fields() {
     let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());
     let text = folder.path().join("text.txt").display().to_string();
     std::fs::write(&text, "the cat and the dog and the horse went home. ".repeat(8)).unwrap();
-    let bench = ["bench", "--train", "--model", &llama, "--batch", "2", "--seq", "8", "--steps", "3", "--json"];
+    let bench =
+        ["bench", "--train", "--model", &llama, "--batch", "2", "--seq", "8", "--steps", "3", "--json"];
     let perplexity = ["perplexity", "--model", &llama, "--file", &text, "--length", "16", "--json"];
     let generate = ["generate", "--model", &llama, "--prompt-tokens", "1,2,3", "-n", "4", "--json"];
     let cases: [(&str, &[&str], &[&str]); 3] = [
