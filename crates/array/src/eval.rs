@@ -90,7 +90,7 @@ pub(crate) fn with_pool<R>(work: impl FnOnce(&Pool) -> R) -> R {
 /// The first error of the graph: of an op that could not be built, of a kernel, of memory. The
 /// arrays that failed keep it.
 pub fn eval(arrays: &[Array]) -> Result<()> {
-    if arrays.iter().all(|array| is_done(array)) {
+    if arrays.iter().all(is_done) {
         return Ok(());
     }
     if EVALUATING.with(Cell::get) {

@@ -211,7 +211,8 @@ fn checkpointing_changes_nothing_and_reaches_captured_arrays() {
 fn second_derivatives() {
     let x = normal(&[5], 27);
     let second =
-        grad(|v| grad(|u| u[0].power(3.0)?.sum(&[], false), v)?[0].sum(&[], false), &[x.clone()]).unwrap();
+        grad(|v| grad(|u| u[0].power(3.0)?.sum(&[], false), v)?[0].sum(&[], false), std::slice::from_ref(&x))
+            .unwrap();
     let expected: Vec<f32> = x.to_vec::<f32>().unwrap().iter().map(|x| 6.0 * x).collect();
     mica_testkit::assert_close("6x", &second[0].to_vec::<f32>().unwrap(), &expected, 1e-5, 1e-5);
 }
@@ -225,7 +226,7 @@ fn values_cannot_be_read_while_traced() {
             y.eval()?;
             y.sum(&[], false)
         },
-        &[x.clone()],
+        std::slice::from_ref(&x),
     )
     .unwrap_err();
     assert!(error.to_string().contains("traces"), "{error}");

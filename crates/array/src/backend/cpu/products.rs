@@ -73,7 +73,7 @@ fn is(view: &HostView, dtypes: &[Dtype]) -> bool {
 /// [.., width] as rows.
 fn rows(view: &HostView) -> [usize; 2] {
     let width = view.shape.last().copied().unwrap_or(1);
-    [if width == 0 { 0 } else { size(view) / width }, width]
+    [size(view).checked_div(width).unwrap_or(0), width]
 }
 
 fn floats(view: &HostView) -> Result<Floats<'static>> {

@@ -55,7 +55,7 @@ impl Dense {
     /// The size of the last dimension, and how many rows there are.
     pub fn rows(&self) -> (usize, usize) {
         let width = self.shape.last().copied().unwrap_or(1);
-        (if width == 0 { 0 } else { self.size() / width }, width)
+        (self.size().checked_div(width).unwrap_or(0), width)
     }
 
     pub fn at(&self, index: usize) -> f64 {
@@ -89,18 +89,9 @@ impl Dense {
             Operand::Absent => return Err(Error::Kernel("an absent operand was read".into())),
         };
         let offsets = offsets(view);
-        let size = view.dtype.size() as isize;
         macro_rules! read {
             ($t:ty, $convert:expr) => {
-                offsets
-                    .iter()
-                    .map(|&offset| {
-                        // SAFETY: the evaluator gives views of live memory; the offset is inside.
-                        let value =
-                            unsafe { view.pointer.offset(offset * size).cast::<$t>().read_unaligned() };
-                        $convert(value)
-                    })
-                    .collect()
+                offsets.iter().map(|&offset| $convert(read_at::<$t>(view, offset))).collect()
             };
         }
         let values = match view.dtype {
@@ -126,13 +117,11 @@ impl Dense {
         if size_of(&view.shape) != self.size() {
             return Err(Error::Kernel(format!("a result of {:?} for {:?}", self.shape, view.shape).into()));
         }
-        let size = view.dtype.size() as isize;
         macro_rules! write {
             ($t:ty, $value:expr) => {
                 for (index, offset) in offsets(view).into_iter().enumerate() {
                     let value: $t = $value(index);
-                    // SAFETY: the evaluator gives outputs of live memory; the offset is inside.
-                    unsafe { view.pointer.offset(offset * size).cast::<$t>().write_unaligned(value) };
+                    write_at(view, offset, value);
                 }
             };
         }
@@ -166,17 +155,24 @@ impl Dense {
 
 /// Every value of a packed float weight, widened.
 fn float_values(weight: &FloatWeight) -> Result<Vec<f64>> {
-    let shape = [weight.out(), weight.inputs()];
-    let strides = [weight.inputs() as isize, 1];
+    fn unpack<'a, T: Copy>(
+        weight: &FloatWeight,
+        values: &'a mut [T],
+        wrap: impl Fn(ViewMut<'a, T>) -> FloatViewMut<'a>,
+    ) -> Result<()>
+    where
+        f64: From<T>,
+    {
+        let view = ViewMut::new(values, &[weight.out(), weight.inputs()])?;
+        let task = weight.unpack(wrap(view))?;
+        let mut scratch = mica_threads::Scratch::new();
+        (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut scratch));
+        Ok(())
+    }
     macro_rules! unpack {
         ($t:ty, $variant:ident) => {{
-            let mut values = vec![<$t>::from_bits(0); shape[0] * shape[1]];
-            // SAFETY: the buffer holds the whole matrix, and outlives the task.
-            let view = unsafe { ViewMut::from_raw(values.as_mut_ptr(), &shape, &strides) };
-            let task = weight.unpack(FloatViewMut::$variant(view))?;
-            let mut scratch = mica_threads::Scratch::new();
-            (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut scratch));
-            drop(task);
+            let mut values = vec![<$t>::from_bits(0); weight.out() * weight.inputs()];
+            unpack(weight, &mut values, FloatViewMut::$variant)?;
             values.into_iter().map(f64::from).collect()
         }};
     }
@@ -209,6 +205,19 @@ fn quantized_values(weight: &QuantWeight) -> Vec<f64> {
         }
     }
     values
+}
+
+/// One element, for views that the evaluator gave (live memory) and offsets of [`offsets`].
+fn read_at<T: Copy>(view: &HostView, offset: isize) -> T {
+    let at = view.pointer.wrapping_offset(offset * view.dtype.size() as isize);
+    // SAFETY: the offset is inside the view, whose memory the evaluator keeps alive.
+    unsafe { at.cast::<T>().read_unaligned() }
+}
+
+fn write_at<T: Copy>(view: &HostView, offset: isize, value: T) {
+    let at = view.pointer.wrapping_offset(offset * view.dtype.size() as isize);
+    // SAFETY: the offset is inside the view, whose memory the evaluator keeps alive and orders.
+    unsafe { at.cast::<T>().write_unaligned(value) }
 }
 
 /// Element offsets in row-major order.

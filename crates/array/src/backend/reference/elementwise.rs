@@ -81,8 +81,11 @@ pub(super) fn sigmoid(x: f64) -> f64 {
 /// few bits, and slow.
 fn erf(x: f64) -> f64 {
     let a = x.abs();
-    if !(a < 6.0) {
-        return if x.is_nan() { x } else { x.signum() };
+    if x.is_nan() {
+        return x;
+    }
+    if a >= 6.0 {
+        return x.signum();
     }
     let value = if a < 2.5 {
         let (mut term, mut sum, mut n) = (a, a, 0.0);
