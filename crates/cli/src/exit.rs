@@ -20,8 +20,19 @@ pub struct Usage(pub String);
 /// Prints an error and gives its exit code.
 pub fn report(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    eprintln!("mica: {error:#}");
+    eprintln!("mica: {}", text(&error));
     ExitCode::from(code(&error))
+}
+
+/// The error and its causes; those that a message tells already are not told again.
+fn text(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn code(error: &anyhow::Error) -> u8 {

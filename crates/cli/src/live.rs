@@ -37,7 +37,6 @@ impl Live {
         Live { shown, losses: Vec::new(), rate: None, summary: true }
     }
 
-    #[allow(dead_code)]
     /// Without the summary at the end, for commands that have their own.
     pub fn without_summary(mut self) -> Live {
         self.summary = false;
@@ -52,6 +51,12 @@ impl Observer for Live {
                 bar.finish_and_clear();
             }
             return;
+        }
+        if let Event::Finished(summary) = event
+            && summary.steps == 0
+        {
+            let text = "there was nothing left to do".to_string();
+            return self.event(&Event::Note { warning: false, text });
         }
         let bar = match &mut self.shown {
             Shown::Lines(lines) => return lines.event(event),

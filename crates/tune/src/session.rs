@@ -53,7 +53,9 @@ pub enum Start {
 pub fn facts(model: &Path) -> Result<ModelFacts> {
     let config = mica_lm::config::ModelConfig::load(model)?;
     let layers = config.text_fields()?.get::<usize>("num_hidden_layers")?;
-    let bits = config.quantization.default.map(|spec| spec.bits as u32);
+    let quantization = &config.quantization;
+    let first = quantization.default.or_else(|| quantization.overrides.values().flatten().next().copied());
+    let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits as u32);
     Ok(ModelFacts { layers, bits })
 }
 
@@ -73,19 +75,26 @@ pub fn run(
     if config.cache_limit > 0 {
         memory::set_cache_limit(config.cache_limit as usize);
     }
+    // A test alone leaves the run folder as it is.
     let folder = match start {
-        Start::New(existing) => RunFolder::create(&config.output, existing)?,
-        Start::Resume => RunFolder::resume(&config.output)?,
+        _ if !config.train => None,
+        Start::New(existing) => Some(RunFolder::create(&config.output, existing)?),
+        Start::Resume => Some(RunFolder::resume(&config.output)?),
     };
-    folder.write_config(config)?;
+    if let Some(folder) = &folder {
+        folder.write_config(config)?;
+    }
     let packing = if config.fine_tune == FineTune::Full { Packing::Quantized } else { Packing::Frozen };
     let mut loaded = load(model, packing)?;
-    let names = prepare(config, &mut *loaded.model, observer)?;
+    let names = match config.train {
+        true => prepare(config, &mut *loaded.model, observer)?,
+        false => trained_before(config, &mut *loaded.model, observer)?,
+    };
     let splits = Splits::open(&config.data, &config.columns)?;
     let mut data = Data::read(config, encode, &splits, observer)?;
     let precision = precision(&loaded);
     let mut outcome = Outcome::Finished(Default::default());
-    if config.train {
+    if let Some(folder) = &folder {
         let samples = data.train.take().ok_or_else(|| Error::Data {
             path: config.data.clone(),
             cause: "holds no training data: a file, or a folder with train.jsonl, is needed".into(),
@@ -122,7 +131,7 @@ pub fn run(
                 validation,
                 plan,
                 update,
-                folder: &folder,
+                folder,
                 observer,
                 stop,
                 export: &mut export,
@@ -131,6 +140,10 @@ pub fn run(
             start == Start::Resume,
         )?;
         draw(folder.path())?;
+    }
+    if config.test.is_some() && data.test.is_none() {
+        let cause = "holds no test data (test.jsonl), and a test was asked for";
+        return Err(Error::Data { path: config.data.clone(), cause: cause.into() });
     }
     if let (Outcome::Finished(_), Some(test), Some(samples)) = (&outcome, config.test, data.test) {
         let begun = Instant::now();
@@ -149,9 +162,10 @@ pub fn run(
     Ok(outcome)
 }
 
-/// Products in bf16 for models stored in half precision.
-fn precision(loaded: &Loaded) -> Precision {
-    if loaded.dtype == Dtype::F32 { Precision::Exact } else { Precision::Bf16 }
+/// What training computes with: exact products for f32 models, bf16 for all others.
+pub fn precision(loaded: &Loaded) -> Precision {
+    let exact = loaded.dtype == Dtype::F32 && !loaded.config.quantization.is_quantized();
+    if exact { Precision::Exact } else { Precision::Bf16 }
 }
 
 fn optimizer(optimizer: &Optimizer) -> Result<AdamWConfig> {
@@ -194,6 +208,21 @@ fn prepare(
         files::load_tensors(model, file)?;
     }
     trainable(model, config.fine_tune, config.full_layers)
+}
+
+/// Puts the adapter of the run folder on the model, for a test without training; trains nothing.
+fn trained_before(
+    config: &RunConfig,
+    model: &mut dyn LanguageModel,
+    observer: &mut dyn Observer,
+) -> Result<Vec<String>> {
+    if config.output.join("adapter_config.json").is_file() {
+        files::load(model, &config.output)?;
+    } else {
+        let text = format!("{} holds no adapter: the model is tested as it is", config.output.display());
+        observer.event(&Event::Note { warning: true, text });
+    }
+    Ok(Vec::new())
 }
 
 /// The largest divisor of the batch whose rows stay within [`POSITIONS`].
@@ -284,8 +313,8 @@ fn export(config: &RunConfig, model: &dyn LanguageModel, count: u64) -> Result<V
     Ok(written)
 }
 
-/// Draws the run's curves from its metrics.
-fn draw(folder: &Path) -> Result<()> {
+/// Draws `loss.svg` from the metrics of a run folder, which hold the steps of earlier parts of the run too.
+pub fn draw(folder: &Path) -> Result<()> {
     let path = folder.join(METRICS);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
     let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();

@@ -16,11 +16,11 @@ use mica_tune::data::batch::Batch;
 use mica_tune::data::sample::Sample;
 use mica_tune::methods::sft::Sft;
 use mica_tune::rng::Rng;
+use mica_tune::session::precision;
 use mica_tune::trainer::{Update, UpdateSettings};
 
 use crate::exit::Usage;
 use crate::machine::peak_memory_gb;
-use crate::training::precision;
 
 /// What to train.
 #[derive(clap::Args)]

@@ -7,7 +7,7 @@ use mica_lm::chat::ChatTemplate;
 use mica_lm::generate::{FinishReason, Generator};
 use mica_lm::tokenizer::Tokenizer;
 
-use super::{ModelArgs, SamplingArgs, parse_tokens, prompt_tokens};
+use super::{ModelArgs, SamplingArgs, Tokens, parse_tokens, prompt_tokens};
 use crate::exit::Usage;
 use crate::machine::peak_memory_gb;
 
@@ -21,7 +21,7 @@ pub struct Args {
     prompt: Option<String>,
     /// The prompt as token ids, instead of text
     #[arg(long, value_name = "1,2,3", conflicts_with = "prompt", value_parser = parse_tokens)]
-    prompt_tokens: Option<Vec<u32>>,
+    prompt_tokens: Option<Tokens>,
     /// A system message before the prompt
     #[arg(long, value_name = "TEXT")]
     system_prompt: Option<String>,

@@ -8,7 +8,7 @@ use mica_lm::models::Input;
 use mica_lm::tokenizer::{Specials, Tokenizer};
 use mica_nn::Context;
 
-use super::{ModelArgs, parse_tokens};
+use super::{ModelArgs, Tokens, parse_tokens};
 use crate::exit::Usage;
 
 /// Write a model's logits as [tokens, vocabulary] f32 to a npy file
@@ -18,7 +18,7 @@ pub struct Args {
     model: ModelArgs,
     /// Token ids
     #[arg(long, value_name = "1,2,3", value_parser = parse_tokens)]
-    tokens: Option<Vec<u32>>,
+    tokens: Option<Tokens>,
     /// Text, tokenized as it is
     #[arg(long, short, value_name = "TEXT", conflicts_with = "tokens")]
     prompt: Option<String>,

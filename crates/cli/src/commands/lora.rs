@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use mica_tune::config::LoraConfig;
 use mica_tune::run::folder::Existing;
+use mica_tune::session::Start;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -151,6 +152,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let resume_command = format!("mica lora --resume --adapter-path {}", config.output.display());
     // As in mlx-lm, a new run takes the place of an older one.
-    let existing = Existing::Replace;
-    run_job(Job { config, resume: args.resume, existing, resume_command, numbered: true, json: args.json })
+    let resume = args.resume && config.output.is_dir();
+    let start = if resume { Start::Resume } else { Start::New(Existing::Replace) };
+    run_job(Job { config, start, resume_command, json: args.json })
 }

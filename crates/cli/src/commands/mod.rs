@@ -3,7 +3,9 @@
 pub mod bench;
 pub mod bench_train;
 pub mod chat;
+pub mod convert;
 pub mod doctor;
+pub mod fuse;
 pub mod generate;
 pub mod logits;
 pub mod lora;
@@ -116,6 +118,9 @@ pub fn prompt_tokens(
     let request = ChatRequest { add_generation_prompt: true, ..ChatRequest::new(&messages) };
     Ok(template.encode(&request, tokenizer)?.ids)
 }
+
+/// Tokens given on the command line. (Under its own name, because clap takes a `Vec` for a flag that is repeated.)
+pub type Tokens = Vec<u32>;
 
 /// `1,2,3` as tokens.
 pub fn parse_tokens(text: &str) -> Result<Vec<u32>, String> {

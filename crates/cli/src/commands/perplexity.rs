@@ -11,10 +11,10 @@ use mica_lm::load::Loaded;
 use mica_lm::models::Input;
 use mica_lm::tokenizer::{Specials, Tokenizer};
 use mica_nn::Context;
+use mica_tune::session::precision;
 
 use super::ModelArgs;
 use crate::exit::Usage;
-use crate::training::precision;
 
 /// Measure a model's perplexity on a text file
 #[derive(clap::Args)]

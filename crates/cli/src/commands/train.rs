@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use mica_tune::config::TrainConfig;
 use mica_tune::config::keys::Settings;
 use mica_tune::run::folder::Existing;
+use mica_tune::session::Start;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -214,6 +215,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     };
     let resume_command = format!("mica train --resume --output {}", config.output.display());
-    let existing = if args.overwrite { Existing::Replace } else { Existing::Refuse };
-    run_job(Job { config, resume: args.resume, existing, resume_command, numbered: false, json: args.json })
+    let start = match (args.resume && config.output.is_dir(), args.overwrite) {
+        (true, _) => Start::Resume,
+        (_, true) => Start::New(Existing::Replace),
+        _ => Start::New(Existing::Refuse),
+    };
+    run_job(Job { config, start, resume_command, json: args.json })
 }

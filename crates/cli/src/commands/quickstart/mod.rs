@@ -17,11 +17,14 @@ pub struct Args {
     /// Held-out questions that are asked before and after
     #[arg(long, value_name = "N", default_value_t = 100)]
     questions: usize,
+    /// Begin with the base model of this folder, made by --rebuild-base, instead of the one that ships
+    #[arg(long, value_name = "FOLDER")]
+    base: Option<PathBuf>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
     /// Train the base model anew into this folder, as the one that ships was trained, and nothing else
-    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["output", "steps", "questions", "json"])]
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["output", "steps", "questions", "json", "base"])]
     rebuild_base: Option<PathBuf>,
     /// Steps of --rebuild-base
     #[arg(long, value_name = "N", default_value_t = 3000, requires = "rebuild_base")]
@@ -33,7 +36,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match &args.rebuild_base {
         Some(folder) => base::rebuild(folder, args.base_steps),
         None => {
-            tour::run(&args.output, tour::Size { steps: args.steps, questions: args.questions }, args.json)
+            let size = tour::Size { steps: args.steps, questions: args.questions };
+            tour::run(&args.output, args.base.as_deref(), size, args.json)
         }
     }
 }

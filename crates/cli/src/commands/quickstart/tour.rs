@@ -28,6 +28,7 @@ use mica_tune::report::ascii_curve;
 use mica_tune::run::RunFolder;
 use mica_tune::run::folder::Existing;
 use mica_tune::schedule::{Decay, Schedule};
+use mica_tune::session::{draw, precision};
 use mica_tune::trainer::{self, Outcome, Plan, Run, UpdateSettings};
 use serde_json::{Value, json};
 
@@ -36,7 +37,6 @@ use crate::exit::{Stopped, Usage};
 use crate::live::Live;
 use crate::machine::peak_memory_gb;
 use crate::signals::stop_flag;
-use crate::training::{precision, write_curve};
 
 /// Where the questions start; other than the corpus' seed, so that no text is met twice.
 const SEED: u64 = 1;
@@ -59,7 +59,7 @@ pub struct Size {
 }
 
 /// Runs the tour.
-pub fn run(output: &Path, size: Size, as_json: bool) -> anyhow::Result<()> {
+pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> anyhow::Result<()> {
     let begun = Instant::now();
     let say = |text: &str| {
         if !as_json {
@@ -71,14 +71,7 @@ pub fn run(output: &Path, size: Size, as_json: bool) -> anyhow::Result<()> {
     }
     let (base, adapter) = (output.join("base"), output.join("adapter"));
     std::fs::create_dir_all(&base).map_err(|e| mica_tune::Error::file(&base, e))?;
-    if SHIPPED.iter().any(|(_, bytes)| bytes.is_empty()) {
-        return Err(anyhow::anyhow!(
-            "this build has no base model; make it with mica quickstart --rebuild-base"
-        ));
-    }
-    for (name, bytes) in SHIPPED {
-        mica_io::atomic::write(base.join(name), bytes)?;
-    }
+    put_base(&base, from)?;
     let mut loaded = load(&base, Packing::Frozen)?;
     let (speaker, arithmetic) = (Speaker::new(&base)?, precision(&loaded));
     let questions: Vec<Question> =
@@ -145,9 +138,9 @@ pub fn run(output: &Path, size: Size, as_json: bool) -> anyhow::Result<()> {
             return Err(Stopped(text).into());
         }
     };
-    let curve = write_curve(&adapter)?;
+    draw(&adapter)?;
     let picture = output.join("loss.svg");
-    std::fs::rename(&curve, &picture).map_err(|e| mica_tune::Error::file(&picture, e))?;
+    std::fs::rename(adapter.join("loss.svg"), &picture).map_err(|e| mica_tune::Error::file(&picture, e))?;
 
     let after = speaker.ask(&loaded, &questions)?;
     let accuracy_after = accuracy(&questions, &after);
@@ -190,6 +183,23 @@ pub fn run(output: &Path, size: Size, as_json: bool) -> anyhow::Result<()> {
     println!("      --prompt \"Ada lives in Oslo. Ben keeps a cat.\nWho lives in Oslo?\"");
     println!("  mica chat --model {base} --adapter-path {adapter}");
     println!("  mica train --model MODEL --data data.jsonl --output run    # your own model and data");
+    Ok(())
+}
+
+/// Writes the base model's files: those that ship, or those of a folder.
+fn put_base(base: &Path, from: Option<&Path>) -> anyhow::Result<()> {
+    if from.is_none() && SHIPPED.iter().any(|(_, bytes)| bytes.is_empty()) {
+        return Err(anyhow::anyhow!(
+            "this build has no base model; make it with mica quickstart --rebuild-base"
+        ));
+    }
+    for (name, bytes) in SHIPPED {
+        let bytes = match from.map(|from| from.join(name)) {
+            None => bytes.to_vec(),
+            Some(path) => std::fs::read(&path).map_err(|e| mica_tune::Error::file(&path, e))?,
+        };
+        mica_io::atomic::write(base.join(name), bytes)?;
+    }
     Ok(())
 }
 
