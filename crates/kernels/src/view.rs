@@ -34,8 +34,9 @@ pub fn extent(shape: &[usize], strides: &[isize]) -> Option<(isize, isize)> {
         if size == 0 {
             return None;
         }
-        let reach = (size as isize - 1).checked_mul(stride)?;
-        if reach < 0 { low += reach } else { high += reach }
+        // Saturated, an overflow lies outside any memory.
+        let reach = isize::try_from(size - 1).unwrap_or(isize::MAX).saturating_mul(stride);
+        if reach < 0 { low = low.saturating_add(reach) } else { high = high.saturating_add(reach) }
     }
     Some((low, high))
 }
@@ -76,7 +77,8 @@ fn check(len: usize, offset: usize, shape: &[usize], strides: &[isize]) -> Resul
         ));
     }
     if let Some((low, high)) = extent(shape, strides) {
-        let (first, last) = (offset as isize + low, offset as isize + high);
+        let offset_signed = isize::try_from(offset).unwrap_or(isize::MAX);
+        let (first, last) = (offset_signed.saturating_add(low), offset_signed.saturating_add(high));
         if first < 0 || last >= len as isize {
             return Err(KernelError::new(
                 "view",
@@ -255,6 +257,8 @@ mod tests {
             ("reversed", 11, [3, 4], [-4, -1], true),
             ("reversed from the start", 0, [3, 4], [-4, -1], false),
             ("broadcast", 3, [1000, 4], [0, 1], true),
+            ("strides that overflow", 0, [3, 4], [isize::MAX, 1], false),
+            ("strides that overflow downwards", 11, [3, 4], [isize::MIN, 1], false),
             ("empty anywhere", 12, [0, 4], [4, 1], true),
         ] {
             assert_eq!(View::strided(&data, offset, &shape, &strides).is_ok(), ok, "{name}");
