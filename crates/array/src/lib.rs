@@ -17,6 +17,7 @@ pub mod memory;
 pub mod op;
 mod ops;
 mod packed;
+pub mod profile;
 mod shape;
 mod storage;
 pub mod transforms;

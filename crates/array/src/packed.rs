@@ -96,6 +96,14 @@ impl PackedWeight {
         }
     }
 
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            PackedWeight::Quant(weight) => weight.bytes(),
+            PackedWeight::Float(weight) => weight.bytes(),
+        }
+    }
+
     /// [out, in]
     pub fn shape(&self) -> Shape {
         match self {

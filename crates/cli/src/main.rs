@@ -68,5 +68,8 @@ fn main() -> std::process::ExitCode {
             Ok(())
         }
     };
+    if let Some(table) = mica_array::profile::report() {
+        eprint!("{table}");
+    }
     exit::report(result)
 }

@@ -8,6 +8,8 @@
 //! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
 //! order, a row's result does not depend on its neighbours.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod conv;
 pub mod copy;

@@ -10,13 +10,14 @@ mod loss;
 mod products;
 
 use std::sync::Mutex;
+use std::time::Instant;
 
 use mica_threads::{Pool, Task};
 
 use super::{Backend, HostView, Operand, Plan, Step};
 use crate::op::Op;
 use crate::storage::Buffer;
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
@@ -76,14 +77,22 @@ impl Backend for Cpu {
             *workspace = Some(Buffer::new(needed, false)?);
         }
         let pointer = workspace.as_ref().expect("made above").pointer();
+        let run = |tasks: &[Box<dyn Task>]| {
+            self.pool.run(tasks).map_err(|panic| Error::Kernel(panic.to_string().into()))
+        };
         let mut tasks = Vec::with_capacity(lowered.len());
-        for lowered in lowered {
+        for (step, lowered) in plan.steps.iter().zip(lowered) {
             match lowered {
                 Lowered::Tasks(list) => tasks.extend(list),
                 Lowered::WithWorkspace(_, make) => make(pointer, &mut tasks)?,
             }
+            if profile::enabled() {
+                let begun = Instant::now();
+                run(&std::mem::take(&mut tasks))?;
+                profile::record(step, begun.elapsed());
+            }
         }
-        self.pool.run(&tasks).map_err(|panic| Error::Kernel(panic.to_string().into()))
+        run(&tasks)
     }
 
     fn aliases_output(&self, op: &Op, input: usize, output: usize) -> bool {

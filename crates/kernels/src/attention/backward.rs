@@ -14,7 +14,7 @@ use std::marker::PhantomData;
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, PAIR, TILE, write_lane, write_step};
+use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles, write_lane, write_step};
 use super::forward::{Heads, Sizes, sizes, take};
 use super::product::{Halves, Products, Single, product};
 use super::{Precision, Rule};
@@ -29,6 +29,8 @@ use crate::rows::{check_float, check_shape, store_run};
 const ROWS: usize = 64;
 /// Values between rows of products: see the forward pass.
 const STRIDE: usize = BLOCK + TILE;
+/// Values between rows of operands: whole cache lines of bf16, for tiles.
+const OPERANDS: usize = BLOCK + STEP;
 
 /// What [`attention_backward`] reads and writes; shapes as in [`super::AttentionArgs`].
 pub struct AttentionBackwardArgs {
@@ -261,7 +263,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
         let scores = scratch.take::<f32>(ROWS * STRIDE);
         let dweights = scratch.take::<f32>(ROWS * STRIDE);
         let slopes = scratch.take::<f32>(2 * BLOCK);
-        let ds = take::<P::Operand>(scratch, ROWS * STRIDE);
+        let ds = take::<P::Operand>(scratch, ROWS * OPERANDS);
         let weight_panels = take::<P::Stored>(scratch, ROWS * BLOCK);
         let ds_panels = take::<P::Stored>(scratch, ROWS * BLOCK);
         let dq = scratch.take::<f32>(ROWS * dq_width);
@@ -327,11 +329,11 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                 if low >= high {
                     continue;
                 }
-                let tiles = low / TILE..high.div_ceil(TILE);
+                let tiles = step_tiles(low, high);
                 // SAFETY: sizes as declared above; the tiles lie inside the block.
                 unsafe {
                     product::<P>(
-                        V::ISA,
+                        task.isa,
                         q.as_ptr(),
                         2 * key_pairs,
                         count,
@@ -344,7 +346,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                         false,
                     );
                     product::<P>(
-                        V::ISA,
+                        task.isa,
                         dout.as_ptr(),
                         2 * value_pairs,
                         count,
@@ -385,7 +387,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                             if lse[row] == f32::NEG_INFINITY {
                                 // SAFETY: the row has a place for each key of the block.
                                 unsafe {
-                                    P::Operand::store(V::zero(), ds.as_mut_ptr().add(row * STRIDE + at))
+                                    P::Operand::store(V::zero(), ds.as_mut_ptr().add(row * OPERANDS + at))
                                 };
                                 continue;
                             }
@@ -399,7 +401,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                             }
                             gradient[j] = value;
                             // SAFETY: as above.
-                            unsafe { P::Operand::store(value, ds.as_mut_ptr().add(row * STRIDE + at)) };
+                            unsafe { P::Operand::store(value, ds.as_mut_ptr().add(row * OPERANDS + at)) };
                         }
                         // SAFETY: panels of ROWS / 2 pairs for 16 tiles.
                         unsafe {
@@ -414,7 +416,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                 unsafe {
                     let pairs = 0..count.div_ceil(2);
                     product::<P>(
-                        V::ISA,
+                        task.isa,
                         dout_turned.as_ptr(),
                         ROWS,
                         value_dim,
@@ -427,7 +429,7 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                         true,
                     );
                     product::<P>(
-                        V::ISA,
+                        task.isa,
                         q_turned.as_ptr(),
                         ROWS,
                         key_dim,
@@ -440,14 +442,14 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                         true,
                     );
                     product::<P>(
-                        V::ISA,
+                        task.isa,
                         ds.as_ptr(),
-                        STRIDE,
+                        OPERANDS,
                         count,
                         panels.across.as_ptr().add(block * across_len),
                         BLOCK * TILE,
                         0..dq_width / TILE,
-                        low / 2..high.div_ceil(2),
+                        tiles.start * TILE / 2..tiles.end * TILE / 2,
                         dq.as_mut_ptr(),
                         dq_width,
                         true,

@@ -12,6 +12,8 @@
 //! With bf16 the two values of a lane lie together (what `vdpbf16ps` and AMX tiles want), with f32
 //! a pair is two vectors, one after the other. Odd dimensions are padded with zeros.
 
+use std::ops::Range;
+
 use half::bf16;
 use mica_simd::Element;
 
@@ -19,6 +21,10 @@ use mica_simd::Element;
 pub const BLOCK: usize = 256;
 /// Lanes of a panel.
 pub(crate) const TILE: usize = 16;
+/// Keys that are summed together where tiles multiply: what is read of a block begins and ends at
+/// multiples of it (from the block's start), so that bits do not depend on what else is read. Keys
+/// that do not count have weight zero; their values have to be finite.
+pub(crate) const STEP: usize = 32;
 /// Values of one pair of a panel.
 pub(crate) const PAIR: usize = 2 * TILE;
 
@@ -50,6 +56,11 @@ impl BlockShape {
     pub fn value_len(self) -> usize {
         self.value_tiles() * BLOCK / 2 * PAIR
     }
+}
+
+/// The tiles of keys that hold `low..high` (inside a block, not empty), in whole steps.
+pub(crate) fn step_tiles(low: usize, high: usize) -> Range<usize> {
+    low / STEP * STEP / TILE..high.next_multiple_of(STEP) / TILE
 }
 
 /// What a block is made of.

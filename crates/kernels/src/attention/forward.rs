@@ -11,7 +11,7 @@ use std::ops::Range;
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, TILE, write_lane, write_step};
+use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles, write_lane, write_step};
 use super::pages::PageShape;
 use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
@@ -27,6 +27,8 @@ const ROWS: usize = 32;
 /// Values between rows of scores: one vector more than a block, so that rows do not fall on the
 /// same cache sets.
 const SCORES: usize = BLOCK + TILE;
+/// Values between rows of weights: whole cache lines of bf16, for tiles.
+const WEIGHTS: usize = BLOCK + STEP;
 
 /// What [`attention`] reads and writes. Floats are f32, bf16 or f16, with any strides.
 pub struct AttentionArgs {
@@ -488,7 +490,7 @@ impl<'a, P: Products> Rows<'a, P> {
             ranges,
             operands,
             scores: scratch.take::<f32>(count * SCORES),
-            weights: take::<P::Operand>(scratch, count * SCORES),
+            weights: take::<P::Operand>(scratch, count * WEIGHTS),
             block_max: [f32::NEG_INFINITY; ROWS],
             block_sum: [0.0; ROWS],
             block_out: scratch.take::<f32>(count * forward.width()),
@@ -522,12 +524,12 @@ impl<'a, P: Products> Rows<'a, P> {
             return;
         }
         let [keys, values] = forward.block::<P>(self.sequence, self.kv_head, block);
-        let tiles = low / TILE..high.div_ceil(TILE);
+        let tiles = step_tiles(low, high);
         let pairs = forward.shape.key_pairs();
         // SAFETY: operands and scores have `count` rows; a block has 16 panels of `pairs` pairs.
         unsafe {
             product::<P>(
-                V::ISA,
+                forward.isa,
                 self.operands.as_ptr(),
                 2 * pairs,
                 count,
@@ -547,7 +549,7 @@ impl<'a, P: Products> Rows<'a, P> {
             let largest = forward.rule.scores::<V>(scores, tiles.clone(), within(self.ranges[i]), place);
             self.block_max[i] = largest;
             let middle = V::splat(largest);
-            let weights = self.weights[i * SCORES..].as_mut_ptr();
+            let weights = self.weights[i * WEIGHTS..].as_mut_ptr();
             let mut sum = V::zero();
             for tile in tiles.clone() {
                 let part = &scores[tile * TILE..][..TILE];
@@ -566,14 +568,14 @@ impl<'a, P: Products> Rows<'a, P> {
         // pairs lie inside the tiles whose weights were just written.
         unsafe {
             product::<P>(
-                V::ISA,
+                forward.isa,
                 self.weights.as_ptr(),
-                SCORES,
+                WEIGHTS,
                 count,
                 values,
                 BLOCK * TILE,
                 0..forward.shape.value_tiles(),
-                low / 2..high.div_ceil(2),
+                tiles.start * TILE / 2..tiles.end * TILE / 2,
                 self.block_out.as_mut_ptr(),
                 forward.width(),
                 false,
@@ -858,12 +860,12 @@ impl<P: Products> Kernel for PackChunk<'_, P> {
                 write_step(values, key, BLOCK / 2, row);
             }
         }
-        if count % 2 == 1 {
-            // The other half of the last pair is read, with weight zero.
-            let row = &mut row[..shape.value_dim];
-            row.fill(0.0);
-            // SAFETY: count < 256, so there is a place.
-            unsafe { write_step(values, count, BLOCK / 2, row) };
+        // The rest of the last step is read, with weight zero.
+        let row = &mut row[..shape.value_dim];
+        row.fill(0.0);
+        for key in count..count.next_multiple_of(STEP) {
+            // SAFETY: the place is inside the block, whose size is a multiple of STEP.
+            unsafe { write_step(values, key, BLOCK / 2, row) };
         }
     }
 }

@@ -19,6 +19,8 @@ mod forward;
 mod pages;
 mod product;
 mod rule;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use crate::gemm::Precision;
 pub use backward::{AttentionBackwardArgs, attention_backward};

@@ -8,7 +8,7 @@ use half::bf16;
 use mica_simd::{Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, Stored, panel_at, write_lane, write_step};
+use super::block::{STEP, BLOCK, BlockShape, Stored, panel_at, write_lane, write_step};
 use super::forward::Heads;
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
@@ -253,10 +253,13 @@ unsafe fn copy<V: Vector, T: Stored>(task: &Append, chunk: usize, scratch: &Scra
             }
         }
     }
-    if !task.read && to % 2 == 1 {
-        // The other half of the last pair is read, with weight zero, before it is written.
+    // The rest of the last step is read, with weight zero, before it is written. Whoever begins a step
+    // clears it; rows that were written after that and taken back stay finite.
+    if !task.read && to / STEP * STEP >= from {
         value.fill(0.0);
-        // SAFETY: an odd position is not the last of its page.
-        unsafe { write_step(values, to % BLOCK, BLOCK / 2, value) };
+        for at in to..to.next_multiple_of(STEP) {
+            // SAFETY: the place is in the page of `to`, whose size is a multiple of STEP.
+            unsafe { write_step(values, at % BLOCK, BLOCK / 2, value) };
+        }
     }
 }

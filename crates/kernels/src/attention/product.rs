@@ -1,4 +1,6 @@
 //! The small matrix product of attention: rows of operands times panels (see [`super::block`]).
+//!
+//! Products of bf16 run on AMX tiles where the tier has them; everything else on vectors.
 
 use std::ops::Range;
 
@@ -6,6 +8,8 @@ use half::bf16;
 use mica_simd::{Element, Isa, Kernel, Vector, bf16_bits, dispatch};
 
 use super::block::{PAIR, Stored};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 
 /// How products are formed, and of what.
 pub(crate) trait Products: Send + Sync + 'static {
@@ -13,6 +17,8 @@ pub(crate) trait Products: Send + Sync + 'static {
     type Stored: Stored;
     /// What operand rows hold.
     type Operand: Element;
+    /// Whether AMX tiles form these products.
+    const TILES: bool = false;
     /// One pair of a panel in registers.
     type Pair<V: Vector>: Copy;
     /// One pair of an operand row in all lanes.
@@ -104,6 +110,7 @@ impl Products for Widened {
 }
 
 impl Products for Halves {
+    const TILES: bool = true;
     type Stored = bf16;
     type Operand = bf16;
     type Pair<V: Vector> = V::Int;
@@ -132,7 +139,10 @@ impl Products for Halves {
 }
 
 /// `out[r][16·p + lane] = Σ over pairs, ascending, of a[r] · panel p`, for all rows and the
-/// panels of the range; added to what is there if `add`.
+/// panels of the range; added to what is there if `add` (on AMX the chain goes on from there).
+///
+/// AMX sums blocks of 16 pairs (docs/NUMERICS.md), counted from `pairs.start`: for bits that do not
+/// depend on the range it has to be a multiple of 16.
 ///
 /// Never inlined, so that its unrolled bodies exist once a tier and not once a call.
 ///
@@ -153,6 +163,13 @@ pub(crate) unsafe fn product<P: Products>(
     out_stride: usize,
     add: bool,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if P::TILES && isa == Isa::Amx {
+        // SAFETY: promised by the caller; the tier is available, and these products are of bf16.
+        return unsafe {
+            tiles::product(a.cast(), a_stride, rows, b.cast(), panel, panels, pairs, out, out_stride, add)
+        };
+    }
     dispatch(isa, Body::<P> { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add });
 }
 

@@ -5,52 +5,25 @@
 //! k apart, adds the two, and adds that to the output: one chain over blocks. Rows do not meet,
 //! so padding rows change nothing.
 //!
-//! Stable Rust has no tile types: tile registers live only inside the assembly below. The compiler
-//! never allocates them, so that the configuration of a [`TileScope`] lasts until it is dropped.
+//! The loops are assembly; the compiler never touches tile registers (see [`crate::amx`]).
 
 use std::arch::asm;
 
 use super::micro::{Call, Line, Micro, MicroFn};
+use crate::amx::Tiles;
 
 /// Rows of a tile.
 const TILE: usize = 16;
 
-/// The tile configuration of one chunk. Tiles 0-3 are sums, 4 is A, 5 is A or B, 6 and 7 are B.
-pub(super) struct TileScope;
-
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl TileScope {
-    /// Configures for blocks of `rows` rows; with fewer than 16 the tiles are that short.
-    ///
-    /// # Safety
-    /// The tier is available.
-    pub unsafe fn new(rows: usize) -> TileScope {
-        let short = rows.clamp(1, TILE) as u8;
-        let mut config =
-            TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].copy_from_slice(&[short, short, short, short, short, 16, 16, 16]);
-        // SAFETY: the tier was detected and its permission granted; the configuration is valid.
-        unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly));
-        }
-        TileScope
-    }
-}
-
-impl Drop for TileScope {
-    fn drop(&mut self) {
-        // SAFETY: only a `TileScope`, made where the tier is available, is dropped.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) }
-    }
+/// The tiles of one chunk with blocks of `rows` rows: 0-3 are sums, 4 is A, 5 is A or B, 6 and 7 are
+/// B. With fewer than 16 rows the tiles are that short.
+///
+/// # Safety
+/// As [`Tiles::new`].
+pub(super) unsafe fn tiles(rows: usize) -> Tiles {
+    let (short, whole) = ((rows.clamp(1, TILE), 64), (TILE, 64));
+    // SAFETY: promised by the caller.
+    unsafe { Tiles::new([short, short, short, short, short, whole, whole, whole]) }
 }
 
 /// Loads or clears the sums, runs the blocks, stores the sums.
@@ -60,7 +33,7 @@ macro_rules! tiles {
         $(#[$doc])*
         ///
         /// # Safety
-        /// As [`MicroFn`], inside a [`TileScope`] of the block's rows.
+        /// As [`MicroFn`], while the [`tiles`] of the block's rows live.
         unsafe fn $name(call: &Call) {
             let panel = call.acc_panel * 4;
             // SAFETY: the caller promises panels and tiles; the tile registers are nobody's else.

@@ -231,9 +231,9 @@ fn addends_of(
 /// # Safety
 /// The tier is [`Isa::Amx`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn tile_scope(rows: usize) -> amx::TileScope {
+unsafe fn tile_scope(rows: usize) -> crate::amx::Tiles {
     // SAFETY: promised by the caller.
-    unsafe { amx::TileScope::new(rows) }
+    unsafe { amx::tiles(rows) }
 }
 
 /// No tiles on this architecture.

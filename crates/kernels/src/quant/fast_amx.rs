@@ -8,11 +8,11 @@
 
 use mica_threads::Scratch;
 
-use super::amx::{self, Tiles};
 use super::fast::FastTask;
 use super::lanes::{Avx512, Lanes};
 use super::stage::ROW_LANES;
 use super::tile::{SUB, SUB_BYTES, TILE_ROWS, unpack_any};
+use crate::amx::{self, Tiles};
 
 /// Groups whose sums are under way at a time: a product and its way through memory take about as
 /// long as the chains of three groups.

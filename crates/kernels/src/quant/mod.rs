@@ -9,8 +9,6 @@
 //! their dispatch, `fast` and `fast_amx` the int8 product, `float` dequantizes into the panels of
 //! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
 
-#[cfg(target_arch = "x86_64")]
-mod amx;
 mod fast;
 #[cfg(target_arch = "x86_64")]
 mod fast_amx;

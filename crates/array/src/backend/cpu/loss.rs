@@ -16,8 +16,9 @@ use crate::backend::{HostView, Operand, Step};
 use crate::op::{CrossEntropySpec, Precision};
 use crate::{Dtype, Result};
 
-/// Logits held at once: 32 MB of f32, which stays near the processor's last cache.
-const LOGITS: usize = 8 << 20;
+/// Logits held at once: 128 MB of f32. Each block of rows reads and unpacks the whole head twice, so few rows
+/// would spend their time on that.
+const LOGITS: usize = 32 << 20;
 
 pub(super) fn lower(step: &Step, spec: &CrossEntropySpec) -> Result<Lowered> {
     let head = Head {
@@ -92,7 +93,10 @@ impl Head {
     }
 
     fn block_rows(&self) -> usize {
-        (LOGITS / self.vocabulary.max(1)).clamp(16, 512).min(self.rows().max(1))
+        let most = (LOGITS / self.vocabulary.max(1)).clamp(16, 512);
+        // Blocks of about the same size, in whole panels of rows.
+        let rows = self.rows().max(1);
+        rows.div_ceil(rows.div_ceil(most)).next_multiple_of(16).min(rows)
     }
 
     fn sizes(&self) -> Sizes {

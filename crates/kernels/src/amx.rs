@@ -17,7 +17,7 @@ struct Config {
 }
 
 /// Rows and bytes per row of the eight tiles, in force while this value lives.
-pub(super) struct Tiles(());
+pub(crate) struct Tiles(());
 
 impl Tiles {
     /// Configures the tiles: (rows, bytes per row) of each.
@@ -84,4 +84,11 @@ macro_rules! dot_i8_u8 {
     };
 }
 
-pub(super) use {dot_i8_u8, load, store, zero};
+/// `$c` += `$a` · `$b`, pairs of bf16, in f32.
+macro_rules! dot_bf16 {
+    ($c:literal, $a:literal, $b:literal) => {
+        std::arch::asm!(concat!("tdpbf16ps tmm", $c, ", tmm", $a, ", tmm", $b), options(nostack, nomem))
+    };
+}
+
+pub(crate) use {dot_bf16, dot_i8_u8, load, store, zero};
