@@ -14,8 +14,9 @@ use std::marker::PhantomData;
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles, write_lane, write_step};
-use super::forward::{Heads, Sizes, sizes, take};
+use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles};
+use super::forward::{Sizes, sizes, take};
+use super::heads::{Heads, Part, turn};
 use super::product::{Halves, Products, Single, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
@@ -150,6 +151,11 @@ impl Along {
         Along { batch: strides[0], heads: Heads::new(pointer, dtype, &strides[1..]) }
     }
 
+    /// All of `count` positions from `position` of a head.
+    fn part(&self, batch: usize, head: usize, (position, count): (usize, usize), dim: usize) -> Part<'_> {
+        Part { heads: &self.heads, base: batch as isize * self.batch, head, position, count, dim }
+    }
+
     /// # Safety
     /// As for [`Heads::load`].
     #[inline(always)]
@@ -277,8 +283,6 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
             let count = ROWS.min(total - first);
             let place = |i: usize| ((first + i) / group, kv_head * group + (first + i) % group);
             let (mut ranges, mut lse, mut dsum) = ([(0, 0); ROWS], [0f32; ROWS], [0f32; ROWS]);
-            q_turned.fill(P::Operand::default());
-            dout_turned.fill(P::Operand::default());
             dq.fill(0.0);
             for i in 0..count {
                 let (l, head) = place(i);
@@ -288,16 +292,10 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                     task.q.load::<V>(batch, head, l, &mut row[..key_dim]);
                     let to = q.as_mut_ptr().add(i * 2 * key_pairs);
                     store_run::<V, P::Operand>(to, 1, &row[..2 * key_pairs]);
-                    for d in 0..key_dim {
-                        q_turned[d * ROWS + i] = *to.add(d);
-                    }
                     row.fill(0.0);
                     task.dout.load::<V>(batch, head, l, &mut row[..value_dim]);
                     let to = dout.as_mut_ptr().add(i * 2 * value_pairs);
                     store_run::<V, P::Operand>(to, 1, &row[..2 * value_pairs]);
-                    for d in 0..value_dim {
-                        dout_turned[d * ROWS + i] = *to.add(d);
-                    }
                     task.out.load::<V>(batch, head, l, other);
                     task.lse.load::<V>(batch, head, l, &mut lse[i..i + 1]);
                 }
@@ -313,6 +311,12 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                     let slot = &mut dsinks[(first + i) % group];
                     *slot = (-weight).mul_add(dsum[i], *slot);
                 }
+            }
+            // SAFETY: the operands of `count` rows were just written; both turned sides have ROWS columns.
+            unsafe {
+                let (isa, q, dout) = (task.isa, q.as_ptr(), dout.as_ptr());
+                turn(isa, q, 2 * key_pairs, (count, key_dim), q_turned.as_mut_ptr(), ROWS);
+                turn(isa, dout, 2 * value_pairs, (count, value_dim), dout_turned.as_mut_ptr(), ROWS);
             }
             for block in 0..blocks {
                 let base = block * BLOCK;
@@ -464,15 +468,14 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
                 }
             }
         }
-        for key in 0..task.keys {
-            let (block, at) = (key / BLOCK, key % BLOCK);
+        for block in 0..blocks {
+            let positions = (block * BLOCK, (task.keys - block * BLOCK).min(BLOCK));
             for (sums, to, dim) in [(&*panels.dk, &task.dk, key_dim), (&*panels.dv, &task.dv, value_dim)] {
                 let Some(to) = to else { continue };
-                for d in 0..dim {
-                    row[d] = sums[(block * dim + d) * STRIDE + at];
-                }
-                // SAFETY: as above.
-                unsafe { to.store::<V>(batch, kv_head, key, &row[..dim]) };
+                let part = to.part(batch, kv_head, positions, dim);
+                let sums = sums[block * dim * STRIDE..].as_ptr();
+                // SAFETY: as above; a block has `dim` rows of sums.
+                unsafe { Heads::store_turned::<V>(part, sums, STRIDE, task.isa, scratch) };
             }
         }
         if let Some(workspace) = task.sinks {
@@ -495,29 +498,18 @@ fn pack<V: Vector, P: Products>(
 ) {
     let BlockShape { key_dim, value_dim } = task.shape;
     let turned = BlockShape { key_dim: value_dim, value_dim: key_dim };
-    let row = scratch.take::<f32>(key_dim.max(value_dim));
-    for key in 0..task.keys.next_multiple_of(BLOCK) {
-        let (block, at) = (key / BLOCK, key % BLOCK);
-        row.fill(0.0);
-        // SAFETY: the key is inside the arrays if it is loaded; panels have room for whole blocks.
+    for first in (0..task.keys).step_by(BLOCK) {
+        let (block, positions) = (first / BLOCK, (first, (task.keys - first).min(BLOCK)));
+        let keys = task.k.part(batch, kv_head, positions, key_dim);
+        let values = task.v.part(batch, kv_head, positions, value_dim);
+        // SAFETY: the positions are inside the arrays; panels have room for whole blocks.
         unsafe {
-            let row = &mut row[..key_dim];
-            if key < task.keys {
-                task.k.load::<V>(batch, kv_head, key, row);
-            }
-            let keys = panels.keys.as_mut_ptr().add(block * task.shape.key_len());
-            write_lane(keys, at, task.shape.key_pairs(), row);
-            let across = panels.across.as_mut_ptr().add(block * turned.value_len());
-            write_step(across, at, BLOCK / 2, row);
-        }
-        // SAFETY: as above.
-        unsafe {
-            let row = &mut row[..value_dim];
-            if key < task.keys {
-                task.v.load::<V>(batch, kv_head, key, row);
-            }
-            let values = panels.values.as_mut_ptr().add(block * turned.key_len());
-            write_lane(values, at, turned.key_pairs(), row);
+            let to = panels.keys.as_mut_ptr().add(block * task.shape.key_len());
+            keys.lanes::<V, P::Stored>(task.isa, BLOCK, task.shape.key_pairs(), to, scratch);
+            let to = panels.across.as_mut_ptr().add(block * turned.value_len());
+            keys.steps::<V, P::Stored>(task.isa, BLOCK, BLOCK / 2, to, scratch);
+            let to = panels.values.as_mut_ptr().add(block * turned.key_len());
+            values.lanes::<V, P::Stored>(task.isa, BLOCK, turned.key_pairs(), to, scratch);
         }
     }
 }

@@ -17,6 +17,8 @@ use std::ops::Range;
 use half::bf16;
 use mica_simd::Element;
 
+use crate::gemm;
+
 /// Keys of a block: absolute positions `256·b ..`, on every path.
 pub const BLOCK: usize = 256;
 /// Lanes of a panel.
@@ -65,11 +67,19 @@ pub(crate) fn step_tiles(low: usize, high: usize) -> Range<usize> {
 
 /// What a block is made of.
 pub(crate) trait Stored: Element {
+    /// How the movers write panels of it.
+    const LINES: gemm::block::Into;
+    /// How they read and write rows of it.
+    const VALUES: (gemm::block::From, gemm::block::Into);
     /// Place of (lane, parity) in a pair.
     fn inner(lane: usize, parity: usize) -> usize;
 }
 
 impl Stored for f32 {
+    const LINES: gemm::block::Into = gemm::block::Into::F32;
+    const VALUES: (gemm::block::From, gemm::block::Into) =
+        (gemm::block::From::F32, gemm::block::Into::F32);
+
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {
         parity * TILE + lane
@@ -77,6 +87,10 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
+    const LINES: gemm::block::Into = gemm::block::Into::Pairs;
+    const VALUES: (gemm::block::From, gemm::block::Into) =
+        (gemm::block::From::High, gemm::block::Into::High);
+
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {
         2 * lane + parity

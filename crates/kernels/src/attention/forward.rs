@@ -1,4 +1,4 @@
-//! The forward pass, over arrays and over pages.
+//! The forward pass, over arrays; [`super::paged`] leads pages through the same blocks.
 //!
 //! The rows of one problem are (query, head of the group) pairs: the heads that share a KV head
 //! are the rows of one small product per block. Long rows of blocks for few queries (decoding)
@@ -11,15 +11,15 @@ use std::ops::Range;
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles, write_lane, write_step};
-use super::pages::PageShape;
+use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
+use super::heads::{Heads, Part};
 use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
 use crate::plan::{Plan, Workspace};
-use crate::rows::{check_float, check_shape, load_any, store_any, store_run};
+use crate::rows::{check_float, check_shape, store_run};
 
 /// Rows that one chunk carries through the blocks: their scores (32 KB) stay in the nearest
 /// caches beside a panel of keys.
@@ -148,125 +148,8 @@ pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
     })
 }
 
-/// One sequence of [`paged_attention`].
-pub struct PagedSequence {
-    /// A page of keys for each 256 positions; see [`super::append_to_pages`].
-    pub keys: Vec<*const u8>,
-    /// A page of values for each 256 positions.
-    pub values: Vec<*const u8>,
-    /// The first of its queries among the rows of `q`.
-    pub first: usize,
-    /// How many queries it has.
-    pub length: usize,
-    /// The position of its first query: as many keys come before it.
-    pub start: usize,
-}
-
-/// What [`paged_attention`] reads and writes.
-pub struct PagedArgs {
-    /// `[tokens, heads, head_dim]`: the queries of all sequences, f32, bf16 or f16.
-    pub q: DynView,
-    /// What pages look like.
-    pub pages: PageShape,
-    /// The sequences. Query i of one sees the keys of positions up to `start + i`, so the pages
-    /// have to hold `start + length` positions.
-    pub sequences: Vec<PagedSequence>,
-    /// Scale, window, soft cap and sinks; always causal. Masks and ranges are for arrays only.
-    pub rule: Rule,
-    /// How products are formed. bf16 needs bf16 pages.
-    pub precision: Precision,
-    /// `[tokens, heads, value_dim]`. May not alias `q`.
-    pub out: DynViewMut,
-}
-
-/// Attention over pages, for prefill and decode of any number of sequences at once. The bits are
-/// those of [`attention`] over the same keys and values.
-///
-/// # Safety
-/// The pages are valid for reading while the tasks run, are [`PageShape::key_bytes`] and
-/// [`PageShape::value_bytes`] long, and were written by [`super::append_to_pages`].
-pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
-    let name = "paged_attention";
-    let PageShape { kv_heads, key_dim, value_dim, dtype } = args.pages;
-    args.pages.check(name)?;
-    check_float(name, "q", args.q.dtype)?;
-    check_float(name, "out", args.out.dtype)?;
-    if args.q.shape.len() != 3 || args.q.shape[2] != key_dim {
-        let message = format!("q has shape {:?}, expected [tokens, heads, {key_dim}]", args.q.shape);
-        return Err(KernelError::new(name, message));
-    }
-    let (tokens, heads) = (args.q.shape[0], args.q.shape[1]);
-    if heads % kv_heads != 0 {
-        return Err(KernelError::new(name, format!("{heads} heads are no multiple of {kv_heads} KV heads")));
-    }
-    check_shape(name, "out", &args.out.shape, &[tokens, heads, value_dim])?;
-    check_output(name, &args.out)?;
-    let mut rule = args.rule;
-    if rule.mask.is_some() || rule.key_start.is_some() || rule.key_end.is_some() {
-        return Err(KernelError::new(name, "masks and key ranges are for attention over arrays"));
-    }
-    rule.causal = true;
-    rule.check(name, [1, heads, tokens], 0)?;
-    if args.precision == Precision::Bf16 && dtype != Dtype::BF16 {
-        return Err(KernelError::new(name, format!("bf16 products need bfloat16 pages, these are {dtype}")));
-    }
-    let mut covered = vec![false; tokens];
-    let mut sequences = Vec::with_capacity(args.sequences.len());
-    for (index, sequence) in args.sequences.into_iter().enumerate() {
-        let PagedSequence { keys, values, first, length, start } = sequence;
-        let pages = (start + length).div_ceil(BLOCK);
-        if keys.len() < pages || values.len() < pages {
-            let message = format!(
-                "sequence {index} has {} pages of keys and {} of values, its {} positions need {pages}",
-                keys.len(),
-                values.len(),
-                start + length
-            );
-            return Err(KernelError::new(name, message));
-        }
-        let rows = covered.get_mut(first..first + length);
-        if rows.is_none_or(|rows| rows.iter_mut().any(|row| std::mem::replace(row, true))) {
-            let message = format!(
-                "sequence {index} has the queries {first}..{}, which are not among the {tokens} or another's",
-                first + length
-            );
-            return Err(KernelError::new(name, message));
-        }
-        sequences.push(Sequence {
-            index,
-            length,
-            keys: start + length,
-            start: start as isize,
-            q: first as isize * args.q.strides[0],
-            out: first as isize * args.out.strides[0],
-            lse: 0,
-            blocks: Blocks::Pages(keys, values),
-            ..Sequence::default()
-        });
-    }
-    let by_head = |strides: &[isize]| [strides[1], strides[0], strides[2]];
-    let forward = Forward {
-        isa,
-        rule,
-        shape: BlockShape { key_dim, value_dim },
-        heads,
-        kv_heads,
-        q: Heads::new(args.q.pointer.cast_mut(), args.q.dtype, &by_head(&args.q.strides)),
-        out: Heads::new(args.out.pointer, args.out.dtype, &by_head(&args.out.strides)),
-        lse: None,
-        sequences,
-        packed: Workspace(std::ptr::null_mut()),
-        partials: Workspace(std::ptr::null_mut()),
-    };
-    Ok(match (args.precision, dtype) {
-        (Precision::Bf16, _) => plan::<Halves>(forward, None),
-        (Precision::Exact, Dtype::BF16) => plan::<Widened>(forward, None),
-        (Precision::Exact, _) => plan::<Single>(forward, None),
-    })
-}
-
 /// Lays out the workspace: packed blocks, then the partial results of split sequences.
-fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Plan {
+pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Plan {
     let group = forward.heads / forward.kv_heads;
     let width = forward.width();
     let (mut chunks, mut merges, mut partials) = (0, 0, 0);
@@ -304,49 +187,8 @@ fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Plan {
     })
 }
 
-/// An array `[heads, positions, dim]` of one sequence.
-#[derive(Clone)]
-pub(super) struct Heads {
-    pointer: *mut u8,
-    dtype: Dtype,
-    strides: [isize; 3],
-}
-
-// SAFETY: made from views, whose promises they inherit.
-unsafe impl Send for Heads {}
-// SAFETY: as above.
-unsafe impl Sync for Heads {}
-
-impl Heads {
-    pub fn new(pointer: *mut u8, dtype: Dtype, strides: &[isize]) -> Heads {
-        Heads { pointer, dtype, strides: [strides[0], strides[1], strides[2]] }
-    }
-
-    /// Widens one head of one position.
-    ///
-    /// # Safety
-    /// Both are inside the array, which begins `base` values into the memory.
-    #[inline(always)]
-    pub unsafe fn load<V: Vector>(&self, base: isize, head: usize, position: usize, out: &mut [f32]) {
-        let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
-        // SAFETY: promised by the caller.
-        unsafe { load_any(V::ISA, self.dtype, self.pointer, at, self.strides[2], out) }
-    }
-
-    /// Rounds and writes one head of one position.
-    ///
-    /// # Safety
-    /// As for `load`; the array is an output, and nobody else touches the place.
-    #[inline(always)]
-    pub unsafe fn store<V: Vector>(&self, base: isize, head: usize, position: usize, values: &[f32]) {
-        let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
-        // SAFETY: promised by the caller.
-        unsafe { store_any(V::ISA, self.dtype, self.pointer, at, self.strides[2], values) }
-    }
-}
-
 #[derive(Default)]
-enum Blocks {
+pub(super) enum Blocks {
     #[default]
     None,
     /// In the workspace; the number of the first.
@@ -356,36 +198,36 @@ enum Blocks {
 }
 
 #[derive(Default)]
-struct Sequence {
-    index: usize,
-    length: usize,
-    keys: usize,
+pub(super) struct Sequence {
+    pub index: usize,
+    pub length: usize,
+    pub keys: usize,
     /// The position of query 0.
-    start: isize,
+    pub start: isize,
     /// Where it begins in the arrays, in values.
-    q: isize,
-    out: isize,
-    lse: isize,
-    blocks: Blocks,
-    split: bool,
-    first_chunk: usize,
-    first_merge: usize,
+    pub q: isize,
+    pub out: isize,
+    pub lse: isize,
+    pub blocks: Blocks,
+    pub split: bool,
+    pub first_chunk: usize,
+    pub first_merge: usize,
     /// Where its partial results begin, in values.
-    partial: usize,
+    pub partial: usize,
 }
 
-struct Forward {
-    isa: Isa,
-    rule: Rule,
-    shape: BlockShape,
-    heads: usize,
-    kv_heads: usize,
-    q: Heads,
-    out: Heads,
-    lse: Option<Heads>,
-    sequences: Vec<Sequence>,
-    packed: Workspace,
-    partials: Workspace,
+pub(super) struct Forward {
+    pub isa: Isa,
+    pub rule: Rule,
+    pub shape: BlockShape,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub q: Heads,
+    pub out: Heads,
+    pub lse: Option<Heads>,
+    pub sequences: Vec<Sequence>,
+    pub packed: Workspace,
+    pub partials: Workspace,
 }
 
 // SAFETY: page pointers are only read, which the caller of `paged_attention` allowed; outputs are
@@ -790,7 +632,7 @@ impl Kernel for MergeChunk<'_> {
 }
 
 /// Brings keys and values of arrays into blocks.
-struct Pack {
+pub(super) struct Pack {
     isa: Isa,
     shape: BlockShape,
     kv_heads: usize,
@@ -838,35 +680,21 @@ impl<P: Products> Kernel for PackChunk<'_, P> {
         let (unit, block) = (self.chunk / pack.blocks, self.chunk % pack.blocks);
         let (batch, kv_head) = (unit / pack.kv_heads, unit % pack.kv_heads);
         let shape = pack.shape;
-        let keys =
+        let to =
             pack.to.0.cast::<P::Stored>().wrapping_add(self.chunk * (shape.key_len() + shape.value_len()));
-        let values = keys.wrapping_add(shape.key_len());
-        let row = self.scratch.take::<f32>(shape.key_dim.max(shape.value_dim));
         let [k, v] = [&pack.k, &pack.v]
             .map(|view| Heads::new(view.pointer.cast_mut(), view.dtype, &view.strides[1..]));
-        let base = |view: &DynView| batch as isize * view.strides[0];
-        let count = (pack.keys - block * BLOCK).min(BLOCK);
-        for key in 0..count {
-            // SAFETY: head and position are inside the arrays; the block is this chunk's own.
-            unsafe {
-                let row = &mut row[..shape.key_dim];
-                k.load::<V>(base(&pack.k), kv_head, block * BLOCK + key, row);
-                write_lane(keys, key, shape.key_pairs(), row);
-            }
-            // SAFETY: as above.
-            unsafe {
-                let row = &mut row[..shape.value_dim];
-                v.load::<V>(base(&pack.v), kv_head, block * BLOCK + key, row);
-                write_step(values, key, BLOCK / 2, row);
-            }
-        }
-        // The rest of the last step is read, with weight zero.
-        let row = &mut row[..shape.value_dim];
-        row.fill(0.0);
-        for key in count..count.next_multiple_of(STEP) {
-            // SAFETY: the place is inside the block, whose size is a multiple of STEP.
-            unsafe { write_step(values, key, BLOCK / 2, row) };
-        }
+        let part = |heads, view: &DynView, dim| Part {
+            heads,
+            base: batch as isize * view.strides[0],
+            head: kv_head,
+            position: block * BLOCK,
+            count: (pack.keys - block * BLOCK).min(BLOCK),
+            dim,
+        };
+        let (keys, values) = (part(&k, &pack.k, shape.key_dim), part(&v, &pack.v, shape.value_dim));
+        // SAFETY: heads and positions are inside the arrays; the block is this chunk's own.
+        unsafe { shape.pack::<V, P::Stored>(pack.isa, keys, values, to, self.scratch) };
     }
 }
 

@@ -16,6 +16,8 @@
 mod backward;
 mod block;
 mod forward;
+mod heads;
+mod paged;
 mod pages;
 mod product;
 mod rule;
@@ -25,6 +27,7 @@ mod tiles;
 pub use crate::gemm::Precision;
 pub use backward::{AttentionBackwardArgs, attention_backward};
 pub use block::BLOCK;
-pub use forward::{AttentionArgs, PagedArgs, PagedSequence, attention, paged_attention};
+pub use forward::{AttentionArgs, attention};
+pub use paged::{PagedArgs, PagedSequence, paged_attention};
 pub use pages::{PageShape, append_to_pages, read_pages};
 pub use rule::Rule;

@@ -8,8 +8,8 @@ use half::bf16;
 use mica_simd::{Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
-use super::block::{STEP, BLOCK, BlockShape, Stored, panel_at, write_lane, write_step};
-use super::forward::Heads;
+use super::block::{BLOCK, BlockShape, STEP, Stored, panel_at, write_lane, write_step};
+use super::heads::Heads;
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;

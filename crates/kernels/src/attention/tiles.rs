@@ -1,14 +1,13 @@
 //! [`super::product`] on AMX tiles.
 //!
-//! Tiles 0-3 are sums (two rows of tiles by two panels), 4 and 5 operand rows, 6 and 7 panels. A
-//! panel already has the layout of a right-hand tile: a row of it is one pair of 16 lanes.
+//! A panel already has the layout of right-hand tiles: a row of one is a pair of 16 lanes.
 
 use std::ops::Range;
 
 use half::bf16;
 
 use super::block::{PAIR, TILE};
-use crate::amx::{Tiles, dot_bf16, load, store, zero};
+use crate::amx::{Pairs, Sums, Tiles};
 
 /// Pairs of a tile.
 const PAIRS: usize = 16;
@@ -113,65 +112,19 @@ impl Block {
     /// As [`product`]; the tiles are configured.
     #[inline(always)]
     unsafe fn columns<const LOWER: bool, const WIDE: bool>(&self, panel: usize, steps: usize) {
-        let out = self.out.wrapping_add(panel * TILE);
-        let (right, below) = (out.wrapping_add(TILE), out.wrapping_add(TILE * self.out_stride));
-        let corner = below.wrapping_add(TILE);
-        let out_step = self.out_stride * size_of::<f32>();
-        let a_step = self.a_stride * size_of::<bf16>();
-        let mut a = self.a;
-        let mut a_below = a.wrapping_add(TILE * self.a_stride);
-        let mut b = self.b.wrapping_add(panel * self.panel);
-        let mut b_right = b.wrapping_add(self.panel);
-        let b_step = PAIR * size_of::<bf16>();
+        let (row, a_row) = (self.out_stride * size_of::<f32>(), self.a_stride * size_of::<bf16>());
+        let at = self.out.wrapping_add(panel * TILE);
+        let sums = Sums { at, row, below: TILE * row, right: TILE * size_of::<f32>() };
+        let pairs = Pairs {
+            steps,
+            a: self.a.cast(),
+            a_row,
+            a_below: TILE * a_row,
+            a_step: PAIRS * 2 * size_of::<bf16>(),
+            b: self.b.wrapping_add(panel * self.panel).cast(),
+            b_right: self.panel * size_of::<bf16>(),
+        };
         // SAFETY: tiles are configured for the rows that exist; panels and operands are the caller's.
-        unsafe {
-            if self.add {
-                load!(0, out, out_step);
-                if WIDE {
-                    load!(1, right, out_step);
-                }
-                if LOWER {
-                    load!(2, below, out_step);
-                }
-                if LOWER && WIDE {
-                    load!(3, corner, out_step);
-                }
-            } else {
-                zero!(0);
-                zero!(1);
-                zero!(2);
-                zero!(3);
-            }
-            for _ in 0..steps {
-                load!(6, b, b_step);
-                load!(4, a, a_step);
-                dot_bf16!(0, 4, 6);
-                if LOWER {
-                    load!(5, a_below, a_step);
-                    dot_bf16!(2, 5, 6);
-                }
-                if WIDE {
-                    load!(7, b_right, b_step);
-                    dot_bf16!(1, 4, 7);
-                }
-                if LOWER && WIDE {
-                    dot_bf16!(3, 5, 7);
-                }
-                a = a.wrapping_add(2 * PAIRS);
-                a_below = a_below.wrapping_add(2 * PAIRS);
-                b = b.wrapping_add(PAIRS * PAIR);
-                b_right = b_right.wrapping_add(PAIRS * PAIR);
-            }
-            store!(0, out, out_step);
-            if WIDE {
-                store!(1, right, out_step);
-            }
-            if LOWER {
-                store!(2, below, out_step);
-            }
-            if LOWER && WIDE {
-                store!(3, corner, out_step);
-            }
-        }
+        unsafe { pairs.run::<LOWER, WIDE>(sums, self.add) }
     }
 }

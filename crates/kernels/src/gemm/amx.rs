@@ -4,16 +4,15 @@
 //! loads four tiles for four products. Per block of 32 k and output, `tdpbf16ps` sums even and odd
 //! k apart, adds the two, and adds that to the output: one chain over blocks. Rows do not meet,
 //! so padding rows change nothing.
-//!
-//! The loops are assembly; the compiler never touches tile registers (see [`crate::amx`]).
-
-use std::arch::asm;
 
 use super::micro::{Call, Line, Micro, MicroFn};
-use crate::amx::Tiles;
+use crate::amx::{Pairs, Sums, Tiles, dot_bf16, load, store, zero};
 
 /// Rows of a tile.
 const TILE: usize = 16;
+/// Bytes of a tile, and of a row of one.
+const TILE_BYTES: usize = 1024;
+const ROW_BYTES: usize = 64;
 
 /// The tiles of one chunk with blocks of `rows` rows: 0-3 are sums, 4 is A, 5 is A or B, 6 and 7 are
 /// B. With fewer than 16 rows the tiles are that short.
@@ -26,203 +25,78 @@ pub(super) unsafe fn tiles(rows: usize) -> Tiles {
     unsafe { Tiles::new([short, short, short, short, short, whole, whole, whole]) }
 }
 
-/// Loads or clears the sums, runs the blocks, stores the sums.
-macro_rules! tiles {
-    ($(#[$doc:meta])* $name:ident, load: [$($load:literal),*], zero: [$($zero:literal),*],
-     block: [$($block:literal),*], store: [$($store:literal),*]) => {
-        $(#[$doc])*
-        ///
-        /// # Safety
-        /// As [`MicroFn`], while the [`tiles`] of the block's rows live.
-        unsafe fn $name(call: &Call) {
-            let panel = call.acc_panel * 4;
-            // SAFETY: the caller promises panels and tiles; the tile registers are nobody's else.
-            unsafe {
-                asm!(
-                    "test {load}, {load}",
-                    "jz 3f",
-                    $($load,)*
-                    "jmp 4f",
-                    "3:",
-                    $($zero,)*
-                    "4:",
-                    "test {blocks}, {blocks}",
-                    "jz 5f",
-                    "2:",
-                    $($block,)*
-                    "add {a}, {a_block}",
-                    "add {b0}, 1024",
-                    "add {b2}, 1024",
-                    "dec {blocks}",
-                    "jnz 2b",
-                    "5:",
-                    $($store,)*
-                    load = in(reg) call.load as usize,
-                    blocks = inout(reg) call.steps.div_ceil(16) => _,
-                    a = inout(reg) call.a => _,
-                    a_block = in(reg) call.a_block,
-                    b0 = inout(reg) call.b => _,
-                    b2 = inout(reg) call.b.wrapping_add(2 * call.b_panel) => _,
-                    b_panel = in(reg) call.b_panel,
-                    c0 = in(reg) call.acc,
-                    c1 = in(reg) call.acc.wrapping_byte_add(panel),
-                    c2 = in(reg) call.acc.wrapping_byte_add(2 * panel),
-                    c3 = in(reg) call.acc.wrapping_byte_add(3 * panel),
-                    row = in(reg) 64usize,
-                    options(nostack),
-                );
-            }
-        }
+/// Up to two rows of tiles by up to two panels: what large products run.
+///
+/// # Safety
+/// As [`MicroFn`], while the [`tiles`] of the block's rows live.
+unsafe fn pairs<const LOWER: bool, const WIDE: bool>(call: &Call) {
+    let right = call.acc_panel * size_of::<f32>();
+    let sums = Sums { at: call.acc, row: ROW_BYTES, below: TILE_BYTES, right };
+    let pairs = Pairs {
+        steps: call.steps.div_ceil(16),
+        a: call.a,
+        a_row: ROW_BYTES,
+        a_below: TILE_BYTES,
+        a_step: call.a_block,
+        b: call.b,
+        b_right: call.b_panel,
     };
+    // SAFETY: promised by the caller.
+    unsafe { pairs.run::<LOWER, WIDE>(sums, call.load) }
 }
 
-tiles!(
-    /// One row of tiles, one panel.
-    one_by_one,
-    load: ["tileloadd tmm0, [{c0} + {row}*1]", "/* {c1} {c2} {c3} {b_panel} */"],
-    zero: ["tilezero tmm0"],
-    block: [
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6"
-    ],
-    store: ["tilestored [{c0} + {row}*1], tmm0"]
-);
+/// One row of tiles by three or four panels: as many streams for products with few rows, which are
+/// bound by reading B.
+///
+/// # Safety
+/// As [`pairs`].
+unsafe fn streams<const FOUR: bool>(call: &Call) {
+    let panel = call.acc_panel * size_of::<f32>();
+    let sums: [*mut f32; 4] = std::array::from_fn(|i| call.acc.wrapping_byte_add(i * panel));
+    let (mut a, mut b) = (call.a, call.b);
+    // SAFETY: promised by the caller.
+    unsafe {
+        if call.load {
+            load!(0, sums[0], ROW_BYTES);
+            load!(1, sums[1], ROW_BYTES);
+            load!(2, sums[2], ROW_BYTES);
+            if FOUR {
+                load!(3, sums[3], ROW_BYTES);
+            }
+        } else {
+            zero!(0);
+            zero!(1);
+            zero!(2);
+            zero!(3);
+        }
+        for _ in 0..call.steps.div_ceil(16) {
+            load!(4, a, ROW_BYTES);
+            load!(6, b, ROW_BYTES);
+            dot_bf16!(0, 4, 6);
+            load!(5, b.wrapping_add(2 * call.b_panel), ROW_BYTES);
+            dot_bf16!(2, 4, 5);
+            load!(7, b.wrapping_add(call.b_panel), ROW_BYTES);
+            dot_bf16!(1, 4, 7);
+            if FOUR {
+                load!(6, b.wrapping_add(3 * call.b_panel), ROW_BYTES);
+                dot_bf16!(3, 4, 6);
+            }
+            a = a.wrapping_add(call.a_block);
+            b = b.wrapping_add(TILE_BYTES);
+        }
+        store!(0, sums[0], ROW_BYTES);
+        store!(1, sums[1], ROW_BYTES);
+        store!(2, sums[2], ROW_BYTES);
+        if FOUR {
+            store!(3, sums[3], ROW_BYTES);
+        }
+    }
+}
 
-tiles!(
-    /// One row of tiles, two panels.
-    one_by_two,
-    load: [
-        "tileloadd tmm0, [{c0} + {row}*1]",
-        "tileloadd tmm1, [{c1} + {row}*1]",
-        "/* {c2} {c3} */"
-    ],
-    zero: ["tilezero tmm0", "tilezero tmm1"],
-    block: [
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "add {b0}, {b_panel}",
-        "tileloadd tmm7, [{b0} + {row}*1]",
-        "sub {b0}, {b_panel}",
-        "tdpbf16ps tmm1, tmm4, tmm7"
-    ],
-    store: ["tilestored [{c0} + {row}*1], tmm0", "tilestored [{c1} + {row}*1], tmm1"]
-);
-
-tiles!(
-    /// One row of tiles, three panels.
-    one_by_three,
-    load: [
-        "tileloadd tmm0, [{c0} + {row}*1]",
-        "tileloadd tmm1, [{c1} + {row}*1]",
-        "tileloadd tmm2, [{c2} + {row}*1]",
-        "/* {c3} */"
-    ],
-    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2"],
-    block: [
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "add {b0}, {b_panel}",
-        "tileloadd tmm7, [{b0} + {row}*1]",
-        "sub {b0}, {b_panel}",
-        "tdpbf16ps tmm1, tmm4, tmm7",
-        "tileloadd tmm5, [{b2} + {row}*1]",
-        "tdpbf16ps tmm2, tmm4, tmm5"
-    ],
-    store: [
-        "tilestored [{c0} + {row}*1], tmm0",
-        "tilestored [{c1} + {row}*1], tmm1",
-        "tilestored [{c2} + {row}*1], tmm2"
-    ]
-);
-
-tiles!(
-    /// One row of tiles, four panels: four streams for products with few rows.
-    one_by_four,
-    load: [
-        "tileloadd tmm0, [{c0} + {row}*1]",
-        "tileloadd tmm1, [{c1} + {row}*1]",
-        "tileloadd tmm2, [{c2} + {row}*1]",
-        "tileloadd tmm3, [{c3} + {row}*1]"
-    ],
-    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    block: [
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm5, [{b2} + {row}*1]",
-        "tdpbf16ps tmm2, tmm4, tmm5",
-        "add {b0}, {b_panel}",
-        "add {b2}, {b_panel}",
-        "tileloadd tmm7, [{b0} + {row}*1]",
-        "tdpbf16ps tmm1, tmm4, tmm7",
-        "tileloadd tmm6, [{b2} + {row}*1]",
-        "tdpbf16ps tmm3, tmm4, tmm6",
-        "sub {b0}, {b_panel}",
-        "sub {b2}, {b_panel}"
-    ],
-    store: [
-        "tilestored [{c0} + {row}*1], tmm0",
-        "tilestored [{c1} + {row}*1], tmm1",
-        "tilestored [{c2} + {row}*1], tmm2",
-        "tilestored [{c3} + {row}*1], tmm3"
-    ]
-);
-
-tiles!(
-    /// Two rows of tiles, one panel.
-    two_by_one,
-    load: [
-        "tileloadd tmm0, [{c0} + {row}*1]",
-        "tileloadd tmm2, [{c0} + {row}*1 + 1024]",
-        "/* {c1} {c2} {c3} {b_panel} */"
-    ],
-    zero: ["tilezero tmm0", "tilezero tmm2"],
-    block: [
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm5, [{a} + {row}*1 + 1024]",
-        "tdpbf16ps tmm2, tmm5, tmm6"
-    ],
-    store: ["tilestored [{c0} + {row}*1], tmm0", "tilestored [{c0} + {row}*1 + 1024], tmm2"]
-);
-
-tiles!(
-    /// Two rows of tiles, two panels: the one that large products run.
-    two_by_two,
-    load: [
-        "tileloadd tmm0, [{c0} + {row}*1]",
-        "tileloadd tmm1, [{c1} + {row}*1]",
-        "tileloadd tmm2, [{c0} + {row}*1 + 1024]",
-        "tileloadd tmm3, [{c1} + {row}*1 + 1024]",
-        "/* {c2} {c3} */"
-    ],
-    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    block: [
-        "tileloadd tmm6, [{b0} + {row}*1]",
-        "tileloadd tmm4, [{a} + {row}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm5, [{a} + {row}*1 + 1024]",
-        "tdpbf16ps tmm2, tmm5, tmm6",
-        "add {b0}, {b_panel}",
-        "tileloadd tmm7, [{b0} + {row}*1]",
-        "sub {b0}, {b_panel}",
-        "tdpbf16ps tmm1, tmm4, tmm7",
-        "tdpbf16ps tmm3, tmm5, tmm7"
-    ],
-    store: [
-        "tilestored [{c0} + {row}*1], tmm0",
-        "tilestored [{c1} + {row}*1], tmm1",
-        "tilestored [{c0} + {row}*1 + 1024], tmm2",
-        "tilestored [{c1} + {row}*1 + 1024], tmm3"
-    ]
-);
-
-static TABLE: [&[MicroFn]; 2] =
-    [&[one_by_one as MicroFn, one_by_two, one_by_three, one_by_four], &[two_by_one, two_by_two]];
+static TABLE: [&[MicroFn]; 2] = [
+    &[pairs::<false, false> as MicroFn, pairs::<false, true>, streams::<false>, streams::<true>],
+    &[pairs::<true, false>, pairs::<true, true>],
+];
 
 /// Four panels up to 16 rows, then two.
 static PANELS: [usize; 17] = [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2];

@@ -14,7 +14,7 @@ use self::avx512::block as avx512_block;
 /// What a line of the source holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum From {
+pub(crate) enum From {
     /// f32.
     F32,
     /// 16-bit words that become the upper half of an f32 unchanged: bf16, or any bits.
@@ -30,7 +30,7 @@ pub(super) enum From {
 /// What a line of the destination holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Into {
+pub(crate) enum Into {
     /// f32.
     F32,
     /// f32 rounded to bf16.
@@ -42,7 +42,7 @@ pub(super) enum Into {
 }
 
 /// One block to move.
-pub(super) struct Job {
+pub(crate) struct Job {
     pub from: *const u8,
     /// Bytes from a source line to the next (for [`From::Pairs`] from a pair line to the next).
     pub from_step: isize,
@@ -64,10 +64,10 @@ pub(super) struct Job {
 /// # Safety
 /// The processor has the tier's features; the source lines that exist are readable, the
 /// destination lines writable.
-pub(super) type BlockFn = unsafe fn(&Job);
+pub(crate) type BlockFn = unsafe fn(&Job);
 
 /// The mover for a tier; `turn` says that destination lines run across source lines.
-pub(super) fn mover(isa: Isa, from: From, turn: bool, into: Into) -> BlockFn {
+pub(crate) fn mover(isa: Isa, from: From, turn: bool, into: Into) -> BlockFn {
     macro_rules! pick {
         ($function:ident; $($from:ident)*) => {
             match (from, turn, into) { $(

@@ -116,8 +116,8 @@ impl Product {
         let micro = micro::select(isa, place.unwrap_or(panels_line));
         let in_place = place.is_some();
         let batches: usize = batch.iter().product();
-        let cut = Cut::new(&micro, in_place, batches, m, n, k);
         let strided = matches!(b, BSource::Strided(_));
+        let cut = Cut::new(&micro, in_place, strided, batches, m, n, k);
         let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
         Product {
             a_shared: m > FEW_ROWS && n > cut.nc,
@@ -477,7 +477,15 @@ impl Request {
 }
 
 impl Cut {
-    fn new(micro: &Micro, in_place: bool, batches: usize, m: usize, n: usize, k: usize) -> Cut {
+    fn new(
+        micro: &Micro,
+        in_place: bool,
+        strided: bool,
+        batches: usize,
+        m: usize,
+        n: usize,
+        k: usize,
+    ) -> Cut {
         let wide = micro.panels_for(m.min(micro.rows)) * 16;
         let lines = 256;
         let unit = if micro.line == Line::Pairs { 2 * lines } else { lines };
@@ -499,9 +507,13 @@ impl Cut {
         nc = nc.next_multiple_of(wide).min(n.max(1).next_multiple_of(wide));
         // Enough chunks for many cores, as long as the blocks stay worth their packing.
         let chunks = |mc: usize, nc: usize| batches * m.div_ceil(mc) * n.div_ceil(nc);
-        while chunks(mc, nc) < 16 && nc >= 2 * wide && !few {
+        // A weight that has to be unpacked is unpacked by each block of rows, and every block of columns
+        // reads all of A, which no cache holds if k is long.
+        let unpacks = !in_place && !strided;
+        let least = if k > 8 * kc { 128 } else { wide };
+        while chunks(mc, nc) < 16 && nc >= 2 * least && !few {
             nc = (nc / 2).next_multiple_of(wide);
-            if chunks(mc, nc) < 16 && mc >= 128 {
+            if chunks(mc, nc) < 16 && mc >= 128 && !unpacks {
                 mc = (mc / 2).next_multiple_of(micro.rows);
             }
         }

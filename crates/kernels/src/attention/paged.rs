@@ -1,0 +1,132 @@
+//! The forward pass over pages.
+
+use mica_simd::Isa;
+
+use super::block::{BLOCK, BlockShape};
+use super::forward::{Blocks, Forward, Sequence, plan};
+use super::heads::Heads;
+use super::pages::PageShape;
+use super::product::{Halves, Single, Widened};
+use super::{Precision, Rule};
+use crate::dtype::{Dtype, DynView, DynViewMut};
+use crate::elementwise::tile::check_output;
+use crate::error::KernelError;
+use crate::plan::{Plan, Workspace};
+use crate::rows::{check_float, check_shape};
+
+/// One sequence of [`paged_attention`].
+pub struct PagedSequence {
+    /// A page of keys for each 256 positions; see [`super::append_to_pages`].
+    pub keys: Vec<*const u8>,
+    /// A page of values for each 256 positions.
+    pub values: Vec<*const u8>,
+    /// The first of its queries among the rows of `q`.
+    pub first: usize,
+    /// How many queries it has.
+    pub length: usize,
+    /// The position of its first query: as many keys come before it.
+    pub start: usize,
+}
+
+/// What [`paged_attention`] reads and writes.
+pub struct PagedArgs {
+    /// `[tokens, heads, head_dim]`: the queries of all sequences, f32, bf16 or f16.
+    pub q: DynView,
+    /// What pages look like.
+    pub pages: PageShape,
+    /// The sequences. Query i of one sees the keys of positions up to `start + i`, so the pages
+    /// have to hold `start + length` positions.
+    pub sequences: Vec<PagedSequence>,
+    /// Scale, window, soft cap and sinks; always causal. Masks and ranges are for arrays only.
+    pub rule: Rule,
+    /// How products are formed. bf16 needs bf16 pages.
+    pub precision: Precision,
+    /// `[tokens, heads, value_dim]`. May not alias `q`.
+    pub out: DynViewMut,
+}
+
+/// Attention over pages, for prefill and decode of any number of sequences at once. The bits are
+/// those of [`attention`] over the same keys and values.
+///
+/// # Safety
+/// The pages are valid for reading while the tasks run, are [`PageShape::key_bytes`] and
+/// [`PageShape::value_bytes`] long, and were written by [`super::append_to_pages`].
+pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
+    let name = "paged_attention";
+    let PageShape { kv_heads, key_dim, value_dim, dtype } = args.pages;
+    args.pages.check(name)?;
+    check_float(name, "q", args.q.dtype)?;
+    check_float(name, "out", args.out.dtype)?;
+    if args.q.shape.len() != 3 || args.q.shape[2] != key_dim {
+        let message = format!("q has shape {:?}, expected [tokens, heads, {key_dim}]", args.q.shape);
+        return Err(KernelError::new(name, message));
+    }
+    let (tokens, heads) = (args.q.shape[0], args.q.shape[1]);
+    if heads % kv_heads != 0 {
+        return Err(KernelError::new(name, format!("{heads} heads are no multiple of {kv_heads} KV heads")));
+    }
+    check_shape(name, "out", &args.out.shape, &[tokens, heads, value_dim])?;
+    check_output(name, &args.out)?;
+    let mut rule = args.rule;
+    if rule.mask.is_some() || rule.key_start.is_some() || rule.key_end.is_some() {
+        return Err(KernelError::new(name, "masks and key ranges are for attention over arrays"));
+    }
+    rule.causal = true;
+    rule.check(name, [1, heads, tokens], 0)?;
+    if args.precision == Precision::Bf16 && dtype != Dtype::BF16 {
+        return Err(KernelError::new(name, format!("bf16 products need bfloat16 pages, these are {dtype}")));
+    }
+    let mut covered = vec![false; tokens];
+    let mut sequences = Vec::with_capacity(args.sequences.len());
+    for (index, sequence) in args.sequences.into_iter().enumerate() {
+        let PagedSequence { keys, values, first, length, start } = sequence;
+        let pages = (start + length).div_ceil(BLOCK);
+        if keys.len() < pages || values.len() < pages {
+            let message = format!(
+                "sequence {index} has {} pages of keys and {} of values, its {} positions need {pages}",
+                keys.len(),
+                values.len(),
+                start + length
+            );
+            return Err(KernelError::new(name, message));
+        }
+        let rows = covered.get_mut(first..first + length);
+        if rows.is_none_or(|rows| rows.iter_mut().any(|row| std::mem::replace(row, true))) {
+            let message = format!(
+                "sequence {index} has the queries {first}..{}, which are not among the {tokens} or another's",
+                first + length
+            );
+            return Err(KernelError::new(name, message));
+        }
+        sequences.push(Sequence {
+            index,
+            length,
+            keys: start + length,
+            start: start as isize,
+            q: first as isize * args.q.strides[0],
+            out: first as isize * args.out.strides[0],
+            lse: 0,
+            blocks: Blocks::Pages(keys, values),
+            ..Sequence::default()
+        });
+    }
+    let by_head = |strides: &[isize]| [strides[1], strides[0], strides[2]];
+    let forward = Forward {
+        isa,
+        rule,
+        shape: BlockShape { key_dim, value_dim },
+        heads,
+        kv_heads,
+        q: Heads::new(args.q.pointer.cast_mut(), args.q.dtype, &by_head(&args.q.strides)),
+        out: Heads::new(args.out.pointer, args.out.dtype, &by_head(&args.out.strides)),
+        lse: None,
+        sequences,
+        packed: Workspace(std::ptr::null_mut()),
+        partials: Workspace(std::ptr::null_mut()),
+    };
+    Ok(match (args.precision, dtype) {
+        (Precision::Bf16, _) => plan::<Halves>(forward, None),
+        (Precision::Exact, Dtype::BF16) => plan::<Widened>(forward, None),
+        (Precision::Exact, _) => plan::<Single>(forward, None),
+    })
+}
