@@ -133,7 +133,7 @@ impl Array {
         Arc::as_ptr(&self.node) as usize
     }
 
-    fn spec(&self) -> &Spec {
+    pub(crate) fn spec(&self) -> &Spec {
         self.node.spec(self.output())
     }
 

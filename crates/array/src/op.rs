@@ -13,6 +13,7 @@ pub use mica_kernels::elementwise::{BinaryOp, CompareOp, UnaryOp};
 pub use mica_kernels::reduce::ReduceOp;
 
 use crate::ops::custom::CustomOp;
+use crate::transforms::Region;
 use crate::{Array, Result};
 
 /// A list of axes.
@@ -171,6 +172,8 @@ pub enum Op {
     LinearCrossEntropy(CrossEntropySpec),
     /// One fused AdamW step: inputs parameter, gradient, m, v; outputs parameter, m, v.
     AdamW(AdamWSpec),
+    /// Elementwise ops as one, made by [`crate::transforms::compile`].
+    Fused(Arc<Region>),
     /// A function with rules of its own.
     Custom(Arc<dyn CustomOp>),
 }
@@ -354,6 +357,7 @@ impl Op {
             Op::ShortConvVjp(_) => "short_conv_vjp",
             Op::LinearCrossEntropy(_) => "linear_cross_entropy",
             Op::AdamW(_) => "adamw",
+            Op::Fused(_) => "fused",
             Op::Custom(custom) => custom.name(),
         }
     }

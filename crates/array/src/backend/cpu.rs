@@ -98,6 +98,7 @@ impl Backend for Cpu {
     fn aliases_output(&self, op: &Op, input: usize, output: usize) -> bool {
         match op {
             Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
+            Op::Fused(_) => true,
             Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
             Op::SliceUpdate { .. } => input == 0 && output == 0,
             // Parameter, gradient, mean, square → parameter, mean, square.
@@ -110,6 +111,17 @@ impl Backend for Cpu {
 /// A view that float kernels read. The caller keeps the memory alive while they run.
 pub(crate) fn float_view(view: &HostView) -> Result<mica_kernels::gemm::FloatView<'static>> {
     products::read(view)
+}
+
+/// Runs one elementwise step here and now, without the pool: for single values.
+pub(crate) fn run_alone(step: &Step) -> Result<()> {
+    let Lowered::Tasks(tasks) = lower(step)? else {
+        return Err(Error::unsupported(step.op.name(), "needs a workspace"));
+    };
+    for task in &tasks {
+        (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut mica_threads::Scratch::new()));
+    }
+    Ok(())
 }
 
 fn lower(step: &Step) -> Result<Lowered> {
@@ -134,7 +146,8 @@ fn lower(step: &Step) -> Result<Lowered> {
         | Op::ScatterAdd { .. }
         | Op::ScatterAddAlong { .. }
         | Op::RandomBits { .. }
-        | Op::AdamW(_) => elementwise::lower(step),
+        | Op::AdamW(_)
+        | Op::Fused(_) => elementwise::lower(step),
         Op::Matmul { .. }
         | Op::Linear { .. }
         | Op::LinearTransposed { .. }

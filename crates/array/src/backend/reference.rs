@@ -9,6 +9,7 @@ mod elementwise;
 mod fused;
 mod movement;
 mod products;
+mod region;
 
 use super::{Backend, Operand, Plan, Step};
 use crate::op::Op;
@@ -87,6 +88,7 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         Op::ShortConv(spec) => Ok(fused::short_conv(*spec, &all()?)),
         Op::ShortConvVjp(spec) => Ok(fused::short_conv_vjp(*spec, &all()?)),
         Op::AdamW(spec) => Ok(elementwise::adamw(spec, &all()?)),
+        Op::Fused(fused) => region::region(fused, step),
         Op::PagedAttention(_)
         | Op::Tracer(_)
         | Op::StopGradient

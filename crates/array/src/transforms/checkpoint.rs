@@ -13,7 +13,7 @@ use crate::{Array, Result};
 /// again from the inputs. Gradients also reach the arrays that `f` captured.
 pub fn checkpoint(f: impl FnOnce(&[Array]) -> Result<Vec<Array>>, inputs: &[Array]) -> Result<Vec<Array>> {
     let graph = TracedGraph::trace(f, inputs)?;
-    let specs = graph.output_specs(inputs);
+    let specs = graph.output_specs();
     let all: crate::array::Inputs = inputs.iter().chain(graph.captured()).cloned().collect();
     let count = specs.len();
     let custom = Checkpoint { graph, inputs: inputs.len() };
@@ -29,7 +29,7 @@ struct Checkpoint {
 
 impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Checkpoint({} ops)", self.graph.ops().count())
+        write!(f, "Checkpoint({} ops)", self.graph.nodes.len())
     }
 }
 

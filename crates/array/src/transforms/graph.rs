@@ -2,41 +2,61 @@
 
 use std::collections::HashMap;
 
+use smallvec::SmallVec;
+
 use crate::array::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::storage::Spec;
-use crate::{Array, Error, Result};
+use crate::{Array, Result};
 
 /// The graph of a function, to be built again on other inputs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct TracedGraph {
-    nodes: Vec<TracedNode>,
-    /// Where each output is.
-    outputs: Vec<(Source, usize)>,
+    /// What the inputs were when the function was traced.
+    pub(crate) inputs: Vec<Spec>,
+    /// Inputs first.
+    pub(crate) nodes: Vec<TracedNode>,
+    pub(crate) outputs: Vec<Value>,
     /// Arrays that the function used without getting them as inputs.
-    captured: Vec<Array>,
+    pub(crate) captured: Vec<Array>,
 }
 
-#[derive(Debug)]
-struct TracedNode {
-    op: Op,
-    inputs: Vec<(Source, usize)>,
-    specs: Vec<Spec>,
+#[derive(Clone, Debug)]
+pub(crate) struct TracedNode {
+    pub(crate) op: Op,
+    pub(crate) inputs: SmallVec<[Value; 3]>,
+    pub(crate) specs: SmallVec<[Spec; 1]>,
 }
 
-/// Where a value comes from; beside it stands the output's number.
-#[derive(Clone, Copy, Debug)]
-enum Source {
+/// An array of the graph: one output of whatever makes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Value {
+    pub(crate) source: Source,
+    /// Zero except for nodes with several outputs.
+    pub(crate) output: usize,
+}
+
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
     Input(usize),
     Captured(usize),
     Node(usize),
+}
+
+impl Value {
+    /// An output of a node.
+    pub(crate) fn node(index: usize, output: usize) -> Value {
+        Value { source: Source::Node(index), output }
+    }
 }
 
 impl TracedGraph {
     /// Calls `f` on tracers of `inputs`.
     ///
     /// Nodes that do not depend on the inputs are captured as they are, so that gradients flow to
-    /// them and nothing is computed twice.
+    /// them and nothing is computed twice. Literals, that is numbers and what is made of nothing
+    /// but numbers, are recorded: they cost less than keeping them.
     pub(crate) fn trace(
         f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
         inputs: &[Array],
@@ -47,15 +67,22 @@ impl TracedGraph {
             let _guard = TraceGuard(scope);
             f(&tracers)?
         };
-        let mut graph = TracedGraph { nodes: Vec::new(), outputs: Vec::new(), captured: Vec::new() };
-        let mut sources: HashMap<usize, Source> =
-            tracers.iter().enumerate().map(|(index, tracer)| (tracer.id(), Source::Input(index))).collect();
-        let depends = depends_on(&outputs, &tracers)?;
+        let graph = TracedGraph {
+            inputs: inputs.iter().map(|input| input.spec().clone()).collect(),
+            ..TracedGraph::default()
+        };
+        let places = tracers.iter().enumerate().map(|(index, tracer)| (tracer.id(), Source::Input(index)));
+        let mut recorder = Recorder {
+            places: places.collect(),
+            kinds: classify(&outputs, &tracers),
+            graph,
+            captured: HashMap::new(),
+        };
         for output in &outputs {
-            let source = graph.visit(output, &depends, &mut sources)?;
-            graph.outputs.push((source, output.output()));
+            let value = recorder.record(output)?;
+            recorder.graph.outputs.push(value);
         }
-        Ok(graph)
+        Ok(recorder.graph)
     }
 
     /// Arrays that the function captured.
@@ -63,103 +90,175 @@ impl TracedGraph {
         &self.captured
     }
 
-    /// Shape and dtype of each output.
-    pub(crate) fn output_specs(&self, inputs: &[Array]) -> Vec<Spec> {
-        self.outputs
-            .iter()
-            .map(|&(source, output)| match source {
-                Source::Input(index) => Spec::new(inputs[index].shape(), inputs[index].dtype()),
-                Source::Captured(index) => {
-                    Spec::new(self.captured[index].shape(), self.captured[index].dtype())
-                }
-                Source::Node(index) => self.nodes[index].specs[output].clone(),
-            })
-            .collect()
+    /// Shape and dtype of a value.
+    pub(crate) fn spec(&self, value: Value) -> &Spec {
+        match value.source {
+            Source::Input(index) => &self.inputs[index],
+            Source::Captured(index) => self.captured[index].spec(),
+            Source::Node(index) => &self.nodes[index].specs[value.output],
+        }
     }
 
-    /// The nodes, for passes that rewrite them.
-    pub(crate) fn ops(&self) -> impl Iterator<Item = &Op> {
-        self.nodes.iter().map(|node| &node.op)
+    /// The node that makes a value, if one does.
+    pub(crate) fn maker(&self, value: Value) -> Option<&TracedNode> {
+        match value.source {
+            Source::Node(index) => Some(&self.nodes[index]),
+            _ => None,
+        }
+    }
+
+    /// Shape and dtype of each output.
+    pub(crate) fn output_specs(&self) -> Vec<Spec> {
+        self.outputs.iter().map(|&output| self.spec(output).clone()).collect()
+    }
+
+    /// Adds a node; its inputs are there already.
+    pub(crate) fn push(&mut self, node: TracedNode) -> usize {
+        self.nodes.push(node);
+        self.nodes.len() - 1
     }
 
     /// Builds the graph on these inputs and captured arrays.
     pub(crate) fn build(&self, inputs: &[Array], captured: &[Array]) -> Vec<Array> {
         let mut built: Vec<Array> = Vec::with_capacity(self.nodes.len());
-        let find = |built: &[Array], (source, output): (Source, usize)| match source {
+        let find = |built: &[Array], value: &Value| match value.source {
             Source::Input(index) => inputs[index].clone(),
             Source::Captured(index) => captured[index].clone(),
-            Source::Node(index) => built[index].sibling(output),
+            Source::Node(index) => built[index].sibling(value.output),
         };
         for node in &self.nodes {
-            let node_inputs: Inputs = node.inputs.iter().map(|&input| find(&built, input)).collect();
+            let node_inputs: Inputs = node.inputs.iter().map(|input| find(&built, input)).collect();
             let array = match node.specs.as_slice() {
                 [spec] => Array::lazy(node.op.clone(), node_inputs, spec.shape.clone(), spec.dtype),
                 specs => Array::lazy_many(node.op.clone(), node_inputs, specs.to_vec()),
             };
             built.push(array);
         }
-        self.outputs.iter().map(|&output| find(&built, output)).collect()
+        self.outputs.iter().map(|output| find(&built, output)).collect()
     }
 
-    fn visit(
-        &mut self,
-        root: &Array,
-        depends: &HashMap<usize, bool>,
-        sources: &mut HashMap<usize, Source>,
-    ) -> Result<Source> {
+    /// Drops the nodes and captured arrays that no output needs.
+    pub(crate) fn sweep(&mut self) {
+        let mut used = vec![false; self.nodes.len()];
+        let mut captured_used = vec![false; self.captured.len()];
+        let mut mark = |value: &Value, used: &mut [bool]| match value.source {
+            Source::Node(index) => used[index] = true,
+            Source::Captured(index) => captured_used[index] = true,
+            Source::Input(_) => {}
+        };
+        self.outputs.iter().for_each(|output| mark(output, &mut used));
+        for index in (0..self.nodes.len()).rev() {
+            if used[index] {
+                self.nodes[index].inputs.iter().for_each(|input| mark(input, &mut used));
+            }
+        }
+        let place = |used: &[bool]| {
+            used.iter()
+                .scan(0, |next, &used| {
+                    *next += used as usize;
+                    Some(next.wrapping_sub(1))
+                })
+                .collect::<Vec<usize>>()
+        };
+        let (nodes, captured) = (place(&used), place(&captured_used));
+        let moved = |value: &mut Value| match &mut value.source {
+            Source::Node(index) => *index = nodes[*index],
+            Source::Captured(index) => *index = captured[*index],
+            Source::Input(_) => {}
+        };
+        let mut keep = used.iter();
+        self.nodes.retain(|_| *keep.next().expect("one per node"));
+        let mut keep = captured_used.iter();
+        self.captured.retain(|_| *keep.next().expect("one per array"));
+        self.nodes.iter_mut().flat_map(|node| &mut node.inputs).for_each(moved);
+        self.outputs.iter_mut().for_each(moved);
+    }
+}
+
+struct Recorder {
+    graph: TracedGraph,
+    kinds: HashMap<usize, Kind>,
+    /// Nodes, by their id.
+    places: HashMap<usize, Source>,
+    /// Captured arrays, by the id and the output of their node.
+    captured: HashMap<(usize, usize), usize>,
+}
+
+impl Recorder {
+    fn record(&mut self, root: &Array) -> Result<Value> {
         let mut stack = vec![root.clone()];
         while let Some(array) = stack.last().cloned() {
-            if sources.contains_key(&array.id()) {
+            if self.is_recorded(&array) {
                 stack.pop();
                 continue;
             }
             let lazy = match &*array.node().state() {
                 State::Failed(error) => return Err(error.clone()),
-                State::Lazy { op, inputs } if depends.get(&array.id()).copied().unwrap_or(false) => {
+                State::Lazy { op, inputs } if self.kind(&array) != Kind::Fixed => {
                     Some((op.clone(), inputs.clone()))
                 }
                 _ => None,
             };
             let Some((op, inputs)) = lazy else {
-                sources.insert(array.id(), Source::Captured(self.captured.len()));
-                // A handle per node: outputs are chosen where it is used.
-                self.captured.push(array.clone());
+                let key = (array.id(), array.output());
+                self.captured.insert(key, self.graph.captured.len());
+                self.graph.captured.push(array);
                 stack.pop();
                 continue;
             };
-            let missing: Vec<Array> =
-                inputs.iter().filter(|input| !sources.contains_key(&input.id())).cloned().collect();
-            if !missing.is_empty() {
-                stack.extend(missing);
+            let before = stack.len();
+            stack.extend(inputs.iter().filter(|input| !self.is_recorded(input)).cloned());
+            if stack.len() > before {
                 continue;
             }
-            let inputs = inputs.iter().map(|input| (sources[&input.id()], input.output())).collect();
+            let inputs = inputs.iter().map(|input| self.value(input)).collect();
             let specs = (0..array.node().outputs()).map(|output| array.node().spec(output).clone()).collect();
-            sources.insert(array.id(), Source::Node(self.nodes.len()));
-            self.nodes.push(TracedNode { op, inputs, specs });
+            let index = self.graph.push(TracedNode { op, inputs, specs });
+            self.places.insert(array.id(), Source::Node(index));
             stack.pop();
         }
-        match sources[&root.id()] {
-            Source::Captured(index) if self.captured[index].output() != root.output() => {
-                Err(Error::unsupported(
-                    "trace",
-                    "a function captured two outputs of one node; pass them as inputs",
-                ))
+        Ok(self.value(root))
+    }
+
+    fn kind(&self, array: &Array) -> Kind {
+        self.kinds.get(&array.id()).copied().unwrap_or(Kind::Fixed)
+    }
+
+    fn is_recorded(&self, array: &Array) -> bool {
+        self.places.contains_key(&array.id()) || self.captured.contains_key(&(array.id(), array.output()))
+    }
+
+    fn value(&self, array: &Array) -> Value {
+        match self.places.get(&array.id()) {
+            Some(&source) => Value { source, output: array.output() },
+            None => {
+                let index = self.captured[&(array.id(), array.output())];
+                Value { source: Source::Captured(index), output: 0 }
             }
-            source => Ok(source),
         }
     }
 }
 
-/// Which nodes under the outputs depend on the tracers.
-fn depends_on(outputs: &[Array], tracers: &[Array]) -> Result<HashMap<usize, bool>> {
-    let mut depends: HashMap<usize, bool> = tracers.iter().map(|tracer| (tracer.id(), true)).collect();
+/// What a node under the outputs is to the trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// It depends on an input.
+    Dependent,
+    /// It is made of numbers that stand in the program.
+    Literal,
+    /// It is an array from outside.
+    Fixed,
+}
+
+fn classify(outputs: &[Array], tracers: &[Array]) -> HashMap<usize, Kind> {
+    let mut kinds: HashMap<usize, Kind> =
+        tracers.iter().map(|tracer| (tracer.id(), Kind::Dependent)).collect();
     let mut stack: Vec<(Array, usize)> = Vec::new();
     for output in outputs {
-        if depends.contains_key(&output.id()) {
+        if kinds.contains_key(&output.id()) {
             continue;
         }
-        depends.insert(output.id(), false);
+        kinds.insert(output.id(), Kind::Fixed);
         stack.push((output.clone(), 0));
         while let Some((array, next)) = stack.last_mut() {
             let child = match &*array.node().state() {
@@ -168,27 +267,43 @@ fn depends_on(outputs: &[Array], tracers: &[Array]) -> Result<HashMap<usize, boo
             };
             *next += 1;
             match child {
-                Some(child) => match depends.get(&child.id()) {
-                    Some(true) => {
-                        let id = array.id();
-                        depends.insert(id, true);
-                    }
-                    Some(false) => {}
-                    None => {
-                        depends.insert(child.id(), false);
-                        stack.push((child, 0));
-                    }
-                },
+                Some(child) if kinds.contains_key(&child.id()) => {}
+                Some(child) => {
+                    kinds.insert(child.id(), Kind::Fixed);
+                    stack.push((child, 0));
+                }
                 None => {
-                    let (array, _) = stack.pop().expect("the loop looks at the last one");
-                    if depends[&array.id()]
-                        && let Some((parent, _)) = stack.last()
-                    {
-                        depends.insert(parent.id(), true);
-                    }
+                    let kind = kind_of(array, &kinds);
+                    kinds.insert(array.id(), kind);
+                    stack.pop();
                 }
             }
         }
     }
-    Ok(depends)
+    kinds
+}
+
+/// The kind of a node whose inputs have theirs.
+fn kind_of(array: &Array, kinds: &HashMap<usize, Kind>) -> Kind {
+    let state = array.node().state();
+    let State::Lazy { op, inputs } = &*state else { return Kind::Fixed };
+    let literal = matches!(
+        op,
+        Op::Full(_)
+            | Op::Unary(_)
+            | Op::Binary(_)
+            | Op::Compare(_)
+            | Op::Select
+            | Op::Cast
+            | Op::Reshape
+            | Op::Broadcast
+    );
+    let mut kinds = inputs.iter().map(|input| kinds[&input.id()]);
+    if kinds.clone().any(|kind| kind == Kind::Dependent) {
+        Kind::Dependent
+    } else if literal && kinds.all(|kind| kind == Kind::Literal) {
+        Kind::Literal
+    } else {
+        Kind::Fixed
+    }
 }

@@ -4,10 +4,12 @@
 //! look at the graph that it built.
 
 mod checkpoint;
+mod compile;
 mod graph;
 mod vjp;
 
 pub use checkpoint::checkpoint;
+pub use compile::{Compiled, Region, compile};
 pub use vjp::{Grads, grad, value_and_grad, value_and_grad_many, vjp};
 
 pub(crate) use graph::TracedGraph;

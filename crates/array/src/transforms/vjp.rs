@@ -232,6 +232,7 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::Attention(spec) => ops::fast::attention_vjp(spec, rule),
         Op::ShortConv(spec) => ops::fast::short_conv_vjp(spec, rule),
         Op::LinearCrossEntropy(_) => ops::fast::linear_cross_entropy_vjp(rule),
+        Op::Fused(region) => region.vjp(rule),
         Op::Custom(custom) => ops::custom::custom_vjp(custom.as_ref(), rule),
         Op::RmsNormVjp { .. }
         | Op::AttentionVjp(_)

@@ -5,13 +5,18 @@ use mica_kernels::optimizer::{self, AdamWOptions, AdamWParameter};
 use mica_kernels::reduce::ArgReduceOp;
 use mica_kernels::{DynView, DynViewMut, copy, elementwise, random, reduce};
 use mica_threads::Task;
+use smallvec::SmallVec;
 
 use super::{Lowered, input, output};
 use crate::backend::Step;
 use crate::op::{AdamWSpec, Op, Scalar};
+use crate::transforms::Region;
 use crate::{Dtype, Result};
 
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
+    if let Op::Fused(region) = &step.op {
+        return fused(step, region);
+    }
     let out = output(step, 0)?;
     let task: Box<dyn Task> = match &step.op {
         Op::Full(value) => fill(*value, out)?,
@@ -88,6 +93,17 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         _ => return Ok(super::by_reference(step)),
     };
     Ok(task.into())
+}
+
+/// A region's program; outputs that nobody asked for are left out of it.
+fn fused(step: &Step, region: &Region) -> Result<Lowered> {
+    let outputs: SmallVec<[Option<DynViewMut>; 4]> =
+        (0..step.outputs.len()).map(|index| super::wanted(step, index)).collect();
+    let wanted: SmallVec<[bool; 8]> = outputs.iter().map(Option::is_some).collect();
+    let inputs: SmallVec<[DynView; 4]> =
+        (0..step.inputs.len()).map(|index| input(step, index)).collect::<Result<_>>()?;
+    let outputs: SmallVec<[DynViewMut; 4]> = outputs.into_iter().flatten().collect();
+    Ok(region.program(&wanted)?.bind(&inputs, &outputs)?.into())
 }
 
 /// The kernel works in place: what was not donated is copied first.

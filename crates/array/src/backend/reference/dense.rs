@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use mica_kernels::ViewMut;
 use mica_kernels::gemm::{FloatType, FloatViewMut, FloatWeight};
 use mica_kernels::quant::{QuantWeight, ScaleVec};
+use mica_kernels::view::contiguous_strides;
 
 use crate::backend::{HostView, Operand};
 use crate::op::Scalar;
@@ -74,6 +75,27 @@ impl Dense {
 
     pub fn to_f64(&self) -> Vec<f64> {
         (0..self.size()).map(|index| self.at(index)).collect()
+    }
+
+    /// The values at these places, as an array of another shape.
+    pub fn gathered(&self, shape: &[usize], places: impl Iterator<Item = usize>) -> Dense {
+        match &self.values {
+            Values::Float(values) => Dense::floats(shape, places.map(|place| values[place]).collect()),
+            Values::Int(values) => Dense::ints(shape, places.map(|place| values[place]).collect()),
+        }
+    }
+
+    /// The values as they are once they have been stored in an array of this dtype.
+    pub fn rounded(&self, dtype: Dtype) -> Result<Dense> {
+        let mut bytes = vec![0u64; (self.size() * dtype.size()).div_ceil(8)];
+        let view = HostView {
+            pointer: bytes.as_mut_ptr().cast(),
+            shape: self.shape.clone(),
+            strides: contiguous_strides(&self.shape).as_slice().into(),
+            dtype,
+        };
+        self.store(&view)?;
+        Dense::load(&Operand::Host(view))
     }
 
     pub fn load(operand: &Operand) -> Result<Dense> {

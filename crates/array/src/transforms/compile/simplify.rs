@@ -1,0 +1,216 @@
+//! The same function with fewer ops: constants folded, common subexpressions shared, what changes
+//! nothing removed. No rewrite may change a bit of a result: x + 0 stays (it turns −0 into 0), and
+//! sums are not reordered.
+
+use std::collections::HashMap;
+use std::mem::{Discriminant, discriminant};
+
+use smallvec::{SmallVec, smallvec};
+
+use super::region::Region;
+use super::{constant, is_elementwise};
+use crate::op::{Op, Scalar};
+use crate::storage::Spec;
+use crate::transforms::graph::{TracedGraph, TracedNode, Value};
+use crate::{Dtype, Shape};
+
+type Operands = SmallVec<[Value; 3]>;
+
+/// The graph simplified, nodes that no output needs gone.
+pub(super) fn simplify(graph: TracedGraph) -> TracedGraph {
+    let TracedGraph { inputs, nodes, outputs, captured } = graph;
+    let mut rewriter = Rewriter {
+        graph: TracedGraph { inputs, captured, ..TracedGraph::default() },
+        seen: HashMap::new(),
+    };
+    // Per node of the old graph, where its outputs are in the new one.
+    let mut places: Vec<SmallVec<[Value; 1]>> = Vec::with_capacity(nodes.len());
+    let moved = |places: &[SmallVec<[Value; 1]>], value: Value| match value.source {
+        crate::transforms::graph::Source::Node(index) => places[index][value.output],
+        _ => value,
+    };
+    for node in nodes {
+        let inputs: Operands = node.inputs.iter().map(|&input| moved(&places, input)).collect();
+        places.push(match (&node.op, node.specs.as_slice()) {
+            (Op::Fused(region), [spec, ..]) => rewriter.inline(region, &inputs, &spec.shape),
+            (_, [spec]) => smallvec![rewriter.add(node.op, inputs, spec.clone())],
+            (_, specs) => {
+                let count = specs.len();
+                let index = rewriter.graph.push(TracedNode { op: node.op, inputs, specs: node.specs });
+                (0..count).map(|output| Value::node(index, output)).collect()
+            }
+        });
+    }
+    rewriter.graph.outputs = outputs.into_iter().map(|output| moved(&places, output)).collect();
+    rewriter.graph.sweep();
+    rewriter.graph
+}
+
+struct Rewriter {
+    graph: TracedGraph,
+    /// Nodes by what a common subexpression must share; ops are compared then.
+    seen: HashMap<(Discriminant<Op>, Operands, Shape, Dtype), SmallVec<[usize; 1]>>,
+}
+
+impl Rewriter {
+    /// The value of a node with one output, which may be there already.
+    fn add(&mut self, op: Op, inputs: Operands, spec: Spec) -> Value {
+        if let Some(same) = self.unchanged(&op, &inputs, &spec) {
+            return same;
+        }
+        if let Some(value) = self.folded(&op, &inputs, &spec) {
+            return value;
+        }
+        let (op, inputs) = self.shortened(op, inputs);
+        let key = (discriminant(&op), inputs.clone(), spec.shape.clone(), spec.dtype);
+        let candidates = self.seen.entry(key).or_default();
+        if let Some(&index) = candidates.iter().find(|&&index| is_same(&self.graph.nodes[index].op, &op)) {
+            return Value::node(index, 0);
+        }
+        let index = self.graph.push(TracedNode { op, inputs, specs: smallvec![spec] });
+        candidates.push(index);
+        Value::node(index, 0)
+    }
+
+    /// The operand, if the op gives just that.
+    fn unchanged(&self, op: &Op, inputs: &[Value], spec: &Spec) -> Option<Value> {
+        let &input = inputs.first()?;
+        let from = self.graph.spec(input);
+        let maker = self.graph.maker(input);
+        let same = match op {
+            Op::Tracer(scope) => !scope.is_active(),
+            Op::Cast => from.dtype == spec.dtype,
+            Op::Broadcast | Op::Reshape => from.shape == spec.shape,
+            Op::Transpose(order) => order.iter().enumerate().all(|(at, &axis)| at == axis),
+            // A kernel's result is contiguous already.
+            Op::Contiguous => maker.is_some_and(|maker| is_elementwise(&maker.op)),
+            Op::StopGradient => maker.is_some_and(|maker| matches!(maker.op, Op::StopGradient)),
+            _ => false,
+        };
+        if same {
+            return Some(input);
+        }
+        match (op, maker) {
+            // There and back through a type that holds every value.
+            (Op::Cast, Some(TracedNode { op: Op::Cast, inputs, .. })) => {
+                let origin = self.graph.spec(inputs[0]).dtype;
+                (origin == spec.dtype && holds(from.dtype, origin)).then_some(inputs[0])
+            }
+            (Op::Select, _) => match self.literal(input)? {
+                (value, _) if value.to_f64() != 0.0 => Some(inputs[1]),
+                _ => Some(inputs[2]),
+            },
+            _ => None,
+        }
+    }
+
+    /// The number that an op on numbers gives.
+    fn folded(&mut self, op: &Op, inputs: &[Value], spec: &Spec) -> Option<Value> {
+        if !is_elementwise(op) || matches!(op, Op::StopGradient) {
+            return None;
+        }
+        let operands: SmallVec<[(Scalar, Dtype); 3]> =
+            inputs.iter().map(|&input| self.literal(input)).collect::<Option<_>>()?;
+        let value = constant::evaluate(op, &operands, spec.dtype)?;
+        let number = Spec::new(&[][..], spec.dtype);
+        let full = self.add(Op::Full(value), Operands::new(), number);
+        Some(self.add(Op::Broadcast, smallvec![full], spec.clone()))
+    }
+
+    /// One movement in place of two.
+    fn shortened(&self, op: Op, inputs: Operands) -> (Op, Operands) {
+        let maker = inputs.first().and_then(|&input| self.graph.maker(input));
+        match (&op, maker) {
+            (Op::Reshape, Some(TracedNode { op: Op::Reshape, inputs, .. }))
+            | (Op::Broadcast, Some(TracedNode { op: Op::Broadcast, inputs, .. })) => (op, inputs.clone()),
+            _ => (op, inputs),
+        }
+    }
+
+    fn literal(&self, value: Value) -> Option<(Scalar, Dtype)> {
+        literal(&self.graph, value)
+    }
+
+    /// The ops of a region, for the fusion around it to take anew.
+    fn inline(&mut self, region: &Region, inputs: &[Value], shape: &Shape) -> SmallVec<[Value; 1]> {
+        let mut values: Vec<Value> = Vec::with_capacity(inputs.len() + region.steps().len());
+        for (&input, &dtype) in inputs.iter().zip(region.inputs()) {
+            values.push(self.add(Op::Broadcast, smallvec![input], Spec::new(shape.clone(), dtype)));
+        }
+        for step in region.steps() {
+            let operands: Operands = step.operands.iter().map(|&operand| values[operand]).collect();
+            let spec = Spec::new(shape.clone(), step.dtype);
+            values.push(match step.op {
+                Op::Full(_) => {
+                    let number = self.add(step.op.clone(), operands, Spec::new(&[][..], step.dtype));
+                    self.add(Op::Broadcast, smallvec![number], spec)
+                }
+                _ => self.add(step.op.clone(), operands, spec),
+            });
+        }
+        region.outputs().iter().map(|&output| values[output]).collect()
+    }
+}
+
+/// The number that a value is everywhere, if it stands in the program.
+pub(super) fn literal(graph: &TracedGraph, mut value: Value) -> Option<(Scalar, Dtype)> {
+    loop {
+        let maker = graph.maker(value)?;
+        match &maker.op {
+            Op::Full(number) => return Some((*number, maker.specs[0].dtype)),
+            Op::Broadcast | Op::Reshape | Op::Transpose(_) | Op::Contiguous => value = maker.inputs[0],
+            _ => return None,
+        }
+    }
+}
+
+/// Whether every value of `small` is one of `wide`.
+fn holds(wide: Dtype, small: Dtype) -> bool {
+    use Dtype::*;
+    matches!(
+        (wide, small),
+        (F32, F16 | BF16 | Bool) | (F64, F16 | BF16 | F32 | Bool) | (F16 | BF16 | I32, Bool)
+    )
+}
+
+/// Whether two ops on the same operands give the same. Ops with effects, or with rules of their
+/// own, are never shared.
+fn is_same(a: &Op, b: &Op) -> bool {
+    match (a, b) {
+        (Op::Full(a), Op::Full(b)) => match (a, b) {
+            // −0 is not 0, and a NaN is itself.
+            (Scalar::Float(a), Scalar::Float(b)) => a.to_bits() == b.to_bits(),
+            _ => a == b,
+        },
+        (Op::Unary(a), Op::Unary(b)) => a == b,
+        (Op::Binary(a), Op::Binary(b)) => a == b,
+        (Op::Compare(a), Op::Compare(b)) => a == b,
+        (Op::Select, Op::Select)
+        | (Op::Cast, Op::Cast)
+        | (Op::StopGradient, Op::StopGradient)
+        | (Op::Reshape, Op::Reshape)
+        | (Op::Broadcast, Op::Broadcast)
+        | (Op::Contiguous, Op::Contiguous)
+        | (Op::Softmax, Op::Softmax)
+        | (Op::LogSumExp, Op::LogSumExp)
+        | (Op::Embedding, Op::Embedding)
+        | (Op::Dequantize, Op::Dequantize) => true,
+        (Op::Transpose(a), Op::Transpose(b)) => a == b,
+        (Op::Slice { start: a, step: s }, Op::Slice { start: b, step: t })
+        | (Op::SliceUpdate { start: a, step: s }, Op::SliceUpdate { start: b, step: t }) => a == b && s == t,
+        (Op::Concatenate { axis: a }, Op::Concatenate { axis: b })
+        | (Op::Take { axis: a }, Op::Take { axis: b })
+        | (Op::TakeAlong { axis: a }, Op::TakeAlong { axis: b })
+        | (Op::ScatterAdd { axis: a }, Op::ScatterAdd { axis: b })
+        | (Op::ScatterAddAlong { axis: a }, Op::ScatterAddAlong { axis: b }) => a == b,
+        (Op::Reduce { op: a, axes: x }, Op::Reduce { op: b, axes: y }) => a == b && x == y,
+        (Op::ArgReduce { max: a, axis: x }, Op::ArgReduce { max: b, axis: y }) => a == b && x == y,
+        (Op::Matmul { precision: a }, Op::Matmul { precision: b })
+        | (Op::Linear { precision: a }, Op::Linear { precision: b })
+        | (Op::LinearTransposed { precision: a }, Op::LinearTransposed { precision: b }) => a == b,
+        (Op::RmsNorm { eps: a }, Op::RmsNorm { eps: b })
+        | (Op::LayerNorm { eps: a }, Op::LayerNorm { eps: b }) => a == b,
+        (Op::Rope(a), Op::Rope(b)) => a == b,
+        _ => false,
+    }
+}

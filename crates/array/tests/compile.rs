@@ -1,0 +1,469 @@
+//! Compiled functions against their closures, through the public door.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mica_array::transforms::{checkpoint, compile, grad, value_and_grad};
+use mica_array::{Array, Dtype, Result, eval, memory, pending_ops};
+use mica_testkit::Rng;
+
+mod cases;
+
+use cases::{cases, random};
+
+/// Memory figures are the process's: tests that read or hold much take turns.
+static MEMORY: Mutex<()> = Mutex::new(());
+
+#[track_caller]
+fn assert_same(name: &str, got: &[Array], expected: &[Array]) {
+    assert_eq!(got.len(), expected.len(), "{name}");
+    for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert_eq!((got.shape(), got.dtype()), (expected.shape(), expected.dtype()), "{name}, output {index}");
+        let bytes = |array: &Array| {
+            // One NaN is as good as another.
+            let array = match array.dtype() {
+                dtype if dtype.is_float() => {
+                    let nan = array.not_equal(array).unwrap();
+                    Array::select(&nan, &Array::full(&[], f64::NAN, dtype), array).unwrap()
+                }
+                _ => array.clone(),
+            };
+            array.with_bytes(<[u8]>::to_vec).unwrap_or_else(|error| panic!("{name}, output {index}: {error}"))
+        };
+        assert!(bytes(got) == bytes(expected), "{name}, output {index}: {got:?}\n{}", shown(got, expected));
+    }
+}
+
+/// The first values that differ.
+fn shown(got: &Array, expected: &Array) -> String {
+    let values = |array: &Array| array.astype(Dtype::F64).unwrap().to_vec::<f64>().unwrap();
+    let differing: Vec<String> = (values(got).iter().zip(&values(expected)).enumerate())
+        .filter(|(_, (a, b))| a.to_bits() != b.to_bits())
+        .take(5)
+        .map(|(at, (a, b))| format!("element {at}: got {a}, expected {b}"))
+        .collect();
+    differing.join("\n")
+}
+
+#[test]
+fn compiled_equals_eager_bit_for_bit() {
+    for case in cases() {
+        let eager = (case.f)(&case.inputs).unwrap();
+        let compiled = compile(case.f);
+        for call in ["first", "second"] {
+            let got = compiled.call(&case.inputs).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+            assert_eq!(pending_ops(&got), case.ops, "{}, {call} call", case.name);
+            assert_same(case.name, &got, &eager);
+        }
+    }
+}
+
+/// A random function of four inputs, as the list of its ops.
+#[derive(Clone, Debug)]
+enum Node {
+    Unary(usize, usize),
+    Binary(usize, usize, usize),
+    Compare(usize, usize, usize),
+    Select(usize, usize, usize),
+    Cast(Dtype, usize),
+    Number(f64, usize),
+    Sum(usize),
+    Stop(usize),
+}
+
+fn random_nodes(rng: &mut Rng) -> Vec<Node> {
+    (4..4 + rng.range(3..25))
+        .map(|count| {
+            // Recent values are likelier, so that chains grow long.
+            let mut value = || count - 1 - rng.range(0..count).min(rng.range(0..count));
+            let (a, b, c) = (value(), value(), value());
+            match rng.range(0..12) {
+                0..3 => Node::Unary(rng.range(0..9), a),
+                3..6 => Node::Binary(rng.range(0..6), a, b),
+                6 => Node::Compare(rng.range(0..3), a, b),
+                7 => Node::Select(a, b, c),
+                8 => {
+                    let to = [Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::I32, Dtype::Bool];
+                    Node::Cast(*rng.choose(&to), a)
+                }
+                9 => Node::Number(rng.normal() as f64, a),
+                10 => Node::Sum(a),
+                _ => Node::Stop(a),
+            }
+        })
+        .collect()
+}
+
+fn interpret(nodes: &[Node], inputs: &[Array]) -> Result<Vec<Array>> {
+    let mut values = inputs.to_vec();
+    // Integers stay small, so that no cast between them and floats is out of range.
+    let float = |x: &Array| if x.dtype().is_float() { Ok(x.clone()) } else { x.astype(Dtype::F32) };
+    for node in nodes {
+        let value = match *node {
+            Node::Unary(op, a) => {
+                let x = float(&values[a])?;
+                match op {
+                    0 => x.tanh(),
+                    1 => x.negative()?.sigmoid(),
+                    2 => x.silu(),
+                    3 => x.abs()?.sqrt(),
+                    4 => x.erf(),
+                    5 => x.gelu_tanh(),
+                    6 => x.sin(),
+                    7 => x.round(),
+                    _ => values[a].logical_not(),
+                }
+            }
+            Node::Binary(op, a, b) => {
+                let (x, y) = (float(&values[a])?, float(&values[b])?);
+                match op {
+                    0 => x.add(y),
+                    1 => x.subtract(y),
+                    2 => x.tanh()?.multiply(y),
+                    3 => x.divide(y.abs()?.add(1.0)?),
+                    4 => x.maximum(y),
+                    _ => values[a].logical_and(&values[b]),
+                }
+            }
+            Node::Compare(op, a, b) => match op {
+                0 => values[a].less(&values[b]),
+                1 => values[a].greater_equal(&values[b]),
+                _ => values[a].not_equal(&values[b]),
+            },
+            Node::Select(c, a, b) => Array::select(&values[c], &values[a], &values[b]),
+            Node::Cast(to, a) => match to {
+                Dtype::I32 => values[a].astype(Dtype::F32)?.tanh()?.multiply(8.0)?.astype(to),
+                to => values[a].astype(to),
+            },
+            Node::Number(number, a) => float(&values[a])?.multiply(number),
+            Node::Sum(a) if values[a].rank() == 2 => float(&values[a])?.tanh()?.sum(&[-1], true),
+            Node::Sum(a) => values[a].abs_or_self(),
+            Node::Stop(a) => values[a].stop_gradient(),
+        }?;
+        values.push(value);
+    }
+    // The last value, and some before it.
+    Ok(values.into_iter().rev().step_by(3).take(4).collect())
+}
+
+trait AbsOrSelf {
+    fn abs_or_self(&self) -> Result<Array>;
+}
+
+impl AbsOrSelf for Array {
+    fn abs_or_self(&self) -> Result<Array> {
+        if self.dtype() == Dtype::Bool { Ok(self.clone()) } else { self.abs() }
+    }
+}
+
+#[test]
+fn random_functions_equal_their_closures_bit_for_bit() {
+    let mut rng = Rng::new(71);
+    for round in 0..300 {
+        let shapes: [&[usize]; 4] = [&[5, 33], &[33], &[5, 1], &[]];
+        let dtypes = [Dtype::F32, Dtype::F32, Dtype::BF16, Dtype::F16, Dtype::Bool, Dtype::I32];
+        let inputs: Vec<Array> = (0..4)
+            .map(|at| {
+                let shape = if at == 0 { shapes[0] } else { *rng.choose(&shapes) };
+                let seed = rng.u32() as u64;
+                random(shape, *rng.choose(&dtypes), seed)
+            })
+            .collect();
+        let nodes = random_nodes(&mut rng);
+        let eager = interpret(&nodes, &inputs).unwrap();
+        let name = format!("round {round}, {inputs:?}, {nodes:?}");
+        let got = compile(|x| interpret(&nodes, x)).call(&inputs).unwrap();
+        assert!(pending_ops(&got).len() <= pending_ops(&eager).len(), "{name}");
+        assert_same(&name, &got, &eager);
+        check_gradients(&name, &nodes, &inputs);
+    }
+}
+
+/// Through a compiled function within rounding; of a compiled gradient bit for bit.
+fn check_gradients(name: &str, nodes: &[Node], inputs: &[Array]) {
+    let loss = |outputs: Vec<Array>| {
+        let sum = |x: &Array| x.astype(Dtype::F32)?.tanh()?.sum(&[], false);
+        outputs.iter().try_fold(Array::zeros(&[], Dtype::F32), |total, x| total.add(sum(x)?))
+    };
+    let eager = grad(|x| loss(interpret(nodes, x)?), inputs).unwrap();
+    let compiled = compile(|x| grad(|y| loss(interpret(nodes, y)?), x)).call(inputs).unwrap();
+    assert_same(&format!("compiled gradient, {name}"), &compiled, &eager);
+    let inner = compile(|x| interpret(nodes, x));
+    let through = grad(|x| loss(inner.call(x)?), inputs).unwrap();
+    for (index, (got, eager)) in through.iter().zip(&eager).enumerate() {
+        assert_eq!(got.dtype(), eager.dtype(), "{name}");
+        let values = |array: &Array| array.astype(Dtype::F64).unwrap().to_vec::<f64>().unwrap();
+        let largest = values(eager).iter().fold(1e-3f64, |top, value| top.max(value.abs()));
+        // A sum of gradients in another order: some roundings of the type that they have.
+        let half = |dtype: Dtype| dtype.is_float() && dtype.size() == 2;
+        let halves = inputs.iter().any(|input| half(input.dtype()))
+            || nodes.iter().any(|node| matches!(node, Node::Cast(to, _) if half(*to)));
+        let unit = if halves { 0.05 } else { 1e-5 };
+        for (a, b) in values(got).iter().zip(values(eager)) {
+            let close = (a - b).abs() <= unit * largest || (a.is_nan() && b.is_nan());
+            assert!(close, "gradient {index} through the compiled function: {a}, eager {b}, {name}");
+        }
+    }
+}
+
+#[test]
+fn gradients_through_a_compiled_function() {
+    let (gate, up) = (random(&[6, 100], Dtype::F32, 1), random(&[6, 100], Dtype::F32, 2));
+    let swiglu = |x: &[Array]| Ok(vec![x[0].silu()?.multiply(&x[1])?]);
+    let compiled = compile(swiglu);
+    let weight = random(&[6, 100], Dtype::F32, 3);
+    let loss = |y: Vec<Array>| y[0].multiply(&weight)?.sum(&[], false);
+    let inputs = [gate, up];
+    let eager = value_and_grad(|x| loss(swiglu(x)?), &inputs).unwrap();
+    let got = value_and_grad(|x| loss(compiled.call(x)?), &inputs).unwrap();
+    // Forward: the chain and the product with the weight. Backward: both gradients at once.
+    assert_eq!(pending_ops(std::slice::from_ref(&got.value)), ["fused", "multiply", "sum", "reshape"]);
+    assert_eq!(pending_ops(&got.grads), ["full", "reshape", "multiply", "fused"]);
+    assert_same("value", &[got.value], &[eager.value]);
+    // Nothing is used twice on the way back except by the rule itself: the same bits.
+    assert_same("gradients", &got.grads, &eager.grads);
+
+    // One of the inputs alone, and a second time from the cache.
+    for _ in 0..2 {
+        let partial = |f: &dyn Fn(&[Array]) -> Result<Vec<Array>>| {
+            grad(|x| loss(f(&[inputs[0].clone(), x[0].clone()])?), &inputs[1..]).unwrap()
+        };
+        assert_same("of one input", &partial(&|x| compiled.call(x)), &partial(&swiglu));
+    }
+    // Second order, through the gradient of a region.
+    let slope = |f: &dyn Fn(&[Array]) -> Result<Vec<Array>>, x: &[Array]| -> Result<Array> {
+        let first = grad(|y| loss(f(y)?), x)?;
+        first[0].multiply(&first[1])?.sum(&[], false)
+    };
+    let second = |f: &dyn Fn(&[Array]) -> Result<Vec<Array>>| grad(|x| slope(f, x), &inputs).unwrap();
+    let (got, eager) = (second(&|x| compiled.call(x)), second(&swiglu));
+    for (got, eager) in got.iter().zip(&eager) {
+        let (got, eager) = (got.to_vec::<f32>().unwrap(), eager.to_vec::<f32>().unwrap());
+        let largest = eager.iter().fold(0f32, |top, value| top.max(value.abs()));
+        mica_testkit::assert_close("second order", &got, &eager, 0.0, 2e-6 * largest);
+    }
+    // Inside a checkpoint.
+    let kept = grad(|x| loss(checkpoint(|y| compiled.call(y), x)?), &inputs).unwrap();
+    assert_same("in a checkpoint", &kept, &grad(|x| loss(swiglu(x)?), &inputs).unwrap());
+}
+
+#[test]
+fn gradients_reach_captured_arrays() {
+    let (x, w) = (random(&[4, 30], Dtype::F32, 1), random(&[30], Dtype::F32, 2));
+    let through = |compiled: bool| {
+        grad(
+            |w| {
+                let f = |x: &[Array]| Ok(vec![(&x[0] * &w[0]).tanh()?]);
+                let y = if compiled { compile(f).call(&[x.clone()])? } else { f(&[x.clone()])? };
+                y[0].sum(&[], false)
+            },
+            std::slice::from_ref(&w),
+        )
+        .unwrap()
+    };
+    assert_same("captured", &through(true), &through(false));
+}
+
+#[test]
+fn a_stopped_gradient_stays_stopped_in_a_region() {
+    let x = random(&[50], Dtype::F32, 1);
+    let f = |x: &[Array]| {
+        let y = &x[0] * 2.0;
+        Ok(vec![y.exp()?.stop_gradient()? * &y])
+    };
+    let of = |f: &dyn Fn(&[Array]) -> Result<Vec<Array>>| {
+        grad(|x| f(x)?[0].sum(&[], false), std::slice::from_ref(&x)).unwrap()
+    };
+    let compiled = compile(f);
+    assert_eq!(pending_ops(&compiled.call(&[x.clone()]).unwrap()), ["fused"]);
+    assert_same("stopped", &of(&|x| compiled.call(x)), &of(&f));
+}
+
+#[test]
+fn the_closure_runs_once_per_signature() {
+    let calls = AtomicUsize::new(0);
+    let f = compile(|x| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        Ok(vec![(&x[0] * 2.0).exp()?])
+    });
+    let of = |rows: usize, dtype: Dtype| random(&[rows, 3], dtype, rows as u64);
+    // (rows, dtype, traces after the call)
+    for (step, (rows, dtype, traces)) in [
+        (4, Dtype::F32, 1),
+        (4, Dtype::F32, 1),
+        (5, Dtype::F32, 2),
+        (4, Dtype::BF16, 3),
+        (5, Dtype::F32, 3),
+        (4, Dtype::F32, 3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let x = of(rows, dtype);
+        let got = f.call(std::slice::from_ref(&x)).unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), traces, "step {step}");
+        assert_same(&format!("step {step}"), &got, &[(&x * 2.0).exp().unwrap()]);
+    }
+    assert_eq!(f.signatures(), 3);
+}
+
+#[test]
+fn the_cache_is_bounded() {
+    let calls = AtomicUsize::new(0);
+    let f = compile(|x| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        Ok(vec![&x[0] + 1.0])
+    });
+    for rows in 0..200 {
+        f.call(&[Array::zeros(&[rows], Dtype::F32)]).unwrap();
+    }
+    assert_eq!(calls.load(Ordering::Relaxed), 200);
+    assert!(f.signatures() <= 64, "{} plans are kept", f.signatures());
+    f.call(&[Array::zeros(&[199], Dtype::F32)]).unwrap();
+    assert_eq!(calls.load(Ordering::Relaxed), 200, "the latest plan is kept");
+    f.call(&[Array::zeros(&[0], Dtype::F32)]).unwrap();
+    assert_eq!(calls.load(Ordering::Relaxed), 201, "the oldest plan is gone");
+}
+
+#[test]
+fn compiled_functions_nest() {
+    let x = random(&[3, 70], Dtype::F32, 1);
+    let inner = compile(|x| Ok(vec![(&x[0] * 2.0).tanh()?, &x[0] + 1.0]));
+    let f = |x: &[Array], inner: &dyn Fn(&[Array]) -> Result<Vec<Array>>| {
+        let y = inner(&[&x[0] * 0.5])?;
+        Ok(vec![(&y[0] * &y[1]).exp()?])
+    };
+    let outer = compile(|x| f(x, &|y| inner.call(y)));
+    let got = outer.call(std::slice::from_ref(&x)).unwrap();
+    assert_eq!(pending_ops(&got), ["fused"], "the regions within are one");
+    let plain = |x: &[Array]| Ok(vec![(&x[0] * 2.0).tanh()?, &x[0] + 1.0]);
+    assert_same("nested", &got, &f(std::slice::from_ref(&x), &plain).unwrap());
+}
+
+#[test]
+fn only_some_outputs_may_be_read() {
+    let x = random(&[1000], Dtype::F32, 1);
+    let f = compile(|x| {
+        let y = (&x[0] * 2.0).tanh()?;
+        Ok(vec![&y + 1.0, y.exp()?, y])
+    });
+    for kept in 0..3 {
+        let mut outputs = f.call(std::slice::from_ref(&x)).unwrap();
+        let output = outputs.swap_remove(kept);
+        drop(outputs);
+        let y = (&x * 2.0).tanh().unwrap();
+        let expected = [&y + 1.0, y.exp().unwrap(), y.clone()][kept].clone();
+        assert_same("one output", &[output], &[expected]);
+    }
+}
+
+#[test]
+fn a_dead_input_gives_its_memory_to_the_result() {
+    let _turn = MEMORY.lock();
+    let bytes = 1 << 22;
+    let f = compile(|x| Ok(vec![((&x[0] * 1.5).tanh()? + &x[0]).abs()?]));
+    let x = Array::from_slice(&vec![1.0f32; bytes / 4], &[bytes / 4]).unwrap();
+    f.call(&[x.clone()]).unwrap()[0].eval().unwrap();
+    memory::reset_peak();
+    let before = memory::active();
+    // A chain of calls: the first result needs memory beside x, the others take it over.
+    let mut y = x.clone();
+    for _ in 0..20 {
+        y = f.call(&[y]).unwrap().remove(0);
+    }
+    y.eval().unwrap();
+    let grown = memory::peak() - before;
+    assert!(grown < bytes * 5 / 4, "the chain took {grown} bytes beside its input of {bytes}");
+}
+
+#[test]
+fn what_fails() {
+    let x = random(&[3], Dtype::F32, 1);
+    let reads = compile(|x| Ok(vec![&x[0] * x[0].sum(&[], false)?.item::<f32>()?]));
+    let error = reads.call(std::slice::from_ref(&x)).unwrap_err().to_string();
+    assert!(error.contains("compile traces it"), "{error}");
+    let wrong = compile(|x| Ok(vec![x[0].add(&x[1])?]));
+    let error = wrong.call(&[x.clone(), random(&[4], Dtype::F32, 2)]).unwrap_err().to_string();
+    assert!(error.contains("[3]") && error.contains("[4]"), "{error}");
+    let operator = compile(|x| Ok(vec![&x[0] + &x[1]]));
+    let error = operator.call(&[x.clone(), random(&[4], Dtype::F32, 2)]).unwrap_err().to_string();
+    assert!(error.contains("compile.rs"), "{error}");
+    // A failure is not kept.
+    assert!(wrong.call(&[x.clone(), x.clone()]).is_ok());
+    let failed = &x + &random(&[4], Dtype::F32, 2);
+    assert!(compile(|x| Ok(vec![x[0].clone()])).call(&[failed]).is_err());
+}
+
+#[test]
+fn captured_arrays_are_computed_once_and_kept() {
+    let w = (&random(&[64], Dtype::F32, 1) * 2.0).exp().unwrap();
+    let f = compile(|x| Ok(vec![(&x[0] + &w).tanh()?]));
+    let x = random(&[64], Dtype::F32, 2);
+    let first = f.call(std::slice::from_ref(&x)).unwrap();
+    assert!(pending_ops(&first).len() > 1, "w is not computed yet");
+    let expected = (&x + &w).tanh().unwrap();
+    assert_same("first", &first, std::slice::from_ref(&expected));
+    let second = f.call(std::slice::from_ref(&x)).unwrap();
+    assert_eq!(pending_ops(&second), ["fused"]);
+    assert_same("second", &second, &[expected]);
+}
+
+#[test]
+fn threads_may_call_one_compiled_function() {
+    let f = compile(|x| Ok(vec![(&x[0] * 2.0).tanh()?]));
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let f = &f;
+            scope.spawn(move || {
+                for round in 0..20 {
+                    let x = random(&[1 + round % 5], Dtype::F32, thread * 100 + round as u64);
+                    let got = f.call(std::slice::from_ref(&x)).unwrap();
+                    assert_same("thread", &got, &[(&x * 2.0).tanh().unwrap()]);
+                }
+            });
+        }
+    });
+    assert_eq!(f.signatures(), 5);
+}
+
+#[test]
+fn a_long_chain_is_cut_into_regions() {
+    let x = random(&[100], Dtype::F32, 1);
+    let f = |x: &[Array]| {
+        let mut y = x[0].clone();
+        for step in 0..1000 {
+            y = if step % 2 == 0 { y.sin()? } else { &y * 1.25 };
+        }
+        Ok(vec![y])
+    };
+    let got = compile(f).call(std::slice::from_ref(&x)).unwrap();
+    let ops = pending_ops(&got);
+    assert!(ops.len() < 20 && ops.iter().all(|&op| op == "fused"), "{ops:?}");
+    assert_same("chain", &got, &f(std::slice::from_ref(&x)).unwrap());
+}
+
+#[test]
+fn the_environment_turns_it_off() {
+    let variable = "MICA_DISABLE_COMPILE";
+    if std::env::var_os(variable).is_some() {
+        let calls = AtomicUsize::new(0);
+        let f = compile(|x| {
+            calls.fetch_add(1, Ordering::Relaxed);
+            Ok(vec![(&x[0] * 2.0).exp()?])
+        });
+        let x = random(&[3], Dtype::F32, 1);
+        let got: Vec<Array> = (0..3).flat_map(|_| f.call(std::slice::from_ref(&x)).unwrap()).collect();
+        assert_eq!(calls.load(Ordering::Relaxed), 3);
+        assert!(!pending_ops(&got).contains(&"fused"));
+        eval(&got).unwrap();
+        return;
+    }
+    let this = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(this)
+        .args(["--exact", "the_environment_turns_it_off"])
+        .env(variable, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
