@@ -1,5 +1,8 @@
 //! The gated feed-forward block: down(act(gate(x)) · up(x)).
 
+use std::sync::LazyLock;
+
+use mica_array::transforms::{Compiled, compile};
 use mica_array::{Array, Result};
 use mica_nn::{Context, Linear, Module, join};
 
@@ -41,14 +44,24 @@ impl Activation {
         }
     }
 
-    fn apply(self, x: &Array) -> Result<Array> {
-        match self {
-            Activation::Silu => x.silu(),
-            Activation::Gelu => x.gelu(),
-            Activation::GeluTanh => x.gelu_tanh(),
-        }
+    /// act(gate) · up in one pass over memory; so is its gradient, which keeps nothing but the inputs.
+    fn gated(self, gate: Array, up: Array) -> Result<Array> {
+        static SILU: LazyLock<Gated> = LazyLock::new(|| compile(|x| Ok(vec![x[0].silu()?.multiply(&x[1])?])));
+        static GELU: LazyLock<Gated> = LazyLock::new(|| compile(|x| Ok(vec![x[0].gelu()?.multiply(&x[1])?])));
+        static GELU_TANH: LazyLock<Gated> =
+            LazyLock::new(|| compile(|x| Ok(vec![x[0].gelu_tanh()?.multiply(&x[1])?])));
+        let function = match self {
+            Activation::Silu => &SILU,
+            Activation::Gelu => &GELU,
+            Activation::GeluTanh => &GELU_TANH,
+        };
+        let mut outputs = function.call(&[gate, up])?;
+        Ok(outputs.swap_remove(0))
     }
 }
+
+/// A compiled function without captures, shared by all layers of a process.
+type Gated = Compiled<fn(&[Array]) -> Result<Vec<Array>>>;
 
 /// The block.
 #[derive(Debug)]
@@ -100,8 +113,7 @@ impl Mlp {
 
     /// x [.., hidden] → the same shape.
     pub fn forward(&self, x: &Array, context: &Context) -> Result<Array> {
-        let gate = self.activation.apply(&self.gate.forward(x, context)?)?;
-        let up = self.up.forward(x, context)?;
-        self.down.forward(&gate.multiply(up)?, context)
+        let (gate, up) = (self.gate.forward(x, context)?, self.up.forward(x, context)?);
+        self.down.forward(&self.activation.gated(gate, up)?, context)
     }
 }
