@@ -43,39 +43,22 @@ fn code(error: &anyhow::Error) -> u8 {
         if cause.is::<Usage>() {
             return 2;
         }
-        if let Some(error) = cause.downcast_ref::<mica_lm::Error>() {
-            return of_kind(error.kind());
-        }
-        if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
-            return of_io(error.kind());
-        }
-        if let Some(error) = cause.downcast_ref::<mica_tune::Error>() {
-            return of_tune(error);
-        }
-        if let Some(mica_array::Error::OutOfMemory { .. }) = cause.downcast_ref::<mica_array::Error>() {
-            return 5;
-        }
+        let kind = if let Some(error) = cause.downcast_ref::<mica_lm::Error>() {
+            error.kind()
+        } else if let Some(error) = cause.downcast_ref::<mica_tune::Error>() {
+            error.kind()
+        } else if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
+            error.kind().into()
+        } else if let Some(error) = cause.downcast_ref::<mica_array::Error>() {
+            error.into()
+        } else if let Some(error) = cause.downcast_ref::<std::io::Error>() {
+            mica_io::ErrorKind::of(error).into()
+        } else {
+            continue;
+        };
+        return of_kind(kind);
     }
     1
-}
-
-fn of_tune(error: &mica_tune::Error) -> u8 {
-    use mica_tune::Error;
-    match error {
-        Error::File { source, .. } => match source.kind() {
-            std::io::ErrorKind::NotFound => 3,
-            std::io::ErrorKind::PermissionDenied => 4,
-            _ => 1,
-        },
-        Error::Io(error) => of_io(error.kind()),
-        Error::Model(error) => of_kind(error.kind()),
-        Error::Array(mica_array::Error::OutOfMemory { .. }) => 5,
-        Error::Config(_) => 2,
-        Error::DiskFull { .. } => 6,
-        Error::BadLine { .. } | Error::TooManyBadLines { .. } | Error::Data { .. } | Error::Tokenize(_) => 7,
-        Error::Checkpoint { .. } => 8,
-        _ => 1,
-    }
 }
 
 fn of_kind(kind: ErrorKind) -> u8 {
@@ -87,17 +70,6 @@ fn of_kind(kind: ErrorKind) -> u8 {
         ErrorKind::DiskFull => 6,
         ErrorKind::BadData | ErrorKind::Unsupported => 7,
         ErrorKind::Integrity => 8,
-        _ => 1,
-    }
-}
-
-fn of_io(kind: mica_io::ErrorKind) -> u8 {
-    match kind {
-        mica_io::ErrorKind::NotFound => 3,
-        mica_io::ErrorKind::Access => 4,
-        mica_io::ErrorKind::DiskFull => 6,
-        mica_io::ErrorKind::BadData => 7,
-        mica_io::ErrorKind::Integrity => 8,
         _ => 1,
     }
 }

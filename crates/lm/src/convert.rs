@@ -6,6 +6,7 @@
 //! groups; the others stay as they are, and the files say which is which.
 
 use std::cell::RefCell;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -16,6 +17,7 @@ use mica_io::weights::{ShardedWriter, WeightFiles};
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, QuantMode, QuantSpec};
+use crate::weights::{not_finite, read_finite};
 use crate::{Error, Result};
 
 /// Gives the new value of a tensor by its name, or `None` where it stays.
@@ -66,6 +68,8 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     let (source, target) = (source.as_ref(), target.as_ref());
     let config = ModelConfig::load(source)?;
     check(&config, target, recipe)?;
+    // What cannot be opened as a model would come out as something else that cannot.
+    crate::load::outline(source)?;
     let files = WeightFiles::open(source)?;
     let folder = AtomicDir::create(target)?;
     let mut out = Out {
@@ -81,7 +85,7 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     let Out { mut writer, mut done, .. } = out;
     let mlx = if recipe.dequantize { false } else { config.quantization.is_quantized() };
     writer.metadata("format", if mlx || recipe.quantize.is_some() { "mlx" } else { "pt" });
-    writer.write(folder.path())?;
+    writer.write(folder.path()).map_err(told_by_the_source)?;
     copy_others(source, folder.path())?;
     let text = serde_json::to_string_pretty(&Value::Object(new_config(&config, recipe)))
         .map_err(|error| Error::bad_file(config.path(), error.to_string()))?;
@@ -89,6 +93,17 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     folder.commit()?;
     done.folder = target.to_path_buf();
     Ok(done)
+}
+
+/// What went wrong with a tensor of the source, rather than that its copy could not be written.
+fn told_by_the_source(error: mica_io::Error) -> Error {
+    match error {
+        mica_io::Error::Content { path, what, source } => match source.downcast::<Error>() {
+            Ok(error) => *error,
+            Err(source) => mica_io::Error::Content { path, what, source }.into(),
+        },
+        error => error.into(),
+    }
 }
 
 fn check(config: &ModelConfig, target: &Path, recipe: &Recipe) -> Result<()> {
@@ -308,8 +323,16 @@ impl<'a> Out<'a> {
             if array.size() != size {
                 return Err(format!("{label}: {} values for {size} places", array.size()).into());
             }
-            array.astype(dtype)?.contiguous()?.with_bytes(|bytes| out.write_all(bytes))??;
-            Ok(())
+            array.astype(dtype)?.contiguous()?.with_bytes(|bytes| match not_finite(bytes, dtype) {
+                None => Ok(out.write_all(bytes)?),
+                Some(at) => Err(Error::Unsupported {
+                    what: format!(
+                        "{label}: storing a value that is too large for {dtype}, first at element {at},"
+                    ),
+                    todo: "store the model as bfloat16 or float32".into(),
+                }
+                .into()),
+            })?
         });
     }
 
@@ -343,7 +366,7 @@ fn read(files: &WeightFiles, name: &str) -> Result<Array> {
         what: format!("{}: tensor {name} of type {}", weight.path().display(), weight.dtype()),
         todo: "f32, f16, bf16 and integer tensors can be read".into(),
     })?;
-    Array::from_fill(weight.shape(), dtype, |bytes| weight.read_into(bytes).map_err(Error::from))
+    read_finite(&weight, dtype)
 }
 
 /// The configuration of the new folder.
@@ -379,7 +402,11 @@ fn copy_others(source: &Path, target: &Path) -> Result<()> {
             || name.starts_with("NOTICE");
         // A link is followed: Hugging Face's cache holds nothing else.
         if kept && path.is_file() && name != "config.json" && !name.ends_with(".safetensors.index.json") {
-            std::fs::copy(&path, target.join(name)).map_err(failed(&path))?;
+            std::fs::copy(&path, target.join(name)).map_err(|source| {
+                let full = matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+                // A full disk is the target's, anything else more likely the source's.
+                if full { mica_io::Error::io("write", target, source).into() } else { failed(&path)(source) }
+            })?;
         }
     }
     Ok(())

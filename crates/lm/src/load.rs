@@ -24,13 +24,43 @@ pub struct Loaded {
     pub weight_bytes: u64,
 }
 
-/// Opens a folder: reads its configuration, builds the model of its family and takes every tensor,
-/// checked for name, shape and dtype; none may be missing, none left over.
-pub fn load(folder: impl AsRef<Path>, packing: Packing) -> Result<Loaded> {
+/// What the headers of a model folder say.
+#[derive(Debug)]
+pub struct Outline {
+    /// config.json.
+    pub config: ModelConfig,
+    /// The model without its weights: every tensor is a placeholder that must not be computed with.
+    pub model: Box<dyn LanguageModel>,
+    /// Bytes of the weights on disk.
+    pub weight_bytes: u64,
+    /// Bytes of the largest tensor.
+    pub largest: u64,
+}
+
+/// Looks at a folder without reading a weight: whether it is a model that can be opened, with all tensors as its
+/// configuration describes them.
+///
+/// # Errors
+/// All that is wrong, in one message.
+pub fn outline(folder: impl AsRef<Path>) -> Result<Outline> {
     let folder = folder.as_ref();
     let config = ModelConfig::load(folder)?;
+    models::check_family(&config)?;
+    let mut source = FileSource::outline(folder, config.quantization.clone())?;
+    let (weight_bytes, largest) = (source.bytes(), source.largest());
+    let model = models::build(&config, &mut source)?;
+    source.finish()?;
+    Ok(Outline { config, model, weight_bytes, largest })
+}
+
+/// Opens a folder: reads its configuration, builds the model of its family and takes every tensor,
+/// checked for name, shape, dtype and finite values; none may be missing, none left over.
+pub fn load(folder: impl AsRef<Path>, packing: Packing) -> Result<Loaded> {
+    let folder = folder.as_ref();
+    // First everything that can be known without reading, and all of it at once.
+    let Outline { config, weight_bytes, .. } = outline(folder)?;
     let mut source = FileSource::open(folder, config.quantization.clone(), packing)?;
-    let (dtype, weight_bytes) = (source.dtype(), source.bytes());
+    let dtype = source.dtype();
     let model = models::build(&config, &mut source)?;
     source.finish()?;
     Ok(Loaded { folder: folder.to_path_buf(), config, model, dtype, weight_bytes })

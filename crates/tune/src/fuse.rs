@@ -38,7 +38,7 @@ pub fn fuse(
     let converted = convert(model.as_ref(), target.as_ref(), &recipe)?;
     let used = new.used.borrow().len();
     if used < new.adapted.len() + new.whole.len() {
-        return Err(Error::Checkpoint {
+        return Err(Error::Adapter {
             path: opened.file,
             cause: "a part of the adapter has no tensor in the model's files, so the fused folder lacks it"
                 .into(),

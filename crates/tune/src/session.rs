@@ -56,7 +56,8 @@ pub fn facts(model: &Path) -> Result<ModelFacts> {
     let quantization = &config.quantization;
     let first = quantization.default.or_else(|| quantization.overrides.values().flatten().next().copied());
     let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits as u32);
-    Ok(ModelFacts { layers, bits })
+    let positions = config.text_fields()?.opt("max_position_embeddings")?;
+    Ok(ModelFacts { layers, bits, positions })
 }
 
 /// Does what the settings say with the model of a folder.
@@ -75,30 +76,29 @@ pub fn run(
     if config.cache_limit > 0 {
         memory::set_cache_limit(config.cache_limit as usize);
     }
-    // A test alone leaves the run folder as it is.
-    let folder = match start {
+    // A test alone leaves the run folder as it is. A new run touches it only once everything else is known to be
+    // well; one that goes on holds it from the beginning.
+    let mut folder = match start {
         _ if !config.train => None,
-        Start::New(existing) => Some(RunFolder::create(&config.output, existing)?),
+        Start::New(existing) => {
+            RunFolder::check(&config.output, existing)?;
+            None
+        }
         Start::Resume => Some(RunFolder::resume(&config.output)?),
     };
-    if let Some(folder) = &folder {
-        folder.write_config(config)?;
-    }
     let packing = if config.fine_tune == FineTune::Full { Packing::Quantized } else { Packing::Frozen };
+    mica_lm::load::outline(model)?;
+    let splits = Splits::open(&config.data, &config.columns)?;
+    let mut data = Data::read(config, encode, &splits, observer)?;
+    data.check(config)?;
     let mut loaded = load(model, packing)?;
     let names = match config.train {
         true => prepare(config, &mut *loaded.model, observer)?,
         false => trained_before(config, &mut *loaded.model, observer)?,
     };
-    let splits = Splits::open(&config.data, &config.columns)?;
-    let mut data = Data::read(config, encode, &splits, observer)?;
     let precision = precision(&loaded);
     let mut outcome = Outcome::Finished(Default::default());
-    if let Some(folder) = &folder {
-        let samples = data.train.take().ok_or_else(|| Error::Data {
-            path: config.data.clone(),
-            cause: "holds no training data: a file, or a folder with train.jsonl, is needed".into(),
-        })?;
+    if let Some(samples) = data.train.take() {
         let micro = micro_batch(config);
         let accumulate = config.accumulate(micro);
         let options = loader_options(config, micro);
@@ -122,6 +122,12 @@ pub fn run(
             seed: config.seed,
         };
         let validation = data.valid.clone().map(|samples| HeldOut { samples, options });
+        let folder = match (folder.take(), start) {
+            (Some(folder), _) => folder,
+            (None, Start::New(existing)) => RunFolder::create(&config.output, existing)?,
+            (None, Start::Resume) => RunFolder::resume(&config.output)?,
+        };
+        folder.write_config(config)?;
         let mut export = |model: &dyn LanguageModel, count: u64| export(config, model, count);
         outcome = train(
             Run {
@@ -131,7 +137,7 @@ pub fn run(
                 validation,
                 plan,
                 update,
-                folder,
+                folder: &folder,
                 observer,
                 stop,
                 export: &mut export,
@@ -140,10 +146,6 @@ pub fn run(
             start == Start::Resume,
         )?;
         draw(folder.path())?;
-    }
-    if config.test.is_some() && data.test.is_none() {
-        let cause = "holds no test data (test.jsonl), and a test was asked for";
-        return Err(Error::Data { path: config.data.clone(), cause: cause.into() });
     }
     if let (Outcome::Finished(_), Some(test), Some(samples)) = (&outcome, config.test, data.test) {
         let begun = Instant::now();
@@ -286,6 +288,20 @@ impl Data {
         }
         let shared = |samples: Option<InMemory>| samples.map(|samples| Arc::new(samples) as Arc<dyn Samples>);
         Ok(Data { train: shared(train), valid: shared(valid), test: shared(test) })
+    }
+}
+
+impl Data {
+    /// Whether there is all that was asked for, which is said before hours of training.
+    fn check(&self, config: &RunConfig) -> Result<()> {
+        let lacks = |cause: &str| Err(Error::Data { path: config.data.clone(), cause: cause.into() });
+        if config.train && self.train.is_none() {
+            return lacks("holds no training data: a file, or a folder with train.jsonl, is needed");
+        }
+        if config.test.is_some() && self.test.is_none() {
+            return lacks("holds no test data (test.jsonl), and a test was asked for");
+        }
+        Ok(())
     }
 }
 
