@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mica_array::files::{dtype_from_file, dtype_to_file};
 use mica_array::{Array, Dtype, PackedWeight, Quantized, quantize};
@@ -35,6 +36,17 @@ pub struct Recipe<'a> {
     /// New values for some `….weight`s, in any float dtype; they are stored as the old ones were, quantized with
     /// the same settings if those were quantized.
     pub replace: Option<Replace<'a>>,
+    /// Set from outside: stop before the next tensor, and leave nothing behind.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Recipe<'_> {
+    fn go_on(&self) -> Result<()> {
+        match self.stop {
+            Some(stop) if stop.load(Ordering::Relaxed) => Err(Error::Interrupted),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What was written.
@@ -90,6 +102,7 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     let text = serde_json::to_string_pretty(&Value::Object(new_config(&config, recipe)))
         .map_err(|error| Error::bad_file(config.path(), error.to_string()))?;
     mica_io::atomic::write(folder.path().join("config.json"), text + "\n")?;
+    recipe.go_on()?;
     folder.commit()?;
     done.folder = target.to_path_buf();
     Ok(done)
@@ -285,7 +298,9 @@ impl<'a> Out<'a> {
         let make = Rc::clone(&made);
         let label = module.to_string();
         self.done.bytes += (words[0] * words[1] * 4 + 2 * groups[0] * groups[1] * dtype.size()) as u64;
+        let recipe = self.recipe;
         self.writer.stream(format!("{module}.weight"), dtype_to_file(Dtype::U32), &words, move |out| {
+            recipe.go_on()?;
             let weight = value()?.astype(dtype)?.contiguous()?;
             if weight.shape() != [words[0], inputs] {
                 return Err(format!(
@@ -318,7 +333,9 @@ impl<'a> Out<'a> {
     fn float(&mut self, name: &str, shape: &[usize], dtype: Dtype, value: impl Fn() -> Result<Array> + 'a) {
         self.done.bytes += (shape.iter().product::<usize>() * dtype.size()) as u64;
         let (size, label) = (shape.iter().product::<usize>(), name.to_string());
+        let recipe = self.recipe;
         self.writer.stream(name, dtype_to_file(dtype), shape, move |out| {
+            recipe.go_on()?;
             let array = value()?;
             if array.size() != size {
                 return Err(format!("{label}: {} values for {size} places", array.size()).into());
@@ -343,7 +360,11 @@ impl<'a> Out<'a> {
         let shape = shape.unwrap_or_else(|| weight.shape().to_vec());
         self.done.bytes += weight.byte_len() as u64;
         let label = name.to_string();
-        self.writer.stream(name, weight.dtype(), &shape, move |out| Ok(out.write_all(&files.read(&label)?)?));
+        let recipe = self.recipe;
+        self.writer.stream(name, weight.dtype(), &shape, move |out| {
+            recipe.go_on()?;
+            Ok(out.write_all(&files.read(&label)?)?)
+        });
         Ok(())
     }
 

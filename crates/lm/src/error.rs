@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Integrity,
     /// The caller asked for something that has no meaning (an option out of range, say).
     Usage,
+    /// A signal asked to stop.
+    Interrupted,
     /// Anything else: reading failed half-way, for example.
     Failed,
 }
@@ -119,6 +121,9 @@ pub enum Error {
     /// It would not fit in memory, and was not begun.
     #[error("{0}")]
     Memory(String),
+    /// It was asked to stop before it was done, and left nothing behind.
+    #[error("stopped; nothing was written")]
+    Interrupted,
 }
 
 impl From<mica_io::ErrorKind> for ErrorKind {
@@ -153,6 +158,7 @@ impl Error {
             Error::File(error) => error.kind().into(),
             Error::Array(error) => error.into(),
             Error::Memory(_) => ErrorKind::Memory,
+            Error::Interrupted => ErrorKind::Interrupted,
             Error::BadFile { .. } | Error::Field { .. } | Error::Tokenize(_) => ErrorKind::BadData,
             Error::Template { .. } => ErrorKind::BadData,
             Error::Unsupported { .. } => ErrorKind::Unsupported,

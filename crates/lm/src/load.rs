@@ -6,6 +6,7 @@ use mica_array::Dtype;
 
 use crate::Result;
 use crate::config::ModelConfig;
+use crate::memory;
 use crate::models::{self, LanguageModel};
 use crate::weights::{FileSource, Packing};
 
@@ -55,13 +56,23 @@ pub fn outline(folder: impl AsRef<Path>) -> Result<Outline> {
 
 /// Opens a folder: reads its configuration, builds the model of its family and takes every tensor,
 /// checked for name, shape, dtype and finite values; none may be missing, none left over.
+///
+/// # Errors
+/// Whatever is wrong with the folder, and too little memory, both before anything is read.
 pub fn load(folder: impl AsRef<Path>, packing: Packing) -> Result<Loaded> {
     let folder = folder.as_ref();
     // First everything that can be known without reading, and all of it at once.
-    let Outline { config, weight_bytes, .. } = outline(folder)?;
+    let Outline { config, weight_bytes, largest, .. } = outline(folder)?;
+    let what = format!("opening {}", folder.display());
+    let todo = "quantize the model (mica convert -q), take a smaller one, or end other programs";
+    // The largest tensor is there twice while it is repacked.
+    memory::check(weight_bytes + largest, &what, todo)?;
     let mut source = FileSource::open(folder, config.quantization.clone(), packing)?;
     let dtype = source.dtype();
     let model = models::build(&config, &mut source)?;
     source.finish()?;
+    // What loading needed for a moment is of no use to what follows.
+    mica_array::memory::clear_cache();
+    mica_array::memory::enforce_process_limit();
     Ok(Loaded { folder: folder.to_path_buf(), config, model, dtype, weight_bytes })
 }
