@@ -62,6 +62,8 @@ pub enum Error {
     File {
         /// What was being done.
         op: &'static str,
+        /// Of what kind the cause is.
+        kind: mica_io::ErrorKind,
         /// The cause.
         message: Arc<str>,
     },

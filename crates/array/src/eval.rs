@@ -123,8 +123,15 @@ fn has_failed(epoch: u64) -> bool {
     FAILED.lock().is_ok_and(|failed| failed.contains_key(&epoch))
 }
 
+fn rehearsed() -> Error {
+    Error::unsupported("eval", "an array that was only rehearsed has no values")
+}
+
 /// Waits until the run that writes this buffer is complete.
 pub(crate) fn wait_for(buffer: &Buffer) -> Result<()> {
+    if buffer.is_rehearsed() {
+        return Err(rehearsed());
+    }
     let epoch = buffer.epoch();
     if epoch > COMPLETED.load(Ordering::Acquire) {
         // Whoever runs it holds the engine.
@@ -245,6 +252,11 @@ impl Engine {
             }
             if plan.steps.len() >= PLAN_STEPS || position + 1 == order.len() {
                 self.flush(&mut plan)?;
+            } else if memory::is_crowded() && !plan.steps.is_empty() {
+                // What died in this plan can be given back once it has run.
+                self.flush(&mut plan)?;
+                memory::end_planning();
+                memory::begin_planning();
             }
         }
         Ok(())
@@ -253,7 +265,11 @@ impl Engine {
     /// Runs the plan; afterwards its buffers may be read.
     fn flush(&mut self, plan: &mut Plan) -> Result<()> {
         let plan = std::mem::take(plan);
-        let result = if plan.steps.is_empty() { Ok(()) } else { self.backend.run(&plan) };
+        let result = match plan.steps.is_empty() {
+            true => Ok(()),
+            false if memory::is_rehearsing() => self.backend.rehearse(&plan),
+            false => self.backend.run(&plan),
+        };
         if let Err(error) = &result {
             let mut failed = FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             failed.insert(self.epoch, error.clone());
@@ -304,6 +320,9 @@ impl Engine {
             // Dropping the handle here gives dead buffers back before the outputs are allocated.
             drop(input);
             if let Storage::Host(host) = &storage {
+                if host.buffer.is_rehearsed() && !memory::is_rehearsing() {
+                    return Err(rehearsed());
+                }
                 if has_failed(host.buffer.epoch()) {
                     return wait_for(&host.buffer).map(|()| SmallVec::new());
                 }

@@ -49,7 +49,7 @@ pub fn dtype_to_file(dtype: Dtype) -> DType {
 }
 
 fn file_error(op: &'static str) -> impl Fn(mica_io::Error) -> Error {
-    move |error| Error::File { op, message: error.to_string().into() }
+    move |error| Error::File { op, kind: error.kind(), message: error.to_string().into() }
 }
 
 /// All tensors of a safetensors file, with their names, in the file's order.

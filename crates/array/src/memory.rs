@@ -3,14 +3,23 @@
 //! Blocks come in size buckets and are kept for reuse when an array dies, up to the cache limit.
 //! Large blocks are aligned to 2 MiB and advised to be huge pages.
 //!
+//! Besides memory there are *rehearsals* ([`rehearse`]): evaluations are planned with addresses that have no memory
+//! behind them and not run, which says exactly what they would take before any of it is taken.
+//!
 //! While a plan is being made and run, blocks that die go to *limbo*: the planner may reuse them at
 //! once, because its tasks run in order, but nobody else may until the tasks have run. That is
 //! what makes planning ahead of execution safe.
 
+mod machine;
+
 use std::alloc::{Layout, alloc, dealloc};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use machine::{Bound, Room, peak_resident, process_limit, resident, room, set_process_limit, total};
 
 use crate::{Error, Result};
 
@@ -18,14 +27,26 @@ const SMALL_ALIGN: usize = 64;
 const HUGE: usize = 2 << 20;
 
 struct State {
-    active: usize,
-    peak: usize,
-    cached: usize,
+    real: Blocks,
+    /// Of rehearsals, which reserve addresses and no memory.
+    rehearsed: Blocks,
+    /// What backends would take once for all plans of a rehearsal.
+    rehearsed_workspace: usize,
     limit: usize,
     cache_limit: usize,
     planning: bool,
+}
+
+/// Blocks of one kind: in use, and kept.
+struct Blocks {
+    active: usize,
+    peak: usize,
+    cached: usize,
+    /// The most bytes that were in use or kept at once.
+    held_peak: usize,
     free: BTreeMap<usize, Vec<Address>>,
     limbo: BTreeMap<usize, Vec<Address>>,
+    release: fn(NonNull<u8>, usize),
 }
 
 #[derive(Clone, Copy)]
@@ -34,15 +55,22 @@ struct Address(NonNull<u8>);
 unsafe impl Send for Address {}
 
 static STATE: Mutex<State> = Mutex::new(State {
-    active: 0,
-    peak: 0,
-    cached: 0,
+    real: Blocks::new(free_block),
+    rehearsed: Blocks::new(unreserve),
+    rehearsed_workspace: 0,
     limit: usize::MAX,
     cache_limit: 1 << 30,
     planning: false,
-    free: BTreeMap::new(),
-    limbo: BTreeMap::new(),
 });
+
+/// Whether so much of the limit is used that running what is planned, so that its dead blocks can be given back, is
+/// better than planning on.
+static CROWDED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// Whether this thread rehearses.
+    static REHEARSING: Cell<bool> = const { Cell::new(false) };
+}
 
 fn state() -> std::sync::MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -50,42 +78,120 @@ fn state() -> std::sync::MutexGuard<'static, State> {
 
 /// Bytes in use by arrays.
 pub fn active() -> usize {
-    state().active
+    state().real.active
 }
 
 /// The most bytes that were in use at once since the start or [`reset_peak`].
 pub fn peak() -> usize {
-    state().peak
+    state().real.peak
 }
 
 /// Makes the present use the peak.
 pub fn reset_peak() {
     let mut state = state();
-    state.peak = state.active;
+    state.real.peak = state.real.active;
 }
 
 /// Bytes of freed blocks kept for reuse.
 pub fn cache() -> usize {
-    state().cached
+    state().real.cached
 }
 
-/// Sets the limit on bytes in use and returns the former one. An allocation past it is
-/// [`Error::OutOfMemory`].
+/// Sets the limit on bytes in use or kept for reuse and returns the former one. An allocation past it is
+/// [`Error::OutOfMemory`]; kept blocks are given back first.
 pub fn set_limit(bytes: usize) -> usize {
-    std::mem::replace(&mut state().limit, bytes)
+    let mut state = state();
+    let former = std::mem::replace(&mut state.limit, bytes);
+    let free = bytes.saturating_sub(state.real.active);
+    state.real.trim(free);
+    state.look_around();
+    former
 }
 
 /// Sets the limit on cached bytes and returns the former one.
 pub fn set_cache_limit(bytes: usize) -> usize {
     let mut state = state();
     let former = std::mem::replace(&mut state.cache_limit, bytes);
-    state.trim(bytes);
+    state.real.trim(bytes);
     former
 }
 
-/// Gives all cached blocks back to the system.
+/// Gives all cached blocks, and what the allocator keeps, back to the system.
 pub fn clear_cache() {
-    state().trim(0);
+    state().real.trim(0);
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: gives unused memory of the allocator back; no memory in use is touched.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Makes arrays heed the limit on the whole process, if there is one: they get what the rest of the process (weights
+/// in the kernels' layouts, data, code) leaves of it now. Called once that rest is there.
+pub fn enforce_process_limit() {
+    let Some(limit) = process_limit() else { return };
+    clear_cache();
+    let arrays = state().real.active as u64;
+    let others = resident().unwrap_or(arrays).saturating_sub(arrays);
+    set_limit(usize::try_from(limit.saturating_sub(others)).unwrap_or(usize::MAX));
+}
+
+/// Does `work`, in which evaluations are planned but not run, and gives the most memory that they would have taken
+/// beyond what arrays hold now, in bytes. Arrays that were "evaluated" have shapes and no values: reading one is an
+/// error, and so is computing with one afterwards.
+pub fn rehearse<R>(work: impl FnOnce() -> R) -> (R, Rehearsal) {
+    /// Ends the rehearsal, also when the work panics.
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            REHEARSING.with(|flag| flag.set(false));
+            state().rehearsed.trim(0);
+        }
+    }
+    {
+        let mut state = state();
+        state.rehearsed.trim(0);
+        state.rehearsed.held_peak = state.rehearsed.active;
+        state.rehearsed_workspace = 0;
+    }
+    REHEARSING.with(|flag| flag.set(true));
+    let end = End;
+    let result = work();
+    let bytes = {
+        let state = state();
+        state.rehearsed.held_peak + state.rehearsed_workspace
+    };
+    drop(end);
+    (result, Rehearsal { bytes: bytes as u64 })
+}
+
+/// What a rehearsal came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// Bytes that were in use or kept for reuse at most.
+    pub bytes: u64,
+}
+
+/// Within a rehearsal: counts the peak anew from here.
+pub fn reset_rehearsed_peak() {
+    let mut state = state();
+    state.rehearsed.held_peak = state.rehearsed.active + state.rehearsed.cached;
+}
+
+/// Within a rehearsal: a backend would take so much more memory, and keep it.
+pub(crate) fn rehearse_workspace(bytes: usize) {
+    let mut state = state();
+    state.rehearsed_workspace = state.rehearsed_workspace.max(bytes);
+}
+
+/// Whether this thread rehearses.
+pub(crate) fn is_rehearsing() -> bool {
+    REHEARSING.with(Cell::get)
+}
+
+/// Whether a plan should be run before more is planned.
+pub(crate) fn is_crowded() -> bool {
+    CROWDED.load(Ordering::Relaxed)
 }
 
 /// A block of memory; back to the pool when dropped.
@@ -93,6 +199,8 @@ pub fn clear_cache() {
 pub(crate) struct Block {
     pointer: NonNull<u8>,
     bytes: usize,
+    /// Addresses without memory.
+    rehearsed: bool,
 }
 
 // SAFETY: a Block owns its memory; who may touch it when is the evaluator's business.
@@ -113,36 +221,41 @@ fn layout(bytes: usize) -> Layout {
 }
 
 impl Block {
-    /// A block of at least `bytes`. `planner` is true for the evaluator, which may take from limbo.
+    /// A block of at least `bytes`. `planner` is true for the evaluator, which may take from limbo, and whose blocks
+    /// are addresses only while it rehearses.
     pub(crate) fn new(bytes: usize, planner: bool) -> Result<Block> {
         let size = bytes.checked_next_power_of_two().map_or(usize::MAX, |_| bucket(bytes));
-        let mut state = state();
-        if size > isize::MAX as usize || state.active.saturating_add(size) > state.limit {
-            return Err(Error::OutOfMemory { requested: bytes, active: state.active, limit: state.limit });
+        let rehearsed = planner && is_rehearsing();
+        let mut guard = state();
+        let state = &mut *guard;
+        let limit = if rehearsed { usize::MAX } else { state.limit };
+        let blocks = if rehearsed { &mut state.rehearsed } else { &mut state.real };
+        let refused = Error::OutOfMemory { requested: bytes, active: blocks.active, limit };
+        if size > isize::MAX as usize || blocks.active.saturating_add(size) > limit {
+            return Err(refused);
         }
-        let reused =
-            (planner.then(|| take(&mut state.limbo, size)).flatten()).or_else(|| take(&mut state.free, size));
-        let (pointer, size) = match reused {
-            Some((address, size)) => {
-                state.cached -= size;
-                (address.0, size)
-            }
+        let (pointer, size) = match blocks.take(size, planner) {
+            Some(found) => found,
             None => {
-                // SAFETY: the size is not zero.
-                let Some(pointer) = NonNull::new(unsafe { alloc(layout(size)) }) else {
-                    return Err(Error::OutOfMemory {
-                        requested: bytes,
-                        active: state.active,
-                        limit: state.limit,
-                    });
-                };
-                advise_huge(pointer, size);
-                (pointer, size)
+                // What is kept counts too, and goes first.
+                let room = limit - blocks.active - size;
+                if blocks.cached > room {
+                    blocks.trim(room);
+                }
+                if blocks.cached > room {
+                    return Err(refused);
+                }
+                let pointer = if rehearsed { reserve(size) } else { allocate(size) };
+                (pointer.ok_or(refused)?, size)
             }
         };
-        state.active += size;
-        state.peak = state.peak.max(state.active);
-        Ok(Block { pointer, bytes: size })
+        blocks.active += size;
+        blocks.peak = blocks.peak.max(blocks.active);
+        blocks.held_peak = blocks.held_peak.max(blocks.active + blocks.cached);
+        if !rehearsed {
+            state.look_around();
+        }
+        Ok(Block { pointer, bytes: size, rehearsed })
     }
 
     pub(crate) fn pointer(&self) -> *mut u8 {
@@ -151,6 +264,76 @@ impl Block {
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    pub(crate) fn is_rehearsed(&self) -> bool {
+        self.rehearsed
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let mut guard = state();
+        let state = &mut *guard;
+        let keep = if self.rehearsed && !is_rehearsing() { 0 } else { state.cache_limit };
+        let blocks = if self.rehearsed { &mut state.rehearsed } else { &mut state.real };
+        blocks.active -= self.bytes;
+        blocks.cached += self.bytes;
+        let kept = if state.planning { &mut blocks.limbo } else { &mut blocks.free };
+        kept.entry(self.bytes).or_default().push(Address(self.pointer));
+        if !state.planning && blocks.cached > keep {
+            blocks.trim(keep);
+        }
+    }
+}
+
+impl State {
+    fn look_around(&self) {
+        let held = self.real.active + self.real.cached;
+        let crowded = self.limit != usize::MAX && self.real.cached > 0 && held > self.limit - self.limit / 8;
+        CROWDED.store(crowded, Ordering::Relaxed);
+    }
+}
+
+impl Blocks {
+    const fn new(release: fn(NonNull<u8>, usize)) -> Blocks {
+        Blocks {
+            active: 0,
+            peak: 0,
+            cached: 0,
+            held_peak: 0,
+            free: BTreeMap::new(),
+            limbo: BTreeMap::new(),
+            release,
+        }
+    }
+
+    /// A kept block that fits; only the planner may take from limbo.
+    fn take(&mut self, size: usize, planner: bool) -> Option<(NonNull<u8>, usize)> {
+        let limbo = if planner { take(&mut self.limbo, size) } else { None };
+        let (address, size) = limbo.or_else(|| take(&mut self.free, size))?;
+        self.cached -= size;
+        Some((address.0, size))
+    }
+
+    /// Frees cached blocks, largest first, until at most `limit` bytes are cached.
+    fn trim(&mut self, limit: usize) {
+        while self.cached > limit {
+            let Some((&size, list)) = self.free.iter_mut().next_back() else { return };
+            let address = list.pop().expect("empty lists are removed");
+            if list.is_empty() {
+                self.free.remove(&size);
+            }
+            self.cached -= size;
+            (self.release)(address.0, size);
+        }
+    }
+
+    fn leave_limbo(&mut self, keep: usize) {
+        for (size, list) in std::mem::take(&mut self.limbo) {
+            self.free.entry(size).or_default().extend(list);
+        }
+        self.trim(keep);
     }
 }
 
@@ -164,36 +347,6 @@ fn take(kept: &mut BTreeMap<usize, Vec<Address>>, size: usize) -> Option<(Addres
     Some((address, found))
 }
 
-impl Drop for Block {
-    fn drop(&mut self) {
-        let mut state = state();
-        state.active -= self.bytes;
-        state.cached += self.bytes;
-        let kept = if state.planning { &mut state.limbo } else { &mut state.free };
-        kept.entry(self.bytes).or_default().push(Address(self.pointer));
-        if !state.planning && state.cached > state.cache_limit {
-            let limit = state.cache_limit;
-            state.trim(limit);
-        }
-    }
-}
-
-impl State {
-    /// Frees cached blocks, largest first, until at most `limit` bytes are cached.
-    fn trim(&mut self, limit: usize) {
-        while self.cached > limit {
-            let Some((&size, list)) = self.free.iter_mut().next_back() else { return };
-            let address = list.pop().expect("empty lists are removed");
-            if list.is_empty() {
-                self.free.remove(&size);
-            }
-            self.cached -= size;
-            // SAFETY: allocated in `Block::new` with this layout; the pool owns it.
-            unsafe { dealloc(address.0.as_ptr(), layout(size)) }
-        }
-    }
-}
-
 /// From now on freed blocks go to limbo. Only the holder of the engine calls this.
 pub(crate) fn begin_planning() {
     state().planning = true;
@@ -203,11 +356,51 @@ pub(crate) fn begin_planning() {
 pub(crate) fn end_planning() {
     let mut state = state();
     state.planning = false;
-    for (size, list) in std::mem::take(&mut state.limbo) {
-        state.free.entry(size).or_default().extend(list);
-    }
-    let limit = state.cache_limit;
-    state.trim(limit);
+    // Of what a limit leaves, arrays in use come first.
+    let keep = state.cache_limit.min(state.limit.saturating_sub(state.real.active));
+    state.real.leave_limbo(keep);
+    let keep = state.cache_limit;
+    state.rehearsed.leave_limbo(keep);
+    state.look_around();
+}
+
+fn allocate(bytes: usize) -> Option<NonNull<u8>> {
+    // SAFETY: the size is not zero.
+    let pointer = NonNull::new(unsafe { alloc(layout(bytes)) })?;
+    advise_huge(pointer, bytes);
+    Some(pointer)
+}
+
+fn free_block(pointer: NonNull<u8>, bytes: usize) {
+    // SAFETY: allocated in `allocate` with this layout; the pool owns it.
+    unsafe { dealloc(pointer.as_ptr(), layout(bytes)) }
+}
+
+/// Addresses that nothing else has and that nothing may touch.
+#[cfg(unix)]
+fn reserve(bytes: usize) -> Option<NonNull<u8>> {
+    // A system that counts reserved addresses would refuse more of them than it has memory; none is needed.
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at a place of the system's choice affects no other.
+    let pointer = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) };
+    if pointer == libc::MAP_FAILED { None } else { NonNull::new(pointer.cast()) }
+}
+
+#[cfg(unix)]
+fn unreserve(pointer: NonNull<u8>, bytes: usize) {
+    // SAFETY: made by `reserve` with this size; nobody has its addresses any more.
+    unsafe { libc::munmap(pointer.as_ptr().cast(), bytes) };
+}
+
+// Where addresses cannot be had without memory, memory is taken, which systems give only when it is touched.
+#[cfg(not(unix))]
+fn reserve(bytes: usize) -> Option<NonNull<u8>> {
+    allocate(bytes)
+}
+
+#[cfg(not(unix))]
+fn unreserve(pointer: NonNull<u8>, bytes: usize) {
+    free_block(pointer, bytes);
 }
 
 #[cfg(target_os = "linux")]

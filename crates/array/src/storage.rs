@@ -31,6 +31,11 @@ impl Buffer {
         self.block.bytes()
     }
 
+    /// Whether there is no memory behind it ([`crate::memory::rehearse`]).
+    pub(crate) fn is_rehearsed(&self) -> bool {
+        self.block.is_rehearsed()
+    }
+
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }

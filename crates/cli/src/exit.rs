@@ -2,10 +2,17 @@
 //!
 //! 0 ok, 1 failure, 2 usage, 3 not found, 4 access, 5 will not fit in memory, 6 disk, 7 bad data,
 //! 8 integrity, 75 stopped and resumable, 130/143 signals.
+//!
+//! In doubt: what the person typed is usage (2), a prompt that is too long for the model included; what files hold
+//! is data (7), a tensor that is missing in them included; a file or folder that is not there is not found (3). A run
+//! that Ctrl-C stops can be resumed (75); one that is terminated is saved too, and says that it was (143).
 
 use std::process::ExitCode;
 
 use mica_lm::ErrorKind;
+
+/// The exit code of a program that SIGTERM ended.
+const TERMINATED: u8 = 143;
 
 /// The run was stopped and can be resumed.
 #[derive(Debug, thiserror::Error)]
@@ -38,44 +45,27 @@ fn text(error: &anyhow::Error) -> String {
 fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         if cause.is::<Stopped>() {
-            return 75;
+            return if crate::signals::code() == Some(TERMINATED) { TERMINATED } else { 75 };
         }
         if cause.is::<Usage>() {
             return 2;
         }
-        if let Some(error) = cause.downcast_ref::<mica_lm::Error>() {
-            return of_kind(error.kind());
-        }
-        if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
-            return of_io(error.kind());
-        }
-        if let Some(error) = cause.downcast_ref::<mica_tune::Error>() {
-            return of_tune(error);
-        }
-        if let Some(mica_array::Error::OutOfMemory { .. }) = cause.downcast_ref::<mica_array::Error>() {
-            return 5;
-        }
+        let kind = if let Some(error) = cause.downcast_ref::<mica_lm::Error>() {
+            error.kind()
+        } else if let Some(error) = cause.downcast_ref::<mica_tune::Error>() {
+            error.kind()
+        } else if let Some(error) = cause.downcast_ref::<mica_io::Error>() {
+            error.kind().into()
+        } else if let Some(error) = cause.downcast_ref::<mica_array::Error>() {
+            error.into()
+        } else if let Some(error) = cause.downcast_ref::<std::io::Error>() {
+            mica_io::ErrorKind::of(error).into()
+        } else {
+            continue;
+        };
+        return of_kind(kind);
     }
     1
-}
-
-fn of_tune(error: &mica_tune::Error) -> u8 {
-    use mica_tune::Error;
-    match error {
-        Error::File { source, .. } => match source.kind() {
-            std::io::ErrorKind::NotFound => 3,
-            std::io::ErrorKind::PermissionDenied => 4,
-            _ => 1,
-        },
-        Error::Io(error) => of_io(error.kind()),
-        Error::Model(error) => of_kind(error.kind()),
-        Error::Array(mica_array::Error::OutOfMemory { .. }) => 5,
-        Error::Config(_) => 2,
-        Error::DiskFull { .. } => 6,
-        Error::BadLine { .. } | Error::TooManyBadLines { .. } | Error::Data { .. } | Error::Tokenize(_) => 7,
-        Error::Checkpoint { .. } => 8,
-        _ => 1,
-    }
 }
 
 fn of_kind(kind: ErrorKind) -> u8 {
@@ -87,18 +77,29 @@ fn of_kind(kind: ErrorKind) -> u8 {
         ErrorKind::DiskFull => 6,
         ErrorKind::BadData | ErrorKind::Unsupported => 7,
         ErrorKind::Integrity => 8,
+        ErrorKind::Interrupted => crate::signals::code().unwrap_or(130),
         _ => 1,
     }
 }
 
-fn of_io(kind: mica_io::ErrorKind) -> u8 {
-    match kind {
-        mica_io::ErrorKind::NotFound => 3,
-        mica_io::ErrorKind::Access => 4,
-        mica_io::ErrorKind::DiskFull => 6,
-        mica_io::ErrorKind::BadData => 7,
-        mica_io::ErrorKind::Integrity => 8,
-        _ => 1,
+/// Runs the program's work; a panic, which is a defect, ends it as a failure that is told in a line.
+pub fn guarded(work: impl FnOnce() -> anyhow::Result<()> + std::panic::UnwindSafe) -> ExitCode {
+    // Who asks for traces gets them.
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        std::panic::set_hook(Box::new(|panic| {
+            let place = panic.location().map(|place| format!(" at {place}")).unwrap_or_default();
+            let what = panic.payload();
+            let what =
+                what.downcast_ref::<String>().map(String::as_str).or(what.downcast_ref::<&str>().copied());
+            eprintln!(
+                "mica: internal error{place}: {}; this is a defect of mica, please report it with the command",
+                what.unwrap_or("unknown")
+            );
+        }));
+    }
+    match std::panic::catch_unwind(work) {
+        Ok(result) => report(result),
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use mica_array::memory;
+
 /// Read bandwidth of memory in GB/s: the best of a few passes over a block far larger than the
 /// caches, with `threads` threads that each read four streams.
 pub fn read_bandwidth(threads: usize, bytes: usize) -> Option<f64> {
@@ -46,17 +48,12 @@ fn sum(block: &[u64]) -> u64 {
 
 /// The most memory that this process has had resident, in GB; 0 where the system does not say.
 pub fn peak_memory_gb() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").trim().parse::<f64>().ok());
-    kilobytes.unwrap_or(0.0) * 1024.0 / 1e9
+    memory::peak_resident().unwrap_or(0) as f64 / 1e9
 }
 
 /// Memory of the machine in GB, if the system says.
 pub fn total_memory_gb() -> Option<f64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.trim().trim_end_matches(" kB").trim().parse::<f64>().ok()? * 1024.0 / 1e9)
+    Some(memory::total()? as f64 / 1e9)
 }
 
 /// The processor's name, if the system says.

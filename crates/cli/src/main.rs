@@ -20,8 +20,36 @@ struct Cli {
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
+    /// Most memory that this process may take: 8GB, 500MB, or bytes [default: what the machine has]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size)]
+    memory_limit: Option<u64>,
+
     #[command(subcommand)]
     command: Command,
+}
+
+/// A number of bytes with or without a unit; as for memory chips, K, M and G are powers of 1000 and Ki, Mi and Gi of
+/// 1024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("expected a size such as 8GB, 500MB or 2GiB, got {text:?}");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit = match text[digits..].trim().trim_end_matches(['B', 'b']).to_ascii_lowercase().as_str() {
+        "" => 1.0,
+        "k" => 1e3,
+        "m" => 1e6,
+        "g" => 1e9,
+        "t" => 1e12,
+        "ki" => 1024.0,
+        "mi" => 1024.0 * 1024.0,
+        "gi" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(bad()),
+    };
+    let bytes = number * unit;
+    if !(1e6..1e18).contains(&bytes) {
+        return Err(format!("{text:?} is {bytes} bytes; give a unit, as in 8GB, and at least 1MB"));
+    }
+    Ok(bytes as u64)
 }
 
 #[derive(Subcommand)]
@@ -51,7 +79,11 @@ fn main() -> std::process::ExitCode {
     if let Some(threads) = cli.threads {
         mica_array::set_threads(threads.into());
     }
-    let result = match cli.command {
+    if let Some(bytes) = cli.memory_limit {
+        // Arrays heed it once a model is loaded.
+        mica_array::memory::set_process_limit(bytes);
+    }
+    let code = exit::guarded(|| match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
@@ -67,9 +99,9 @@ fn main() -> std::process::ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "mica", &mut std::io::stdout());
             Ok(())
         }
-    };
+    });
     if let Some(table) = mica_array::profile::report() {
         eprint!("{table}");
     }
-    exit::report(result)
+    code
 }

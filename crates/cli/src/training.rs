@@ -62,16 +62,19 @@ pub fn resumed(given: Option<RunConfig>, output: &Path) -> anyhow::Result<RunCon
     let begun = output.join("config.yaml");
     let Some(given) = given else {
         if !begun.is_file() {
-            let text = format!("{}: there is no run to resume (no config.yaml)", output.display());
-            return Err(Usage(text).into());
+            let what = "there is no run to resume (no config.yaml)".to_string();
+            return Err(mica_tune::Error::Missing { path: output.into(), what }.into());
         }
         let text = std::fs::read_to_string(&begun).map_err(|e| mica_tune::Error::file(&begun, e))?;
         return Ok(RunConfig { output: output.into(), ..RunConfig::from_yaml(&text)? });
     };
+    let mut given = given;
     if begun.is_file() {
         let text = std::fs::read_to_string(&begun).map_err(|e| mica_tune::Error::file(&begun, e))?;
-        let (before, now) =
-            (serde_json::to_value(RunConfig::from_yaml(&text)?)?, serde_json::to_value(&given)?);
+        let run = RunConfig::from_yaml(&text)?;
+        // What was found to fit then is kept.
+        given.micro_batch_size = given.micro_batch_size.or(run.micro_batch_size);
+        let (before, now) = (serde_json::to_value(run)?, serde_json::to_value(&given)?);
         if let (Value::Object(before), Value::Object(now)) = (&before, &now) {
             let differs = |key: &String| before.get(key) != now.get(key) && !FREE.contains(&key.as_str());
             let changed: Vec<&String> = now.keys().filter(|key| differs(key)).collect();

@@ -130,7 +130,7 @@ impl Error {
     /// The class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Io { source, .. } => kind_of(source),
+            Error::Io { source, .. } => ErrorKind::of(source),
             Error::Missing { .. } => ErrorKind::NotFound,
             Error::BadData { .. } => ErrorKind::BadData,
             Error::Integrity { .. } => ErrorKind::Integrity,
@@ -139,7 +139,7 @@ impl Error {
                 if let Some(inner) = source.downcast_ref::<Error>() {
                     inner.kind()
                 } else if let Some(inner) = source.downcast_ref::<io::Error>() {
-                    kind_of(inner)
+                    ErrorKind::of(inner)
                 } else {
                     ErrorKind::Other
                 }
@@ -148,19 +148,23 @@ impl Error {
     }
 }
 
-fn kind_of(error: &io::Error) -> ErrorKind {
-    use io::ErrorKind as K;
-    match error.kind() {
-        K::NotFound | K::NotADirectory => ErrorKind::NotFound,
-        K::PermissionDenied | K::ReadOnlyFilesystem => ErrorKind::Access,
-        K::StorageFull | K::QuotaExceeded | K::FileTooLarge => ErrorKind::DiskFull,
-        K::UnexpectedEof | K::InvalidData => ErrorKind::BadData,
-        _ => ErrorKind::Other,
+impl ErrorKind {
+    /// The class of what the system said.
+    pub fn of(error: &io::Error) -> ErrorKind {
+        use io::ErrorKind as K;
+        match error.kind() {
+            K::NotFound | K::NotADirectory => ErrorKind::NotFound,
+            K::PermissionDenied | K::ReadOnlyFilesystem => ErrorKind::Access,
+            K::StorageFull | K::QuotaExceeded | K::FileTooLarge => ErrorKind::DiskFull,
+            // A folder where a file should be is a folder of another make.
+            K::UnexpectedEof | K::InvalidData | K::IsADirectory => ErrorKind::BadData,
+            _ => ErrorKind::Other,
+        }
     }
 }
 
 fn advice(error: &io::Error) -> &'static str {
-    match kind_of(error) {
+    match ErrorKind::of(error) {
         ErrorKind::DiskFull => {
             "; free some space or choose another folder (what was there before is unchanged)"
         }

@@ -50,8 +50,8 @@ impl WeightFiles {
     /// would hide that the folder's files do not belong together.
     ///
     /// # Errors
-    /// [`Error::Missing`] when there are no weights, shards are missing, or a tensor is not in the
-    /// shard where the index has it; [`Error::BadData`] for malformed files, index entries that
+    /// [`Error::Missing`] when there are no weights or shards are missing; [`Error::BadData`] for
+    /// malformed files, a tensor that is not in the shard where the index has it, index entries that
     /// lead out of the folder, and a name in several files.
     pub fn open(path: impl AsRef<Path>) -> Result<WeightFiles> {
         let path = path.as_ref();
@@ -102,7 +102,7 @@ impl WeightFiles {
             .collect();
         if !absent.is_empty() {
             let what = format!("lists tensors that are not in their file: {}", list(&absent));
-            return Err(Error::missing(index_path, what));
+            return Err(Error::bad_data(index_path, what));
         }
         WeightFiles::join(folder, files, &index)
     }
@@ -436,7 +436,7 @@ mod tests {
                 put(f, "x.safetensors", &[("a", 1)]);
                 put_index(f, &[("a", "x.safetensors"), ("b", "y.safetensors"), ("c", "z.safetensors")]);
             }),
-            ("tensor not in its shard", ErrorKind::NotFound, "\"b\" in x.safetensors", |f| {
+            ("tensor not in its shard", ErrorKind::BadData, "\"b\" in x.safetensors", |f| {
                 put(f, "x.safetensors", &[("a", 1)]);
                 put_index(f, &[("a", "x.safetensors"), ("b", "x.safetensors")]);
             }),

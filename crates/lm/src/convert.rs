@@ -6,8 +6,10 @@
 //! groups; the others stay as they are, and the files say which is which.
 
 use std::cell::RefCell;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mica_array::files::{dtype_from_file, dtype_to_file};
 use mica_array::{Array, Dtype, PackedWeight, Quantized, quantize};
@@ -16,6 +18,7 @@ use mica_io::weights::{ShardedWriter, WeightFiles};
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, QuantMode, QuantSpec};
+use crate::weights::{not_finite, read_finite};
 use crate::{Error, Result};
 
 /// Gives the new value of a tensor by its name, or `None` where it stays.
@@ -33,6 +36,17 @@ pub struct Recipe<'a> {
     /// New values for some `….weight`s, in any float dtype; they are stored as the old ones were, quantized with
     /// the same settings if those were quantized.
     pub replace: Option<Replace<'a>>,
+    /// Set from outside: stop before the next tensor, and leave nothing behind.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Recipe<'_> {
+    fn go_on(&self) -> Result<()> {
+        match self.stop {
+            Some(stop) if stop.load(Ordering::Relaxed) => Err(Error::Interrupted),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What was written.
@@ -66,6 +80,8 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     let (source, target) = (source.as_ref(), target.as_ref());
     let config = ModelConfig::load(source)?;
     check(&config, target, recipe)?;
+    // What cannot be opened as a model would come out as something else that cannot.
+    crate::load::outline(source)?;
     let files = WeightFiles::open(source)?;
     let folder = AtomicDir::create(target)?;
     let mut out = Out {
@@ -81,14 +97,26 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     let Out { mut writer, mut done, .. } = out;
     let mlx = if recipe.dequantize { false } else { config.quantization.is_quantized() };
     writer.metadata("format", if mlx || recipe.quantize.is_some() { "mlx" } else { "pt" });
-    writer.write(folder.path())?;
+    writer.write(folder.path()).map_err(told_by_the_source)?;
     copy_others(source, folder.path())?;
     let text = serde_json::to_string_pretty(&Value::Object(new_config(&config, recipe)))
         .map_err(|error| Error::bad_file(config.path(), error.to_string()))?;
     mica_io::atomic::write(folder.path().join("config.json"), text + "\n")?;
+    recipe.go_on()?;
     folder.commit()?;
     done.folder = target.to_path_buf();
     Ok(done)
+}
+
+/// What went wrong with a tensor of the source, rather than that its copy could not be written.
+fn told_by_the_source(error: mica_io::Error) -> Error {
+    match error {
+        mica_io::Error::Content { path, what, source } => match source.downcast::<Error>() {
+            Ok(error) => *error,
+            Err(source) => mica_io::Error::Content { path, what, source }.into(),
+        },
+        error => error.into(),
+    }
 }
 
 fn check(config: &ModelConfig, target: &Path, recipe: &Recipe) -> Result<()> {
@@ -270,7 +298,9 @@ impl<'a> Out<'a> {
         let make = Rc::clone(&made);
         let label = module.to_string();
         self.done.bytes += (words[0] * words[1] * 4 + 2 * groups[0] * groups[1] * dtype.size()) as u64;
+        let recipe = self.recipe;
         self.writer.stream(format!("{module}.weight"), dtype_to_file(Dtype::U32), &words, move |out| {
+            recipe.go_on()?;
             let weight = value()?.astype(dtype)?.contiguous()?;
             if weight.shape() != [words[0], inputs] {
                 return Err(format!(
@@ -303,13 +333,23 @@ impl<'a> Out<'a> {
     fn float(&mut self, name: &str, shape: &[usize], dtype: Dtype, value: impl Fn() -> Result<Array> + 'a) {
         self.done.bytes += (shape.iter().product::<usize>() * dtype.size()) as u64;
         let (size, label) = (shape.iter().product::<usize>(), name.to_string());
+        let recipe = self.recipe;
         self.writer.stream(name, dtype_to_file(dtype), shape, move |out| {
+            recipe.go_on()?;
             let array = value()?;
             if array.size() != size {
                 return Err(format!("{label}: {} values for {size} places", array.size()).into());
             }
-            array.astype(dtype)?.contiguous()?.with_bytes(|bytes| out.write_all(bytes))??;
-            Ok(())
+            array.astype(dtype)?.contiguous()?.with_bytes(|bytes| match not_finite(bytes, dtype) {
+                None => Ok(out.write_all(bytes)?),
+                Some(at) => Err(Error::Unsupported {
+                    what: format!(
+                        "{label}: storing a value that is too large for {dtype}, first at element {at},"
+                    ),
+                    todo: "store the model as bfloat16 or float32".into(),
+                }
+                .into()),
+            })?
         });
     }
 
@@ -320,7 +360,11 @@ impl<'a> Out<'a> {
         let shape = shape.unwrap_or_else(|| weight.shape().to_vec());
         self.done.bytes += weight.byte_len() as u64;
         let label = name.to_string();
-        self.writer.stream(name, weight.dtype(), &shape, move |out| Ok(out.write_all(&files.read(&label)?)?));
+        let recipe = self.recipe;
+        self.writer.stream(name, weight.dtype(), &shape, move |out| {
+            recipe.go_on()?;
+            Ok(out.write_all(&files.read(&label)?)?)
+        });
         Ok(())
     }
 
@@ -343,7 +387,7 @@ fn read(files: &WeightFiles, name: &str) -> Result<Array> {
         what: format!("{}: tensor {name} of type {}", weight.path().display(), weight.dtype()),
         todo: "f32, f16, bf16 and integer tensors can be read".into(),
     })?;
-    Array::from_fill(weight.shape(), dtype, |bytes| weight.read_into(bytes).map_err(Error::from))
+    read_finite(&weight, dtype)
 }
 
 /// The configuration of the new folder.
@@ -379,7 +423,11 @@ fn copy_others(source: &Path, target: &Path) -> Result<()> {
             || name.starts_with("NOTICE");
         // A link is followed: Hugging Face's cache holds nothing else.
         if kept && path.is_file() && name != "config.json" && !name.ends_with(".safetensors.index.json") {
-            std::fs::copy(&path, target.join(name)).map_err(failed(&path))?;
+            std::fs::copy(&path, target.join(name)).map_err(|source| {
+                let full = matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+                // A full disk is the target's, anything else more likely the source's.
+                if full { mica_io::Error::io("write", target, source).into() } else { failed(&path)(source) }
+            })?;
         }
     }
     Ok(())

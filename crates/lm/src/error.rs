@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Integrity,
     /// The caller asked for something that has no meaning (an option out of range, say).
     Usage,
+    /// A signal asked to stop.
+    Interrupted,
     /// Anything else: reading failed half-way, for example.
     Failed,
 }
@@ -116,30 +118,47 @@ pub enum Error {
     /// An argument that has no meaning.
     #[error("{0}")]
     Usage(String),
+    /// It would not fit in memory, and was not begun.
+    #[error("{0}")]
+    Memory(String),
+    /// It was asked to stop before it was done, and left nothing behind.
+    #[error("stopped; nothing was written")]
+    Interrupted,
+}
+
+impl From<mica_io::ErrorKind> for ErrorKind {
+    fn from(kind: mica_io::ErrorKind) -> ErrorKind {
+        match kind {
+            mica_io::ErrorKind::NotFound => ErrorKind::NotFound,
+            mica_io::ErrorKind::Access => ErrorKind::Access,
+            mica_io::ErrorKind::DiskFull => ErrorKind::DiskFull,
+            mica_io::ErrorKind::BadData => ErrorKind::BadData,
+            mica_io::ErrorKind::Integrity => ErrorKind::Integrity,
+            mica_io::ErrorKind::Other => ErrorKind::Failed,
+        }
+    }
+}
+
+impl From<&mica_array::Error> for ErrorKind {
+    fn from(error: &mica_array::Error) -> ErrorKind {
+        match error {
+            mica_array::Error::OutOfMemory { .. } => ErrorKind::Memory,
+            mica_array::Error::File { kind, .. } => (*kind).into(),
+            _ => ErrorKind::Failed,
+        }
+    }
 }
 
 impl Error {
     /// The kind of this failure.
     pub fn kind(&self) -> ErrorKind {
-        use std::io::ErrorKind as Io;
         match self {
-            Error::Read { source, .. } => match source.kind() {
-                Io::NotFound => ErrorKind::NotFound,
-                Io::PermissionDenied => ErrorKind::Access,
-                Io::InvalidData | Io::UnexpectedEof => ErrorKind::BadData,
-                _ => ErrorKind::Failed,
-            },
+            Error::Read { source, .. } => mica_io::ErrorKind::of(source).into(),
             Error::NotFound { .. } => ErrorKind::NotFound,
-            Error::File(error) => match error.kind() {
-                mica_io::ErrorKind::NotFound => ErrorKind::NotFound,
-                mica_io::ErrorKind::Access => ErrorKind::Access,
-                mica_io::ErrorKind::DiskFull => ErrorKind::DiskFull,
-                mica_io::ErrorKind::BadData => ErrorKind::BadData,
-                mica_io::ErrorKind::Integrity => ErrorKind::Integrity,
-                _ => ErrorKind::Failed,
-            },
-            Error::Array(mica_array::Error::OutOfMemory { .. }) => ErrorKind::Memory,
-            Error::Array(_) => ErrorKind::Failed,
+            Error::File(error) => error.kind().into(),
+            Error::Array(error) => error.into(),
+            Error::Memory(_) => ErrorKind::Memory,
+            Error::Interrupted => ErrorKind::Interrupted,
             Error::BadFile { .. } | Error::Field { .. } | Error::Tokenize(_) => ErrorKind::BadData,
             Error::Template { .. } => ErrorKind::BadData,
             Error::Unsupported { .. } => ErrorKind::Unsupported,

@@ -12,6 +12,7 @@ use mica_nn::Context;
 use crate::cache::Cache;
 use crate::detokenizer::Streaming;
 use crate::load::Loaded;
+use crate::memory;
 use crate::models::{Input, LanguageModel};
 use crate::sample::{Sampler, SamplingParams};
 use crate::stop::StopStrings;
@@ -133,7 +134,7 @@ impl<'a> Generator<'a> {
     ///
     /// # Errors
     /// An empty prompt, a token outside the vocabulary, a prompt longer than the model's longest
-    /// sequence.
+    /// sequence, too little memory for all tokens.
     pub fn new(
         model: &'a dyn LanguageModel,
         tokenizer: Option<&Tokenizer>,
@@ -147,6 +148,13 @@ impl<'a> Generator<'a> {
                 "stop texts need a tokenizer, and this model folder has none".to_string(),
             ));
         }
+        let longest = prompt.len().saturating_add(options.max_tokens).min(model.info().max_positions);
+        let types = (options.kv_dtype, options.precision);
+        memory::check(
+            memory::generation(model, prompt.len(), longest, 1, types)?,
+            &format!("generating after {} tokens, up to {longest} in all,", prompt.len()),
+            "shorten the prompt, or lower the number of tokens to generate (--max-tokens)",
+        )?;
         let started = Instant::now();
         let mut cache = model.new_cache(1, options.kv_dtype);
         let logits = prefill(model, &mut cache, prompt, options.precision)?;

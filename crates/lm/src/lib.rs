@@ -10,6 +10,7 @@ pub mod generate;
 pub mod layers;
 pub mod load;
 pub mod locate;
+pub mod memory;
 pub mod models;
 pub mod sample;
 pub mod stop;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use mica_lm::ErrorKind;
+
 /// The result of this crate's fallible functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -63,7 +65,7 @@ pub enum Error {
     #[error("configuration: {0}")]
     Config(String),
 
-    /// A saved run, checkpoint or adapter does not hold what it should.
+    /// A checkpoint or the log of a run is not what was written.
     #[error("{}: {cause}", path.display())]
     Checkpoint {
         /// The file or folder.
@@ -71,6 +73,35 @@ pub enum Error {
         /// What is wrong and what to do.
         cause: String,
     },
+
+    /// An adapter cannot be read, or does not fit the model.
+    #[error("{}: {cause}", path.display())]
+    Adapter {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        cause: String,
+    },
+
+    /// What was asked for is not there.
+    #[error("{}: {what}", path.display())]
+    Missing {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is missing and what to do.
+        what: String,
+    },
+
+    /// The folder for a new run holds one already.
+    #[error("{}: holds a run already; add --resume to go on with it, or choose another folder", path.display())]
+    Taken {
+        /// The run folder.
+        path: PathBuf,
+    },
+
+    /// It would not fit in memory, and was not begun.
+    #[error("{0}")]
+    Memory(String),
 
     /// Another process is using the run folder.
     #[error("{}: the run folder is in use by process {owner}; wait for it to end or choose another folder", path.display())]
@@ -116,11 +147,32 @@ pub enum Error {
 }
 
 impl Error {
+    /// The kind of this failure, from which a program makes its exit code.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::File { source, .. } => mica_io::ErrorKind::of(source).into(),
+            Error::Io(error) => error.kind().into(),
+            Error::Model(error) => error.kind(),
+            Error::Array(error) => error.into(),
+            Error::Config(_) | Error::Taken { .. } => ErrorKind::Usage,
+            Error::Missing { .. } => ErrorKind::NotFound,
+            Error::Memory(_) => ErrorKind::Memory,
+            Error::DiskFull { .. } => ErrorKind::DiskFull,
+            Error::BadLine { .. }
+            | Error::TooManyBadLines { .. }
+            | Error::Data { .. }
+            | Error::Tokenize(_)
+            | Error::Adapter { .. } => ErrorKind::BadData,
+            Error::Checkpoint { .. } => ErrorKind::Integrity,
+            Error::Locked { .. } | Error::NotFinite { .. } => ErrorKind::Failed,
+        }
+    }
+
     /// Wraps a system error with its file, and tells a full disk apart.
     pub fn file(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
-        match source.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Error::DiskFull { path },
+        match mica_io::ErrorKind::of(&source) {
+            mica_io::ErrorKind::DiskFull => Error::DiskFull { path },
             _ => Error::File { path, source },
         }
     }

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use mica_array::Array;
 use mica_lm::convert::{Converted, Recipe, convert};
@@ -20,7 +21,8 @@ use crate::adapters::files::{self, Opened};
 use crate::{Error, Result};
 
 /// Writes the model of the folder `model` with the adapter of the folder `adapter` merged into it to the new folder
-/// `target`. With `dequantize`, quantized weights (all of them) become plain.
+/// `target`. With `dequantize`, quantized weights (all of them) become plain. Once `stop` is set, it ends and leaves
+/// nothing behind.
 ///
 /// # Errors
 /// A model or an adapter that cannot be opened, that do not fit each other, a target that is not empty, disk.
@@ -29,16 +31,17 @@ pub fn fuse(
     adapter: impl AsRef<Path>,
     target: impl AsRef<Path>,
     dequantize: bool,
+    stop: Option<&AtomicBool>,
 ) -> Result<Converted> {
     let mut loaded = load(model.as_ref(), Packing::Frozen)?;
     let opened = files::load(&mut *loaded.model, adapter.as_ref())?;
     let new = Merged::new(&mut *loaded.model, &opened);
     let replace = |name: &str| new.get(name).map_err(mica_lm::Error::from);
-    let recipe = Recipe { dequantize, replace: Some(&replace), ..Recipe::default() };
+    let recipe = Recipe { dequantize, replace: Some(&replace), stop, ..Recipe::default() };
     let converted = convert(model.as_ref(), target.as_ref(), &recipe)?;
     let used = new.used.borrow().len();
     if used < new.adapted.len() + new.whole.len() {
-        return Err(Error::Checkpoint {
+        return Err(Error::Adapter {
             path: opened.file,
             cause: "a part of the adapter has no tensor in the model's files, so the fused folder lacks it"
                 .into(),

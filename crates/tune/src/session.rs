@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use mica_array::{Dtype, Precision, memory};
 use mica_lm::load::{Loaded, load};
+use mica_lm::memory::size as memory_size;
 use mica_lm::models::LanguageModel;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
@@ -21,7 +22,7 @@ use crate::adapters::config::to_mlx;
 use crate::adapters::files;
 use crate::adapters::names::{Form, TensorName};
 use crate::config::{Duration, FineTune, ModelFacts, Optimizer, RunConfig};
-use crate::data::batch::Shape;
+use crate::data::batch::{Batch, Shape};
 use crate::data::encode::Encode;
 use crate::data::loader::{Loader, Options};
 use crate::data::read::{BadLines, Source, Splits};
@@ -33,7 +34,7 @@ use crate::run::RunFolder;
 use crate::run::folder::Existing;
 use crate::run::metrics::METRICS;
 use crate::trainer::update::evaluate;
-use crate::trainer::{HeldOut, Outcome, Plan, Run, UpdateSettings, train};
+use crate::trainer::{HeldOut, Outcome, Plan, Run, Update, UpdateSettings, train};
 use crate::{Error, Result, report};
 
 /// Positions that are computed at once where the settings leave it open. Their activations take about 100 bytes a
@@ -56,7 +57,8 @@ pub fn facts(model: &Path) -> Result<ModelFacts> {
     let quantization = &config.quantization;
     let first = quantization.default.or_else(|| quantization.overrides.values().flatten().next().copied());
     let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits as u32);
-    Ok(ModelFacts { layers, bits })
+    let positions = config.text_fields()?.opt("max_position_embeddings")?;
+    Ok(ModelFacts { layers, bits, positions })
 }
 
 /// Does what the settings say with the model of a folder.
@@ -75,34 +77,41 @@ pub fn run(
     if config.cache_limit > 0 {
         memory::set_cache_limit(config.cache_limit as usize);
     }
-    // A test alone leaves the run folder as it is.
-    let folder = match start {
+    // A test alone leaves the run folder as it is. A new run touches it only once everything else is known to be
+    // well; one that goes on holds it from the beginning.
+    let mut folder = match start {
         _ if !config.train => None,
-        Start::New(existing) => Some(RunFolder::create(&config.output, existing)?),
+        Start::New(existing) => {
+            RunFolder::check(&config.output, existing)?;
+            None
+        }
         Start::Resume => Some(RunFolder::resume(&config.output)?),
     };
-    if let Some(folder) = &folder {
-        folder.write_config(config)?;
-    }
     let packing = if config.fine_tune == FineTune::Full { Packing::Quantized } else { Packing::Frozen };
+    mica_lm::load::outline(model)?;
+    let splits = Splits::open(&config.data, &config.columns)?;
+    let mut data = Data::read(config, encode, &splits, observer)?;
+    data.check(config)?;
     let mut loaded = load(model, packing)?;
     let names = match config.train {
         true => prepare(config, &mut *loaded.model, observer)?,
         false => trained_before(config, &mut *loaded.model, observer)?,
     };
-    let splits = Splits::open(&config.data, &config.columns)?;
-    let mut data = Data::read(config, encode, &splits, observer)?;
     let precision = precision(&loaded);
     let mut outcome = Outcome::Finished(Default::default());
-    if let Some(folder) = &folder {
-        let samples = data.train.take().ok_or_else(|| Error::Data {
-            path: config.data.clone(),
-            cause: "holds no training data: a file, or a folder with train.jsonl, is needed".into(),
-        })?;
-        let micro = micro_batch(config);
+    if let Some(samples) = data.train.take() {
+        let update = UpdateSettings {
+            optimizer,
+            clip: config.clip,
+            precision,
+            recompute: config.grad_checkpoint,
+            seed: config.seed,
+        };
+        let probe = Update::new(&*loaded.model, &names, update)?;
+        let Fitting { micro, loader, options } =
+            fitting(config, &samples, &mut *loaded.model, &probe, observer)?;
+        drop(probe);
         let accumulate = config.accumulate(micro);
-        let options = loader_options(config, micro);
-        let loader = Loader::new(samples, options.clone())?;
         let steps = config.total_steps(loader.batches_in_epoch(0)?, accumulate);
         let plan = Plan {
             steps,
@@ -114,14 +123,13 @@ pub fn run(
             save_every: config.save_every,
             keep: 2,
         };
-        let update = UpdateSettings {
-            optimizer,
-            clip: config.clip,
-            precision,
-            recompute: config.grad_checkpoint,
-            seed: config.seed,
-        };
         let validation = data.valid.clone().map(|samples| HeldOut { samples, options });
+        let folder = match (folder.take(), start) {
+            (Some(folder), _) => folder,
+            (None, Start::New(existing)) => RunFolder::create(&config.output, existing)?,
+            (None, Start::Resume) => RunFolder::resume(&config.output)?,
+        };
+        folder.write_config(&RunConfig { micro_batch_size: Some(micro), ..config.clone() })?;
         let mut export = |model: &dyn LanguageModel, count: u64| export(config, model, count);
         outcome = train(
             Run {
@@ -131,7 +139,7 @@ pub fn run(
                 validation,
                 plan,
                 update,
-                folder,
+                folder: &folder,
                 observer,
                 stop,
                 export: &mut export,
@@ -140,10 +148,6 @@ pub fn run(
             start == Start::Resume,
         )?;
         draw(folder.path())?;
-    }
-    if config.test.is_some() && data.test.is_none() {
-        let cause = "holds no test data (test.jsonl), and a test was asked for";
-        return Err(Error::Data { path: config.data.clone(), cause: cause.into() });
     }
     if let (Outcome::Finished(_), Some(test), Some(samples)) = (&outcome, config.test, data.test) {
         let begun = Instant::now();
@@ -225,6 +229,118 @@ fn trained_before(
     Ok(Vec::new())
 }
 
+/// How micro-batches are formed so that they fit in memory.
+struct Fitting {
+    micro: usize,
+    loader: Loader,
+    options: Options,
+}
+
+/// What running takes beside arrays: pages of the program's code, scratch memory of its threads, batches made ahead.
+/// Measured on x86-64 with 2 threads, where it was 4 to 7 MB with all models.
+const BESIDES: u64 = 5_000_000;
+
+/// Batches of an epoch of which the largest is looked for.
+const LOOKED_AT: usize = 4096;
+
+/// Finds the micro-batch, the given one or the largest that fits, by rehearsing a step over the largest batch that
+/// the data will give.
+///
+/// # Errors
+/// [`Error::Memory`] if none fits, with what would.
+fn fitting(
+    config: &RunConfig,
+    samples: &Arc<dyn Samples>,
+    model: &mut dyn LanguageModel,
+    update: &Update,
+    observer: &mut dyn Observer,
+) -> Result<Fitting> {
+    let first = micro_batch(config);
+    // What was given is not changed.
+    let smallest = if config.micro_batch_size.is_some() { first } else { 1 };
+    let mut left = (smallest..=first).rev().filter(|rows| config.batch_size.is_multiple_of(*rows)).peekable();
+    loop {
+        let Some(micro) = left.next() else {
+            return Err(Error::Config(format!("batch_size {} has no micro-batch", config.batch_size)));
+        };
+        let options = loader_options(config, micro);
+        let loader = Loader::new(samples.clone(), options.clone())?;
+        let batch = largest(Loader::new(samples.clone(), options.clone())?)?;
+        // All micro-batches after the first of a window take the same.
+        let window = vec![batch; config.accumulate(micro).clamp(1, 2)];
+        let needed =
+            if window[0].labelled > 0 { update.rehearse(model, &Sft, &window)? } else { 0 } + BESIDES;
+        memory::clear_cache();
+        let (before, room) = (memory::resident(), memory::room());
+        match room.filter(|room| room.bytes < needed) {
+            None => {
+                tell(before.unwrap_or(0) + needed, first, micro, observer);
+                return Ok(Fitting { micro, loader, options });
+            }
+            Some(_) if left.peek().is_some() => {}
+            Some(room) => return Err(Error::Memory(too_little(config, micro, &window[0], needed, room))),
+        }
+    }
+}
+
+/// The batch of the first epoch with the most positions, and among those with the most targets.
+fn largest(mut loader: Loader) -> Result<Batch> {
+    let mut found: Option<Batch> = None;
+    for _ in 0..LOOKED_AT {
+        if loader.state().epoch > 0 {
+            break;
+        }
+        let Some(batch) = loader.next_batch()? else { break };
+        let size = |batch: &Batch| (batch.rows * batch.length, batch.labelled);
+        if found.as_ref().is_none_or(|found| size(&batch) > size(found)) {
+            found = Some(batch);
+        }
+    }
+    found.ok_or_else(|| Error::Config("the data gives no batch".into()))
+}
+
+/// Tells the estimate, which is compared with the peak at the end.
+fn tell(peak: u64, asked: usize, micro: usize, observer: &mut dyn Observer) {
+    let mut note = |warning, text| observer.event(&Event::Note { warning, text });
+    if micro < asked {
+        note(false, format!("Micro-batches of {micro} rows: {asked} would not fit in memory"));
+    }
+    note(false, format!("Estimated peak memory {:.3} GB", peak as f64 / 1e9));
+    if let Some(total) = memory::total().filter(|total| peak > total / 10 * 7) {
+        note(
+            true,
+            format!("that is more than 70 % of this machine's {}: it may begin to swap", memory_size(total)),
+        );
+    }
+}
+
+fn too_little(config: &RunConfig, micro: usize, batch: &Batch, needed: u64, room: memory::Room) -> String {
+    let counted = matches!(config.duration, Duration::Iters(_));
+    let mut todo = Vec::new();
+    if micro > 1 {
+        todo.push(format!("--{} {}", if counted { "batch-size" } else { "micro-batch-size" }, micro / 2));
+    }
+    if !config.grad_checkpoint {
+        todo.push("--grad-checkpoint (recomputes activations)".into());
+    }
+    if batch.length > 64 {
+        todo.push(format!("--max-seq-length {} (cuts longer samples)", batch.length / 2));
+    }
+    if config.fine_tune == FineTune::Full {
+        todo.push("--fine-tune-type lora (trains few parameters)".into());
+    }
+    todo.push("a smaller or quantized model (mica convert -q)".into());
+    format!(
+        "a training step over {} × {} tokens needs {} more memory, and {} are left {}; try {}",
+        batch.rows,
+        batch.length,
+        memory_size(needed),
+        memory_size(room.bytes),
+        room.bound,
+        todo.join(", or ")
+    )
+}
+
 /// The largest divisor of the batch whose rows stay within [`POSITIONS`].
 fn micro_batch(config: &RunConfig) -> usize {
     let fits =
@@ -286,6 +402,20 @@ impl Data {
         }
         let shared = |samples: Option<InMemory>| samples.map(|samples| Arc::new(samples) as Arc<dyn Samples>);
         Ok(Data { train: shared(train), valid: shared(valid), test: shared(test) })
+    }
+}
+
+impl Data {
+    /// Whether there is all that was asked for, which is said before hours of training.
+    fn check(&self, config: &RunConfig) -> Result<()> {
+        let lacks = |cause: &str| Err(Error::Data { path: config.data.clone(), cause: cause.into() });
+        if config.train && self.train.is_none() {
+            return lacks("holds no training data: a file, or a folder with train.jsonl, is needed");
+        }
+        if config.test.is_some() && self.test.is_none() {
+            return lacks("holds no test data (test.jsonl), and a test was asked for");
+        }
+        Ok(())
     }
 }
 

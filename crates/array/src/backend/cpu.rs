@@ -17,7 +17,7 @@ use mica_threads::{Pool, Task};
 use super::{Backend, HostView, Operand, Plan, Step};
 use crate::op::Op;
 use crate::storage::Buffer;
-use crate::{Error, Result, profile};
+use crate::{Error, Result, memory, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
@@ -61,16 +61,20 @@ impl Backend for Cpu {
         Some(&self.pool)
     }
 
+    fn rehearse(&self, plan: &Plan) -> Result<()> {
+        let lowered = plan.steps.iter().map(lower).collect::<Result<Vec<_>>>()?;
+        let needed = workspace_bytes(&lowered);
+        let workspace = self.workspace.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let there = workspace.as_ref().map_or(0, Buffer::bytes);
+        if there < needed {
+            memory::rehearse_workspace(needed - there);
+        }
+        Ok(())
+    }
+
     fn run(&self, plan: &Plan) -> Result<()> {
         let lowered = plan.steps.iter().map(lower).collect::<Result<Vec<_>>>()?;
-        let needed = lowered
-            .iter()
-            .map(|lowered| match lowered {
-                Lowered::Tasks(_) => 0,
-                Lowered::WithWorkspace(bytes, _) => *bytes,
-            })
-            .max()
-            .unwrap_or(0);
+        let needed = workspace_bytes(&lowered);
         let mut workspace = self.workspace.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if workspace.as_ref().is_none_or(|buffer| buffer.bytes() < needed) {
             workspace.take();
@@ -106,6 +110,14 @@ impl Backend for Cpu {
             _ => false,
         }
     }
+}
+
+fn workspace_bytes(lowered: &[Lowered]) -> usize {
+    let bytes = lowered.iter().map(|lowered| match lowered {
+        Lowered::Tasks(_) => 0,
+        Lowered::WithWorkspace(bytes, _) => *bytes,
+    });
+    bytes.max().unwrap_or(0)
 }
 
 /// A view that float kernels read. The caller keeps the memory alive while they run.

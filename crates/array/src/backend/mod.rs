@@ -36,6 +36,12 @@ pub trait Backend: Send + Sync {
     /// Runs the steps in order.
     fn run(&self, plan: &Plan) -> Result<()>;
 
+    /// Does all that running takes but the computing: the plan's operands have no memory. What a backend would
+    /// take beyond them it tells to [`crate::memory`].
+    fn rehearse(&self, _plan: &Plan) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether some output of `op` may be written into the memory of this input.
     fn may_alias(&self, op: &Op, input: usize) -> bool {
         (0..3).any(|output| self.aliases_output(op, input, output))
@@ -130,7 +136,11 @@ impl Operand {
     /// The memory of an array that has been computed.
     pub(crate) fn of(array: &Array) -> Result<Operand> {
         let spec = Spec::new(array.shape(), array.dtype());
-        Operand::new(&spec, &crate::eval::ready_storage(array)?)
+        let storage = crate::eval::ready_storage(array)?;
+        if let Storage::Host(host) = &storage {
+            crate::eval::wait_for(&host.buffer)?;
+        }
+        Operand::new(&spec, &storage)
     }
 
     /// The plain memory.

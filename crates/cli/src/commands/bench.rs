@@ -79,7 +79,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let defaults = Options::for_model(&loaded);
     let (precision, kv_dtype) =
         if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
-    let mut runs = Vec::with_capacity(args.runs);
+    let longest = depth.max(args.prompt_tokens) + args.generate_tokens;
+    let types = (kv_dtype, precision);
+    let model = loaded.model.as_ref();
+    let needed = mica_lm::memory::generation(model, args.prompt_tokens, longest, args.batch, types)?;
+    let what = format!("{longest} tokens in each of {} sequences", args.batch);
+    mica_lm::memory::check(needed, &what, "lower -p, -g, --depth or --batch")?;
+    let mut runs = Vec::with_capacity(args.runs.min(1 << 16));
     for _ in 0..args.runs {
         runs.push(measure(&args, &loaded, depth, precision, kv_dtype)?);
     }

@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mica_lm::chat::{ChatRequest, ChatTemplate, Message};
 use mica_lm::generate::Generator;
@@ -40,7 +42,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let template = ChatTemplate::load(&loaded.folder)?.ok_or_else(|| {
         Usage("the model has no chat template; use mica generate with a plain prompt".to_string())
     })?;
-    let mut chat = Chat { args: &args, loaded, tokenizer, template, system: None, messages: Vec::new() };
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut chat =
+        Chat { args: &args, loaded, tokenizer, template, system: None, messages: Vec::new(), stop };
     chat.system = args.system_prompt.clone();
     if std::io::stdin().is_terminal() { from_terminal(&mut chat) } else { from_pipe(&mut chat) }
 }
@@ -52,6 +56,8 @@ struct Chat<'a> {
     template: ChatTemplate,
     system: Option<String>,
     messages: Vec<Message>,
+    /// Set by Ctrl-C on a terminal: the answer ends here.
+    stop: Arc<AtomicBool>,
 }
 
 /// Whether the conversation goes on.
@@ -63,6 +69,13 @@ enum Next {
 
 fn from_terminal(chat: &mut Chat) -> anyhow::Result<()> {
     let mut editor = DefaultEditor::new()?;
+    // While a line is edited Ctrl-C is a key; while an answer is written it ends the answer, and twice the program.
+    #[cfg(unix)]
+    {
+        use signal_hook::{consts::SIGINT, flag};
+        flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&chat.stop))?;
+        flag::register(SIGINT, Arc::clone(&chat.stop))?;
+    }
     let history = history_file();
     if let Some(history) = &history {
         // There is none the first time.
@@ -191,7 +204,11 @@ impl Chat<'_> {
         let eos = self.tokenizer.eos_ids();
         let mut answer = String::new();
         let mut out = std::io::stdout().lock();
+        self.stop.store(false, Ordering::Relaxed);
         for piece in Generator::new(model, Some(&self.tokenizer), eos, &prompt, options)? {
+            if self.stop.swap(false, Ordering::Relaxed) {
+                break;
+            }
             let piece = piece?;
             answer.push_str(&piece.text);
             write!(out, "{}", piece.text)?;

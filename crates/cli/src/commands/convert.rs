@@ -8,6 +8,7 @@ use mica_lm::config::{QuantMode, QuantSpec};
 use mica_lm::convert::{Converted, Recipe, convert};
 
 use crate::exit::Usage;
+use crate::signals::stop_flag;
 
 /// Quantize a model, make a quantized one plain, or change its dtype
 #[derive(clap::Args)]
@@ -74,7 +75,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         );
         return Err(Usage(text).into());
     }
+    let stop = stop_flag()?;
     let recipe = Recipe {
+        stop: Some(&*stop),
         quantize: args.quantize.then_some(spec),
         dequantize: args.dequantize,
         dtype: args.dtype.map(|dtype| match dtype {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::signals::stop_flag;
+
 /// Merge an adapter into its model
 #[derive(clap::Args)]
 pub struct Args {
@@ -25,7 +27,9 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let model = mica_lm::locate::locate(&args.model)?;
-    let done = mica_tune::fuse::fuse(model, &args.adapter_path, &args.save_path, args.dequantize)?;
+    let stop = stop_flag()?;
+    let done =
+        mica_tune::fuse::fuse(model, &args.adapter_path, &args.save_path, args.dequantize, Some(&*stop))?;
     super::convert::report(&done, args.json);
     Ok(())
 }

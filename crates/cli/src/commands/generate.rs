@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Read, Write};
 
 use anyhow::Context;
+use mica_lm::ErrorKind;
 use mica_lm::chat::ChatTemplate;
 use mica_lm::generate::{FinishReason, Generator};
 use mica_lm::tokenizer::Tokenizer;
@@ -53,7 +54,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let loaded = args.model.open()?;
     let tokenizer = match Tokenizer::load(&loaded.folder) {
         Ok(tokenizer) => Some(tokenizer),
-        Err(_) if args.prompt_tokens.is_some() => None,
+        Err(error) if args.prompt_tokens.is_some() && error.kind() == ErrorKind::NotFound => None,
         Err(error) => return Err(error.into()),
     };
     let tokens = match (&tokenizer, prompt, args.prompt_tokens) {

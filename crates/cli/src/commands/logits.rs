@@ -47,6 +47,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
     let context = Context::new(precision);
     let model = loaded.model.as_ref();
+    let (kept, needed) = (4 * (tokens.len() * model.info().vocabulary) as u64, (kv_dtype, precision));
+    let needed = match args.no_cache {
+        true => mica_lm::memory::forward(model, tokens.len(), true, precision)?,
+        false => kept + mica_lm::memory::generation(model, 1, tokens.len(), 1, needed)?,
+    };
+    // Once more for the copy that is written.
+    mica_lm::memory::check(
+        needed + kept,
+        &format!("the logits of {} tokens", tokens.len()),
+        "give fewer tokens",
+    )?;
     let rows = if args.no_cache {
         vec![model.logits(&Input::new(&[&tokens], &[0])?, None, &context)?]
     } else {

@@ -146,7 +146,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     } else {
         let parsed = LoraConfig::new(given)?;
         let model = parsed.model.clone().ok_or_else(|| Usage("--model is missing".to_string()))?;
-        let (config, notes) = parsed.resolve(&facts(&model)?)?;
+        let facts = facts(&model)?;
+        let (mut config, mut notes) = parsed.resolve(&facts)?;
+        notes.extend(config.fit(&facts));
         notes.iter().for_each(|note| eprintln!("{note}"));
         if args.resume { resumed(Some(config), &output)? } else { config }
     };

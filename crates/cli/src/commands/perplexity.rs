@@ -74,6 +74,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         (_, true) => Precision::Exact,
         _ => precision(&loaded),
     };
+    let window = length.min(tokens.len());
+    let needed = mica_lm::memory::forward(loaded.model.as_ref(), window, false, precision)?;
+    mica_lm::memory::check(needed, &format!("a window of {window} tokens"), "lower --length")?;
     let mut sums = Sums::default();
     for (start, end, counted) in windows(tokens.len(), length, overlap) {
         for nll in losses(&loaded, &tokens[start..end], counted - start, precision)? {

@@ -206,7 +206,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let parsed = TrainConfig::new(given)?;
         let model = parsed.model.clone();
         let model = model.ok_or_else(|| Usage("--model is missing".to_string()))?;
-        let config = parsed.resolve(&facts(&model)?)?;
+        let facts = facts(&model)?;
+        let mut config = parsed.resolve(&facts)?;
+        config.fit(&facts).iter().for_each(|note| eprintln!("Warning: {note}"));
         if args.resume {
             let output = config.output.clone();
             resumed(Some(config), &output)?

@@ -208,7 +208,8 @@ impl FloatWeight {
         };
         let (x_shape, out_shape) = (as_matrix(x.shape()), as_matrix(out.shape()));
         let rank = out_shape.len();
-        if x_shape.len() != rank || x_shape[..rank - 1] != out_shape[..rank - 1] {
+        // A scalar has no last dimension.
+        if rank == 0 || x_shape.len() != rank || x_shape[..rank - 1] != out_shape[..rank - 1] {
             let message = format!(
                 "x {:?} and output {:?} of a [{}, {}] weight differ before the last dimension",
                 x.shape(),

@@ -80,6 +80,10 @@ pub enum RopeKind {
     },
 }
 
+/// Dimensions of a head that can be rotated: far more than any model has, few enough for a broken file to cost
+/// nothing.
+const MOST_ROTATED: usize = 65_536;
+
 /// What a rotary embedding multiplies positions with.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeFrequencies {
@@ -165,10 +169,13 @@ impl RopeConfig {
     /// A head that cannot be rotated, or factors of the wrong number.
     pub fn frequencies(&self, head_dim: usize, seq_len: usize) -> Result<RopeFrequencies> {
         let dim = self.rotated(head_dim);
-        if dim < 2 || dim % 2 == 1 {
-            return Err(Error::Usage(format!(
-                "rotary embedding: expected an even number of rotated dimensions, got {dim} of a head of {head_dim}"
-            )));
+        if !(2..=MOST_ROTATED).contains(&dim) || dim % 2 == 1 {
+            return Err(Error::Unsupported {
+                what: format!("config.json: rotating {dim} dimensions of a head of {head_dim}"),
+                todo: format!(
+                    "head_dim and partial_rotary_factor should come to an even number up to {MOST_ROTATED}"
+                ),
+            });
         }
         let plain = |theta: f64| -> Vec<f32> { powers(theta, dim, dim).map(|power| 1.0 / power).collect() };
         let mut attention_factor = 1.0;
@@ -197,11 +204,10 @@ impl RopeConfig {
                 attention_factor = *given;
                 let factors = if seq_len > *original_max_position { long } else { short };
                 if factors.len() != dim / 2 {
-                    return Err(Error::Usage(format!(
-                        "rotary embedding: expected {} long and short factors for {dim} rotated dimensions, got {}",
-                        dim / 2,
-                        factors.len()
-                    )));
+                    return Err(Error::Unsupported {
+                        what: format!("config.json: {} long or short rope factors", factors.len()),
+                        todo: format!("{dim} rotated dimensions have {}", dim / 2),
+                    });
                 }
                 powers(self.theta, dim, dim)
                     .zip(factors)
@@ -238,7 +244,17 @@ impl RopeConfig {
                 rotated
             }
         };
-        Ok(RopeFrequencies { inv_freq, attention_factor: attention_factor as f32 })
+        let attention_factor = attention_factor as f32;
+        if !attention_factor.is_finite() || inv_freq.iter().any(|frequency| !frequency.is_finite()) {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "config.json: rope settings with a frequency that is no number ({:?})",
+                    self.kind
+                ),
+                todo: "check rope_theta and rope_scaling".into(),
+            });
+        }
+        Ok(RopeFrequencies { inv_freq, attention_factor })
     }
 
     fn yarn(

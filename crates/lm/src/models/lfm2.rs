@@ -60,7 +60,7 @@ pub(super) fn build(config: &Reader, source: &mut dyn Source) -> Result<Box<dyn 
         Some(head_dim) => head_dim,
         None => config.quotient(("hidden_size", hidden), ("num_attention_heads", heads))?,
     };
-    let eps = config.fields().get_or::<f64>("norm_eps", 1e-5)? as f32;
+    let eps = config.eps("norm_eps", 1e-5)?;
     let taps = config.size_or("conv_L_cache", 3)?;
     let conv_bias = config.fields().get_or("conv_bias", false)?;
     let inner = feed_forward_width(config)?;
@@ -144,8 +144,15 @@ fn feed_forward_width(config: &Reader) -> Result<usize> {
     if !config.fields().get_or("block_auto_adjust_ff_dim", true)? {
         return Ok(width);
     }
-    let width = 2 * width / 3;
-    let width = (config.fields().get_or::<f64>("block_ffn_dim_multiplier", 1.0)? * width as f64) as usize;
+    let multiplier = config.fields().get_or::<f64>("block_ffn_dim_multiplier", 1.0)?;
+    if !(multiplier > 0.0 && multiplier <= 1000.0) {
+        return Err(config.fields().bad(
+            "block_ffn_dim_multiplier",
+            "a number above 0, at most 1000",
+            &multiplier.into(),
+        ));
+    }
+    let width = (multiplier * (2 * width / 3) as f64) as usize;
     Ok(width.next_multiple_of(config.size_or("block_multiple_of", 256)?))
 }
 

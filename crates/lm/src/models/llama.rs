@@ -50,7 +50,7 @@ pub(super) fn spec(config: &Reader, family: &'static str) -> Result<DecoderSpec>
         mlp_bias: config.fields().get_or("mlp_bias", false)?,
         activation: Activation::from_name(&activation_name)
             .ok_or_else(|| config.wrong("hidden_act", "silu, gelu or gelu_pytorch_tanh", &activation_name))?,
-        norm_eps: config.fields().get_or::<f64>("rms_norm_eps", 1e-6)? as f32,
+        norm_eps: config.eps("rms_norm_eps", 1e-6)?,
         rope: config.rope(10_000.0)?,
     })
 }

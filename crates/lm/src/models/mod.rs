@@ -144,18 +144,29 @@ pub fn families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|(name, _)| *name)
 }
 
+/// Whether a configuration is of a family that can be opened.
+///
+/// # Errors
+/// If it is not, with those that can.
+pub fn check_family(config: &ModelConfig) -> Result<()> {
+    builder(config).map(|_| ())
+}
+
+fn builder(config: &ModelConfig) -> Result<Build> {
+    let name = config.model_type.as_str();
+    match FAMILIES.iter().find(|(family, _)| *family == name) {
+        Some((_, build)) => Ok(*build),
+        None => Err(Error::Unsupported {
+            what: format!("{}: the architecture {name:?}", config.path().display()),
+            todo: format!("model_type can be one of {}", families().collect::<Vec<_>>().join(", ")),
+        }),
+    }
+}
+
 /// Builds the model that a configuration describes, with parameters from a source.
 ///
 /// # Errors
 /// If the family is unknown, a field is wrong, or a parameter is missing or misshapen.
 pub fn build(config: &ModelConfig, source: &mut dyn Source) -> Result<Box<dyn LanguageModel>> {
-    let name = config.model_type.as_str();
-    let Some((_, build)) = FAMILIES.iter().find(|(family, _)| *family == name) else {
-        let known: Vec<&str> = families().collect();
-        return Err(Error::Unsupported {
-            what: format!("{}: the architecture {name:?}", config.path().display()),
-            todo: format!("model_type can be one of {}", known.join(", ")),
-        });
-    };
-    build(&Reader::new(config)?, source)
+    builder(config)?(&Reader::new(config)?, source)
 }

@@ -33,12 +33,28 @@ impl<'a> Reader<'a> {
         self.0.opt(name)?.map(|size| self.checked(name, size)).transpose()
     }
 
-    /// Sizes past 2³¹ come from broken files, and would overflow in products.
+    /// Sizes past 2³¹ come from broken files, and would overflow in products. Blocks and heads are bounded
+    /// further, because memory is taken for them before a tensor shows that there are no such many.
     fn checked(&self, name: &str, size: usize) -> Result<usize> {
-        if (1..=i32::MAX as usize).contains(&size) {
+        let most = match name {
+            "num_hidden_layers" => 10_000,
+            "head_dim" => 65_536,
+            _ => i32::MAX as usize,
+        };
+        if (1..=most).contains(&size) {
             Ok(size)
         } else {
-            Err(self.0.bad(name, "a number from 1 to 2147483647", &size.into()))
+            Err(self.0.bad(name, &format!("a number from 1 to {most}"), &size.into()))
+        }
+    }
+
+    /// The number that norms add to a mean square, which must not become negative.
+    pub(super) fn eps(&self, name: &str, default: f64) -> Result<f32> {
+        let eps = self.0.get_or::<f64>(name, default)?;
+        if (0.0..=1.0).contains(&eps) {
+            Ok(eps as f32)
+        } else {
+            Err(self.0.bad(name, "a number from 0 to 1", &eps.into()))
         }
     }
 

@@ -4,13 +4,14 @@ mod files;
 mod random;
 
 pub use files::{FileSource, Packing};
+pub(crate) use files::{not_finite, read_finite};
 pub use random::RandomSource;
 
 use mica_array::Array;
 use mica_nn::Linear;
 
+use crate::Result;
 use crate::models::ModelInfo;
-use crate::{Error, Result};
 
 /// Gives parameters by name, checked for shape.
 pub trait Source {
@@ -43,13 +44,4 @@ pub fn head(source: &mut dyn Source, info: &ModelInfo) -> Result<Option<Linear>>
         return Ok(None);
     }
     Ok(Some(linear(source, "lm_head", info.vocabulary, info.hidden, false)?))
-}
-
-fn wrong_shape(path: &std::path::Path, name: &str, expected: &[&[usize]], got: &[usize]) -> Error {
-    let expected: Vec<String> = expected.iter().map(|shape| format!("{shape:?}")).collect();
-    Error::BadFile {
-        path: path.to_path_buf(),
-        message: format!("tensor {name} should have the shape {}, it has {got:?}", expected.join(" or ")),
-        todo: "check that config.json belongs to these weights".to_string(),
-    }
 }

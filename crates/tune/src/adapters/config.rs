@@ -77,7 +77,7 @@ impl AdapterSettings {
     pub fn read(folder: impl AsRef<Path>) -> Result<AdapterSettings> {
         let path = folder.as_ref().join("adapter_config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
-        AdapterSettings::parse(&text).map_err(|cause| Error::Checkpoint { path, cause })
+        AdapterSettings::parse(&text).map_err(|cause| Error::Adapter { path, cause })
     }
 
     /// Reads settings from their text.
@@ -281,7 +281,10 @@ mod tests {
         use crate::config::keys::parse;
         use crate::config::{ModelFacts, TrainConfig};
         let settings = parse("model: m\ndata: d\noutput: o\nlora_parameters: {rank: 4, scale: 3.0}").unwrap();
-        let run = TrainConfig::new(settings).unwrap().resolve(&ModelFacts { layers: 6, bits: None }).unwrap();
+        let run = TrainConfig::new(settings)
+            .unwrap()
+            .resolve(&ModelFacts { layers: 6, bits: None, positions: None })
+            .unwrap();
         let names = vec!["self_attn.q_proj".to_string(), "mlp.up_proj".to_string()];
         let read = AdapterSettings::parse(&to_mlx(&run, &names, 6)).unwrap();
         let adapter =

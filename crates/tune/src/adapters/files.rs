@@ -38,15 +38,18 @@ pub struct Opened {
 pub fn load(model: &mut dyn LanguageModel, folder: impl AsRef<Path>) -> Result<Opened> {
     let folder = folder.as_ref();
     if !folder.join(SETTINGS).exists() {
-        let cause = format!("holds no {SETTINGS}; an adapter is a folder with that file and its tensors");
-        return Err(bad(folder, cause));
+        let what = if folder.exists() { format!("holds no {SETTINGS}") } else { "is not there".into() };
+        return Err(missing(
+            folder,
+            what + "; an adapter is a folder with adapter_config.json and its tensors",
+        ));
     }
     let settings = AdapterSettings::read(folder)?;
     let file = folder.join(settings.form.file_name());
     if !file.exists() {
-        return Err(bad(folder, format!("holds no tensors: there is no {}", settings.form.file_name())));
+        return Err(missing(folder, format!("holds no tensors: there is no {}", settings.form.file_name())));
     }
-    let tensors = load_safetensors(&file)?;
+    let tensors = read(&file)?;
     let names = match &settings.adapter {
         Some(adapter) => place(model, adapter, tensors, &file)?,
         None => {
@@ -63,9 +66,9 @@ pub fn load(model: &mut dyn LanguageModel, folder: impl AsRef<Path>) -> Result<O
 pub fn load_tensors(model: &mut dyn LanguageModel, file: impl AsRef<Path>) -> Result<()> {
     let file = file.as_ref();
     if !file.is_file() {
-        return Err(bad(file, "there is no such file of adapter tensors"));
+        return Err(missing(file, "there is no such file of adapter tensors"));
     }
-    replace(model, load_safetensors(file)?, file)
+    replace(model, read(file)?, file)
 }
 
 /// Replaces parameters, in the dtypes that the model has them in.
@@ -189,5 +192,27 @@ pub fn save(
 }
 
 fn bad(path: &Path, cause: impl std::fmt::Display) -> Error {
-    Error::Checkpoint { path: path.into(), cause: cause.to_string() }
+    Error::Adapter { path: path.into(), cause: cause.to_string() }
+}
+
+fn missing(path: &Path, what: impl Into<String>) -> Error {
+    Error::Missing { path: path.into(), what: what.into() }
+}
+
+/// The tensors of a file, of which there are some, all finite.
+fn read(file: &Path) -> Result<Vec<(String, Array)>> {
+    let tensors = load_safetensors(file)?;
+    if tensors.is_empty() {
+        return Err(bad(file, "holds no tensors"));
+    }
+    for (name, tensor) in &tensors {
+        let values = tensor.astype(Dtype::F32)?.to_vec::<f32>()?;
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            return Err(bad(
+                file,
+                format!("{name} holds NaN or infinity, first at element {at}: it is damaged"),
+            ));
+        }
+    }
+    Ok(tensors)
 }

@@ -220,7 +220,7 @@ mod tests {
     use crate::data::batch::Lengths;
 
     fn resolve(text: &str) -> Result<(RunConfig, Vec<String>)> {
-        let facts = ModelFacts { layers: 24, bits: Some(4) };
+        let facts = ModelFacts { layers: 24, bits: Some(4), positions: None };
         LoraConfig::new(parse(&format!("model: m\ndata: d\n{text}")).unwrap())?.resolve(&facts)
     }
 

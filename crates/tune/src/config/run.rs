@@ -106,6 +106,8 @@ pub struct ModelFacts {
     pub layers: usize,
     /// Bits of quantized weights; `None` for float weights.
     pub bits: Option<u32>,
+    /// The longest sequence that the model was made for, if it says so.
+    pub positions: Option<usize>,
 }
 
 /// Everything that a run does.
@@ -172,6 +174,20 @@ pub struct RunConfig {
 }
 
 impl RunConfig {
+    /// Cuts samples at the longest sequence that the model was made for, and says so if that is less than was
+    /// asked for.
+    pub fn fit(&mut self, facts: &ModelFacts) -> Option<String> {
+        let (asked, most) = (self.rules.max_length, facts.positions?);
+        if asked <= most {
+            return None;
+        }
+        self.rules.max_length = most;
+        Some(format!(
+            "max_seq_length is {asked}, the model was made for {most} positions (max_position_embeddings): samples \
+             are cut at {most} tokens"
+        ))
+    }
+
     /// Micro-batches of one optimizer step, once the micro-batch is chosen.
     pub fn accumulate(&self, micro_batch_size: usize) -> usize {
         self.batch_size.div_ceil(micro_batch_size.max(1))

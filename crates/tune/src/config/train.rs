@@ -330,7 +330,7 @@ mod tests {
     }
 
     fn facts() -> ModelFacts {
-        ModelFacts { layers: 24, bits: None }
+        ModelFacts { layers: 24, bits: None, positions: None }
     }
 
     #[test]
@@ -363,7 +363,10 @@ mod tests {
 
     #[test]
     fn defaults_depend_on_model_and_method() {
-        let peak = |text: &str, bits| match resolve(text, &ModelFacts { layers: 24, bits }).unwrap().rate {
+        let peak = |text: &str, bits| match resolve(text, &ModelFacts { layers: 24, bits, positions: None })
+            .unwrap()
+            .rate
+        {
             Rate::Run { peak, .. } => peak,
             other => panic!("{other:?}"),
         };
@@ -423,7 +426,7 @@ mod tests {
 
     #[test]
     fn contradictions_are_refused() {
-        let quantized = ModelFacts { layers: 4, bits: Some(4) };
+        let quantized = ModelFacts { layers: 4, bits: Some(4), positions: None };
         let cases = [
             ("typo", "batchsize: 3", "did you mean \"batch_size\"?"),
             (

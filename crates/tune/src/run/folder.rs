@@ -34,17 +34,13 @@ impl RunFolder {
         let path = path.as_ref();
         std::fs::create_dir_all(path).map_err(|e| Error::file(path, e))?;
         let folder = RunFolder { path: path.into(), _lock: lock(path)? };
-        let metrics = path.join(METRICS);
-        let begun = std::fs::metadata(&metrics).is_ok_and(|about| about.len() > 0);
-        if !begun && folder.checkpoints().steps()?.is_empty() {
+        if !is_taken(path)? {
             return Ok(folder);
         }
         if existing == Existing::Refuse {
-            return Err(Error::Checkpoint {
-                path: path.into(),
-                cause: "holds a run already; add --resume to go on with it, or choose another folder".into(),
-            });
+            return Err(Error::Taken { path: path.into() });
         }
+        let metrics = path.join(METRICS);
         let checkpoints = path.join("checkpoints");
         if checkpoints.exists() {
             std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::file(&checkpoints, e))?;
@@ -55,14 +51,26 @@ impl RunFolder {
         Ok(folder)
     }
 
+    /// Whether [`create`](RunFolder::create) would be refused, as far as can be told without touching anything:
+    /// asked before the long work that precedes a run.
+    pub fn check(path: impl AsRef<Path>, existing: Existing) -> Result<()> {
+        let path = path.as_ref();
+        if path.exists() && !path.is_dir() {
+            let source = std::io::ErrorKind::NotADirectory.into();
+            return Err(Error::File { path: path.into(), source });
+        }
+        if existing == Existing::Refuse && is_taken(path)? {
+            return Err(Error::Taken { path: path.into() });
+        }
+        Ok(())
+    }
+
     /// Takes the folder of a run that is to go on.
     pub fn resume(path: impl AsRef<Path>) -> Result<RunFolder> {
         let path = path.as_ref();
         if !path.is_dir() {
-            return Err(Error::Checkpoint {
-                path: path.into(),
-                cause: "there is no such folder to resume from".into(),
-            });
+            let what = "there is no such folder to resume from".into();
+            return Err(Error::Missing { path: path.into(), what });
         }
         Ok(RunFolder { path: path.into(), _lock: lock(path)? })
     }
@@ -93,6 +101,12 @@ impl RunFolder {
         let path = self.path.join(CONFIG);
         RunConfig::from_yaml(&std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?)
     }
+}
+
+/// Whether a folder holds a run.
+fn is_taken(path: &Path) -> Result<bool> {
+    let begun = std::fs::metadata(path.join(METRICS)).is_ok_and(|about| about.len() > 0);
+    Ok(begun || !Checkpoints::new(path.join("checkpoints")).steps()?.is_empty())
 }
 
 /// Takes the lock, which the system gives back when this process ends in whatever way.
@@ -160,8 +174,10 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let folder = RunFolder::create(parent.path(), Existing::Refuse).unwrap();
         let settings = parse("model: m\ndata: d\noutput: o\nlearning_rate: 3.3e-5").unwrap();
-        let config =
-            TrainConfig::new(settings).unwrap().resolve(&ModelFacts { layers: 2, bits: None }).unwrap();
+        let config = TrainConfig::new(settings)
+            .unwrap()
+            .resolve(&ModelFacts { layers: 2, bits: None, positions: None })
+            .unwrap();
         folder.write_config(&config).unwrap();
         assert_eq!(folder.read_config().unwrap(), config);
     }

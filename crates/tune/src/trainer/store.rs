@@ -101,13 +101,5 @@ pub(super) fn save_window(folder: &Path, step: u64, window: &[Batch]) -> Result<
 
 /// The most memory that this process has used, in bytes: what the system says, or else that of arrays.
 pub fn peak_memory() -> u64 {
-    peak_resident().unwrap_or_else(|| memory::peak() as u64)
-}
-
-/// `VmHWM` of Linux.
-fn peak_resident() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    memory::peak_resident().unwrap_or_else(|| memory::peak() as u64)
 }

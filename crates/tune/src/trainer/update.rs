@@ -1,6 +1,6 @@
 //! One optimizer step: gradients of a window of micro-batches, clipping, and the new parameters.
 
-use mica_array::{Array, Dtype, Precision, random};
+use mica_array::{Array, Dtype, Precision, memory, random};
 use mica_lm::models::LanguageModel;
 use mica_nn::optim::{AdamW, AdamWConfig};
 use mica_nn::{Context, Module, gradients, parameters, set_parameters};
@@ -136,6 +136,54 @@ impl Update {
         micro: u64,
         lr: f64,
     ) -> Result<Stepped> {
+        self.take(model, method, window, micro, lr, stepped)
+    }
+
+    /// How many bytes beyond those held now steps over such a window take, found by planning two of them without
+    /// computing anything ([`memory::rehearse`]). Model and optimizer stay as they are.
+    pub fn rehearse(
+        &self,
+        model: &mut dyn LanguageModel,
+        method: &dyn Method,
+        window: &[Batch],
+    ) -> Result<u64> {
+        let before = self.parameters(model);
+        // What is still to be computed of the model must not be found computed, without values, afterwards.
+        let all: Vec<Array> = parameters(model.as_module()).into_iter().map(|(_, array)| array).collect();
+        mica_array::eval(&all)?;
+        drop(all);
+        let mut twin = Update {
+            names: self.names.clone(),
+            settings: self.settings,
+            optimizer: AdamW::new(self.settings.optimizer),
+        };
+        let unread = |_: &[Array], _: &[Array], tokens| Ok(Stepped { tokens, ..Stepped::default() });
+        let (result, rehearsal) = memory::rehearse(|| {
+            let mut result = twin.take(model, method, window, 0, 0.0, unread);
+            if result.is_ok() {
+                // From the second step on there are moments, and the old parameters are gone.
+                memory::reset_rehearsed_peak();
+                result = twin.take(model, method, window, 0, 0.0, unread);
+            }
+            set_parameters(model.as_module_mut(), &before)?;
+            drop(twin);
+            result
+        });
+        result?;
+        // The second step's parameters take the place of those that are held now.
+        let replaced: usize = before.iter().map(|(_, array)| array.size() * array.dtype().size()).sum();
+        Ok(rehearsal.bytes.saturating_sub(replaced as u64))
+    }
+
+    fn take(
+        &mut self,
+        model: &mut dyn LanguageModel,
+        method: &dyn Method,
+        window: &[Batch],
+        micro: u64,
+        lr: f64,
+        read: impl Fn(&[Array], &[Array], u64) -> Result<Stepped>,
+    ) -> Result<Stepped> {
         let tokens: u64 = window.iter().map(|batch| batch.labelled as u64).sum();
         let live: Vec<(u64, &Batch)> =
             (micro..).zip(window).filter(|(_, batch)| batch.labelled > 0).collect();
@@ -170,7 +218,7 @@ impl Update {
                 squares.iter().zip(updated).flat_map(|(square, new)| [square.clone(), new]).collect();
             roots.extend(losses.iter().cloned());
             mica_array::eval(&roots)?;
-            return stepped(&losses, &squares, tokens);
+            return read(&losses, &squares, tokens);
         }
         let roots: Vec<Array> = grads
             .iter()
@@ -180,7 +228,7 @@ impl Update {
             .collect();
         mica_array::eval(&roots)?;
         drop(roots);
-        let result = stepped(&losses, &squares, tokens)?;
+        let result = read(&losses, &squares, tokens)?;
         if result.loss.is_finite() && result.grad_norm.is_finite() {
             let clip = self.settings.clip.map_or(1.0, |limit| (limit / (result.grad_norm + 1e-6)).min(1.0));
             let updated = self.update(model, grads, lr, scale * clip)?;

@@ -34,7 +34,7 @@ fn merged_weights_give_the_adapters_logits() {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("fused");
         let base = fixture(format!("models/{model}"));
-        fuse(&base, fixture(format!("adapters/{adapter}")), &target, dequantize).unwrap();
+        fuse(&base, fixture(format!("adapters/{adapter}")), &target, dequantize, None).unwrap();
         let fused = load(&target, Packing::Frozen).unwrap();
         assert!(!fused.config.quantization.is_quantized(), "{adapter} on {model}");
         let error = max_abs_rel_to_max(&logits(&fused, &golden.u32s("tokens")), &golden.f32s(key));
@@ -48,7 +48,7 @@ fn a_quantized_base_is_quantized_again_where_it_changed() {
     let parent = tempfile::tempdir().unwrap();
     let target = parent.path().join("fused");
     let (base, adapter) = (fixture("models/llama-4bit"), fixture("adapters/mlx-lm"));
-    fuse(&base, &adapter, &target, false).unwrap();
+    fuse(&base, &adapter, &target, false, None).unwrap();
     let mut loaded = load(&base, Packing::Frozen).unwrap();
     files::load(&mut *loaded.model, &adapter).unwrap();
     let (before, after) =
@@ -96,7 +96,8 @@ fn fully_trained_weights_become_a_model() {
         let settings = "{\"fine_tune_type\": \"full\"}";
         files::save(&*loaded.model, &names, Form::Mlx, settings, parent.path().join("adapter")).unwrap();
         let target = parent.path().join("fused");
-        fuse(fixture(format!("models/{model}")), parent.path().join("adapter"), &target, false).unwrap();
+        fuse(fixture(format!("models/{model}")), parent.path().join("adapter"), &target, false, None)
+            .unwrap();
         let tokens: Vec<u32> = (0..20).collect();
         let fused = load(&target, Packing::Quantized).unwrap();
         assert_eq!(logits(&fused, &tokens), logits(&loaded, &tokens), "{model}");

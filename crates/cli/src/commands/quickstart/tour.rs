@@ -216,7 +216,7 @@ fn described(base: &Path, adapter: &Path, layers: usize) -> anyhow::Result<RunCo
         "mask_prompt": true,
     });
     let Value::Object(settings) = settings else { unreachable!("json! was given an object") };
-    Ok(TrainConfig::new(settings)?.resolve(&ModelFacts { layers, bits: None })?)
+    Ok(TrainConfig::new(settings)?.resolve(&ModelFacts { layers, bits: None, positions: None })?)
 }
 
 fn plan(steps: u64) -> Plan {

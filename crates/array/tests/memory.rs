@@ -1,0 +1,66 @@
+//! Limits and rehearsals. One test, because both are of the whole process.
+
+use mica_array::{Array, Dtype, Error, eval, memory};
+
+/// A chain of products of growing sizes, of which every intermediate dies.
+fn chain() -> mica_array::Result<Array> {
+    let mut x = Array::arange(0.0, 64.0 * 1024.0, 1.0, Dtype::F32)?.reshape(&[64, 1024])?.multiply(1e-4)?;
+    for i in 0..24i64 {
+        let wide = 1024 + 96 * i;
+        let ones = Array::ones(&[x.dim(-1), wide as usize], Dtype::F32).multiply(1e-3)?;
+        x = x.matmul(&ones)?.tanh()?;
+    }
+    Ok(x)
+}
+
+#[test]
+fn limits_are_kept_and_rehearsals_are_right() {
+    // Room for pools and tables.
+    chain().unwrap().eval().unwrap();
+    let expected = chain().unwrap().to_vec::<f32>().unwrap();
+    memory::clear_cache();
+
+    // A rehearsal computes nothing and says what computing takes.
+    let before = (memory::active(), memory::cache());
+    let (array, rehearsal) = memory::rehearse(|| {
+        let array = chain().unwrap();
+        array.eval().unwrap();
+        array
+    });
+    assert_eq!((memory::active(), memory::cache()), before, "no memory was taken");
+    let error = array.to_vec::<f32>().unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "reading: {error}");
+    let error = array.add(1.0).unwrap().eval().unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "computing: {error}");
+    drop(array);
+    memory::clear_cache();
+    memory::reset_peak();
+    let array = chain().unwrap();
+    array.eval().unwrap();
+    let held = (memory::active() - before.0 + memory::cache()) as u64;
+    assert!(
+        rehearsal.bytes >= held && rehearsal.bytes < held + held / 8 + (8 << 20),
+        "{rehearsal:?}, {held}"
+    );
+    assert_eq!(array.to_vec::<f32>().unwrap(), expected, "the real thing is not disturbed");
+    drop(array);
+
+    // With less memory than that everything is computed as well, in more plans.
+    memory::clear_cache();
+    let largest = 1024 * 3200 * 4;
+    let limit = memory::active() + 4 * largest;
+    assert!((limit as u64) < rehearsal.bytes, "{limit} {rehearsal:?}");
+    let former = memory::set_limit(limit);
+    let array = chain().unwrap();
+    array.eval().unwrap();
+    assert_eq!(array.to_vec::<f32>().unwrap(), expected);
+    assert!(memory::active() + memory::cache() <= limit);
+
+    // With too little it is an error, and afterwards all is as before.
+    memory::set_limit(memory::active() + largest / 4);
+    let error = chain().unwrap().eval().unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    memory::set_limit(former);
+    assert_eq!(chain().unwrap().to_vec::<f32>().unwrap(), expected);
+    eval(&[]).unwrap();
+}
