@@ -1,5 +1,8 @@
 //! The gated feed-forward block: down(act(gate(x)) · up(x)).
 
+use std::sync::LazyLock;
+
+use mica_array::transforms::{Compiled, compile};
 use mica_array::{Array, Result};
 use mica_nn::{Context, Linear, Module, join};
 
@@ -41,13 +44,28 @@ impl Activation {
         }
     }
 
-    fn apply(self, x: &Array) -> Result<Array> {
-        match self {
-            Activation::Silu => x.silu(),
-            Activation::Gelu => x.gelu(),
-            Activation::GeluTanh => x.gelu_tanh(),
-        }
+    /// act(gate) · up in one pass, and both gradients in one more, with nothing kept for them but
+    /// the operands.
+    fn gated(self, gate: &Array, up: &Array) -> Result<Array> {
+        static SILU: LazyLock<Gated> = LazyLock::new(|| gated(|x| Ok(vec![x[0].silu()?.multiply(&x[1])?])));
+        static GELU: LazyLock<Gated> = LazyLock::new(|| gated(|x| Ok(vec![x[0].gelu()?.multiply(&x[1])?])));
+        static GELU_TANH: LazyLock<Gated> =
+            LazyLock::new(|| gated(|x| Ok(vec![x[0].gelu_tanh()?.multiply(&x[1])?])));
+        let compiled = match self {
+            Activation::Silu => &SILU,
+            Activation::Gelu => &GELU,
+            Activation::GeluTanh => &GELU_TANH,
+        };
+        let outputs = compiled.call(&[gate.clone(), up.clone()])?;
+        Ok(outputs.into_iter().next().expect("a gated product is one array"))
     }
+}
+
+type Gated = Compiled<fn(&[Array]) -> Result<Vec<Array>>>;
+
+/// Compiled once in a process, for all sizes.
+fn gated(f: fn(&[Array]) -> Result<Vec<Array>>) -> Gated {
+    compile(f).shapeless()
 }
 
 /// The block.
@@ -100,8 +118,7 @@ impl Mlp {
 
     /// x [.., hidden] → the same shape.
     pub fn forward(&self, x: &Array, context: &Context) -> Result<Array> {
-        let gate = self.activation.apply(&self.gate.forward(x, context)?)?;
-        let up = self.up.forward(x, context)?;
-        self.down.forward(&gate.multiply(up)?, context)
+        let (gate, up) = (self.gate.forward(x, context)?, self.up.forward(x, context)?);
+        self.down.forward(&self.activation.gated(&gate, &up)?, context)
     }
 }
