@@ -3,8 +3,9 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mica_array::kv::{KvCache, KvSpec, PagedSpec};
 use mica_array::transforms::{checkpoint, compile, grad, value_and_grad};
-use mica_array::{Array, Dtype, Result, eval, memory, pending_ops};
+use mica_array::{Array, Dtype, Precision, Result, eval, memory, pending_ops};
 use mica_testkit::Rng;
 
 mod cases;
@@ -18,7 +19,11 @@ static MEMORY: Mutex<()> = Mutex::new(());
 fn assert_same(name: &str, got: &[Array], expected: &[Array]) {
     assert_eq!(got.len(), expected.len(), "{name}");
     for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
-        assert_eq!((got.shape(), got.dtype()), (expected.shape(), expected.dtype()), "{name}, output {index}");
+        assert_eq!(
+            (got.shape(), got.dtype()),
+            (expected.shape(), expected.dtype()),
+            "{name}, output {index}"
+        );
         let bytes = |array: &Array| {
             // One NaN is as good as another.
             let array = match array.dtype() {
@@ -308,6 +313,71 @@ fn the_closure_runs_once_per_signature() {
 }
 
 #[test]
+fn a_shapeless_function_is_traced_once_for_all_sizes() {
+    let plain = |x: &[Array]| -> Result<Vec<Array>> {
+        let y = (&x[0] * &x[1]).silu()? * 2.0;
+        Ok(vec![y.sum(&[-1], true)? + &y, y])
+    };
+    let calls = AtomicUsize::new(0);
+    let f = compile(|x| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        plain(x)
+    })
+    .shapeless();
+    let loss = |y: Vec<Array>| y[0].multiply(&y[1])?.sum(&[], false);
+    // (shapes, signatures after the call)
+    for (x, row, signatures) in [
+        (vec![4, 30], vec![30], 1),
+        (vec![7, 30], vec![30], 1),
+        (vec![2, 50], vec![50], 1),
+        (vec![0, 9], vec![9], 1),
+        (vec![1, 9], vec![9], 2), // a size of one broadcasts
+        (vec![8, 8], vec![8], 3), // equal sizes can't be told apart
+        (vec![3, 6], vec![1], 4),
+        (vec![2, 3, 6], vec![6], 5), // another rank
+        (vec![5, 11], vec![11], 5),
+    ] {
+        let name = format!("{x:?} with {row:?}");
+        let inputs = [random(&x, Dtype::F32, 1), random(&row, Dtype::F32, 2)];
+        assert_same(&name, &f.call(&inputs).unwrap(), &plain(&inputs).unwrap());
+        assert_eq!(f.signatures(), signatures, "{name}");
+        // Each signature is traced on its own sizes and on others.
+        assert_eq!(calls.load(Ordering::Relaxed), 2 * signatures, "{name}");
+        let through = grad(|x| loss(f.call(x)?), &inputs[..]).unwrap();
+        for (got, eager) in through.iter().zip(grad(|x| loss(plain(x)?), &inputs[..]).unwrap()) {
+            let (got, eager) = (got.to_vec::<f32>().unwrap(), eager.to_vec::<f32>().unwrap());
+            // Sums of gradients in another order.
+            let largest = eager.iter().fold(0f32, |top, value| top.max(value.abs()));
+            mica_testkit::assert_close(&name, &got, &eager, 0.0, 4e-6 * largest);
+        }
+    }
+    let error = f.call(&[Array::zeros(&[5, 4], Dtype::F32), Array::zeros(&[3], Dtype::F32)]).unwrap_err();
+    assert!(error.to_string().contains("[3]"), "{error}");
+}
+
+#[test]
+fn a_shapeless_function_into_whose_graph_sizes_get_is_traced_for_each() {
+    type F = fn(&[Array]) -> Result<Array>;
+    let cases: [(&str, F); 4] = [
+        ("a mean", |x| (&x[0] * 2.0).exp()?.mean(&[0], false)),
+        ("a size as a number", |x| (&x[0] * x[0].dim(0) as f64).exp()),
+        ("a reshape", |x| (&x[0] * 2.0).exp()?.flatten()),
+        ("a range", |x| {
+            (&x[0] * 2.0).add(Array::arange(0.0, x[0].dim(0) as f64, 1.0, Dtype::F32)?.expand_dims(&[1])?)
+        }),
+    ];
+    for (name, f) in cases {
+        let compiled = compile(|x| Ok(vec![f(x)?])).shapeless();
+        for rows in [4, 4, 5, 4, 5] {
+            let x = random(&[rows, 3], Dtype::F32, 1);
+            let got = compiled.call(std::slice::from_ref(&x)).unwrap();
+            assert_same(&format!("{name}, {rows} rows"), &got, &[f(std::slice::from_ref(&x)).unwrap()]);
+        }
+        assert_eq!(compiled.signatures(), 3, "{name}: one mark that sizes matter, and two shapes");
+    }
+}
+
+#[test]
 fn the_cache_is_bounded() {
     let calls = AtomicUsize::new(0);
     let f = compile(|x| {
@@ -392,6 +462,18 @@ fn what_fails() {
     assert!(wrong.call(&[x.clone(), x.clone()]).is_ok());
     let failed = &x + &random(&[4], Dtype::F32, 2);
     assert!(compile(|x| Ok(vec![x[0].clone()])).call(&[failed]).is_err());
+}
+
+#[test]
+fn appending_to_a_store_is_refused() {
+    let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 16, dtype: Dtype::F32 };
+    let mut store = KvCache::new(kv, 1);
+    store.reserve(1).unwrap();
+    let store = Mutex::new(store);
+    let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Exact };
+    let f = compile(|x| Ok(vec![store.lock().unwrap().attend(0, &x[0], &x[0], &x[0], spec.clone())?]));
+    let error = f.call(&[random(&[1, 1, 1, 16], Dtype::F32, 1)]).unwrap_err().to_string();
+    assert!(error.contains("store") && error.contains("outside"), "{error}");
 }
 
 #[test]

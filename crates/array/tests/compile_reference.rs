@@ -23,7 +23,8 @@ fn regions_on_the_reference_backend_agree_with_eager_ops() {
         for ((got, eager), cpu) in compiled.iter().zip(&eager).zip(&cpu) {
             let (got, eager) = (values(got), values(eager));
             // Both round after each op.
-            let same = got.iter().zip(&eager).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()));
+            let same =
+                got.iter().zip(&eager).all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()));
             assert!(same, "{}: {got:?} {eager:?}", case.name);
             // The CPU's functions differ from the reference's by units in the last place, which a
             // chain of half types turns into steps of theirs.

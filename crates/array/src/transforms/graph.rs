@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use crate::array::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::storage::Spec;
-use crate::{Array, Result};
+use crate::{Array, Result, Shape};
 
 /// The graph of a function, to be built again on other inputs.
 #[derive(Debug, Default)]
@@ -118,8 +118,20 @@ impl TracedGraph {
         self.nodes.len() - 1
     }
 
-    /// Builds the graph on these inputs and captured arrays.
+    /// Builds the graph on these inputs and captured arrays, with the recorded shapes.
     pub(crate) fn build(&self, inputs: &[Array], captured: &[Array]) -> Vec<Array> {
+        let recorded = |_: &TracedNode, _: &[Array]| Ok(None);
+        self.build_with(inputs, captured, recorded).expect("recorded shapes can't fail")
+    }
+
+    /// Builds the graph with the shapes that `shape` gives for a node's outputs, or the recorded
+    /// ones where it gives none.
+    pub(crate) fn build_with(
+        &self,
+        inputs: &[Array],
+        captured: &[Array],
+        shape: impl Fn(&TracedNode, &[Array]) -> Result<Option<Shape>>,
+    ) -> Result<Vec<Array>> {
         let mut built: Vec<Array> = Vec::with_capacity(self.nodes.len());
         let find = |built: &[Array], value: &Value| match value.source {
             Source::Input(index) => inputs[index].clone(),
@@ -128,13 +140,16 @@ impl TracedGraph {
         };
         for node in &self.nodes {
             let node_inputs: Inputs = node.inputs.iter().map(|input| find(&built, input)).collect();
-            let array = match node.specs.as_slice() {
+            let mut specs = node.specs.clone();
+            if let Some(shape) = shape(node, &node_inputs)? {
+                specs.iter_mut().for_each(|spec| spec.shape = shape.clone());
+            }
+            built.push(match specs.as_slice() {
                 [spec] => Array::lazy(node.op.clone(), node_inputs, spec.shape.clone(), spec.dtype),
-                specs => Array::lazy_many(node.op.clone(), node_inputs, specs.to_vec()),
-            };
-            built.push(array);
+                _ => Array::lazy_many(node.op.clone(), node_inputs, specs.into_vec()),
+            });
         }
-        self.outputs.iter().map(|output| find(&built, output)).collect()
+        Ok(self.outputs.iter().map(|output| find(&built, output)).collect())
     }
 
     /// Drops the nodes and captured arrays that no output needs.

@@ -57,12 +57,7 @@ pub fn cases() -> Vec<Case> {
             },
             &["fused"],
         ),
-        case(
-            "quick gelu",
-            vec![f32s(&[5, 31], 3)],
-            |x| one((&x[0] * 1.702).sigmoid()? * &x[0]),
-            &["fused"],
-        ),
+        case("quick gelu", vec![f32s(&[5, 31], 3)], |x| one((&x[0] * 1.702).sigmoid()? * &x[0]), &["fused"]),
         case(
             "swiglu",
             vec![f32s(&[2, 5, 96], 4), f32s(&[2, 5, 96], 5)],
@@ -75,12 +70,7 @@ pub fn cases() -> Vec<Case> {
             |x| one(x[0].silu()? * &x[1]),
             &["fused"],
         ),
-        case(
-            "soft cap",
-            vec![f32s(&[9, 40], 6)],
-            |x| one((&x[0] / 30.0).tanh()? * 30.0),
-            &["fused"],
-        ),
+        case("soft cap", vec![f32s(&[9, 40], 6)], |x| one((&x[0] / 30.0).tanh()? * 30.0), &["fused"]),
         case(
             "masked add",
             vec![f32s(&[2, 4, 8, 8], 7), random(&[8, 8], Bool, 8), f32s(&[2, 1, 1, 8], 9)],
@@ -233,12 +223,7 @@ pub fn cases() -> Vec<Case> {
             |x| one(x[0].astype(Dtype::F32)?.astype(Dtype::BF16)?.astype(Dtype::F32)?),
             &["astype"],
         ),
-        case(
-            "nothing to do",
-            vec![f32s(&[5], 41)],
-            |x| one(x[0].astype(Dtype::F32)?.reshape(&[5])?),
-            &[],
-        ),
+        case("nothing to do", vec![f32s(&[5], 41)], |x| one(x[0].astype(Dtype::F32)?.reshape(&[5])?), &[]),
         case(
             "the gradient of swiglu",
             vec![f32s(&[4, 60], 42), f32s(&[4, 60], 43), f32s(&[4, 60], 44)],

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mica_threads::{Scratch, Task};
 use smallvec::SmallVec;
 
-use super::compile::{Code, Place};
+use super::compile::{Code, Place, Step};
 use super::{Program, refuse};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, broadcast, check_output};
@@ -105,14 +105,26 @@ impl Task for Bound {
                 Place::Register(register) => registers[register].cast_const(),
                 Place::Input(input) => loaded[input],
             };
-            for step in &code.steps {
-                let operands: SmallVec<[*const u8; 3]> =
-                    step.operands.iter().map(|&operand| place(operand)).collect();
-                // SAFETY: tiles of f32; a target is a register, apart from or the same as each
-                // operand.
-                unsafe { step.op.run(&operands, registers[step.target], count) }
+            // The last step may write to memory at once: everything has been read by then, but
+            // for its own operands, which may be the same memory.
+            let direct = code.last_output.and_then(|output| self.sinks[output].direct(start, count));
+            let (others, last) = code.steps.split_at(code.steps.len() - direct.is_some() as usize);
+            let run = |step: &Step, target: *mut u8| {
+                let mut operands = [std::ptr::null(); 3];
+                for (operand, &from) in operands.iter_mut().zip(&step.operands) {
+                    *operand = place(from);
+                }
+                // SAFETY: tiles of f32; the target is apart from or the same as each operand.
+                unsafe { step.op.run(&operands[..step.operands.len()], target, count) }
+            };
+            others.iter().for_each(|step| run(step, registers[step.target]));
+            if let (Some(target), [step]) = (direct, last) {
+                run(step, target);
             }
-            for (sink, &(value, _)) in self.sinks.iter().zip(&code.outputs) {
+            for (index, (sink, &(value, _))) in self.sinks.iter().zip(&code.outputs).enumerate() {
+                if direct.is_some() && code.last_output == Some(index) {
+                    continue;
+                }
                 // SAFETY: inside the shape, this chunk's own elements. A sink may be the memory
                 // of a source, whose tile has been used up or copied by now.
                 unsafe { sink.store(place(value), start, count, raw) }

@@ -1,6 +1,7 @@
 //! From instructions to steps on registers.
 
 use mica_simd::Isa;
+use smallvec::{SmallVec, smallvec};
 
 use super::{Instruction, Value, refuse};
 use crate::dtype::Dtype;
@@ -21,7 +22,7 @@ pub(super) enum Place {
 
 pub(super) struct Step {
     pub op: Box<dyn TileOp>,
-    pub operands: Vec<Place>,
+    pub operands: SmallVec<[Place; 3]>,
     pub target: usize,
 }
 
@@ -32,6 +33,8 @@ pub(super) struct Code {
     pub constants: Vec<(usize, f32)>,
     pub steps: Vec<Step>,
     pub outputs: Vec<(Place, Dtype)>,
+    /// The output that the last step makes, if it is one output alone.
+    pub last_output: Option<usize>,
     pub registers: usize,
     /// Inputs that are outputs as they are: their tile must be a copy, since a store may change
     /// the memory it came from.
@@ -63,6 +66,7 @@ impl Code {
             constants: Vec::new(),
             steps: Vec::new(),
             outputs: Vec::new(),
+            last_output: None,
             registers: 0,
             copied: vec![false; inputs.len()],
         };
@@ -79,7 +83,7 @@ impl Code {
                 }
                 _ => {
                     let values: Vec<Value> = operands(instruction).collect();
-                    let sources: Vec<Place> = values.iter().map(|&value| places[value]).collect();
+                    let sources: SmallVec<[Place; 3]> = values.iter().map(|&value| places[value]).collect();
                     // An operand that dies here leaves its register to the result.
                     for (i, &value) in values.iter().enumerate() {
                         let constant = matches!(instructions[value], Instruction::Constant(..));
@@ -101,7 +105,7 @@ impl Code {
                     let op = operation(isa, instruction, from, dtype)?;
                     code.steps.push(Step { op, operands: sources, target });
                     if is_half(dtype) && !is_exact(instruction) {
-                        let operands = vec![Place::Register(target)];
+                        let operands = smallvec![Place::Register(target)];
                         code.steps.push(Step { op: round_to(isa, dtype), operands, target });
                     }
                     if last[at] == 0 {
@@ -118,8 +122,18 @@ impl Code {
             }
             code.outputs.push((places[value], code.dtypes[value]));
         }
+        code.last_output = last_output(&code);
         Ok(code)
     }
+}
+
+/// The output that the last step makes, if no other output is the same value: that one would
+/// be stored from the register.
+fn last_output(code: &Code) -> Option<usize> {
+    let made = Place::Register(code.steps.last()?.target);
+    let mut places = code.outputs.iter().map(|&(place, _)| place);
+    let index = places.position(|place| place == made)?;
+    places.all(|place| place != made).then_some(index)
 }
 
 fn is_half(dtype: Dtype) -> bool {

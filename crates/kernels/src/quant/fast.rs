@@ -179,6 +179,14 @@ impl Gemv<'_> {
             let mut products = [[L::splat(0.0); M]; R];
             let mut biases = [[L::splat(0.0); M]; R];
             for g in 0..layout.groups {
+                if row == 0 {
+                    // The tiles of the next pass: streams as short as a tile are over before the
+                    // processor has noticed them.
+                    for r in 0..R {
+                        let next = pointers[r].wrapping_add(R * layout.tile + g * layout.block);
+                        (0..layout.block).step_by(64).for_each(|at| L::prefetch(next.wrapping_add(at)));
+                    }
+                }
                 let mut sums = [[L::zero(); M]; R];
                 for sub in 0..layout.group / SUB {
                     let k = g * layout.group + sub * SUB;

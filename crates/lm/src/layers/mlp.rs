@@ -44,24 +44,29 @@ impl Activation {
         }
     }
 
-    /// act(gate) · up in one pass over memory; so is its gradient, which keeps nothing but the inputs.
-    fn gated(self, gate: Array, up: Array) -> Result<Array> {
-        static SILU: LazyLock<Gated> = LazyLock::new(|| compile(|x| Ok(vec![x[0].silu()?.multiply(&x[1])?])));
-        static GELU: LazyLock<Gated> = LazyLock::new(|| compile(|x| Ok(vec![x[0].gelu()?.multiply(&x[1])?])));
+    /// act(gate) · up in one pass, and both gradients in one more, with nothing kept for them but
+    /// the operands.
+    fn gated(self, gate: &Array, up: &Array) -> Result<Array> {
+        static SILU: LazyLock<Gated> = LazyLock::new(|| gated(|x| Ok(vec![x[0].silu()?.multiply(&x[1])?])));
+        static GELU: LazyLock<Gated> = LazyLock::new(|| gated(|x| Ok(vec![x[0].gelu()?.multiply(&x[1])?])));
         static GELU_TANH: LazyLock<Gated> =
-            LazyLock::new(|| compile(|x| Ok(vec![x[0].gelu_tanh()?.multiply(&x[1])?])));
-        let function = match self {
+            LazyLock::new(|| gated(|x| Ok(vec![x[0].gelu_tanh()?.multiply(&x[1])?])));
+        let compiled = match self {
             Activation::Silu => &SILU,
             Activation::Gelu => &GELU,
             Activation::GeluTanh => &GELU_TANH,
         };
-        let mut outputs = function.call(&[gate, up])?;
-        Ok(outputs.swap_remove(0))
+        let outputs = compiled.call(&[gate.clone(), up.clone()])?;
+        Ok(outputs.into_iter().next().expect("a gated product is one array"))
     }
 }
 
-/// A compiled function without captures, shared by all layers of a process.
 type Gated = Compiled<fn(&[Array]) -> Result<Vec<Array>>>;
+
+/// Compiled once in a process, for all sizes.
+fn gated(f: fn(&[Array]) -> Result<Vec<Array>>) -> Gated {
+    compile(f).shapeless()
+}
 
 /// The block.
 #[derive(Debug)]
@@ -114,6 +119,6 @@ impl Mlp {
     /// x [.., hidden] → the same shape.
     pub fn forward(&self, x: &Array, context: &Context) -> Result<Array> {
         let (gate, up) = (self.gate.forward(x, context)?, self.up.forward(x, context)?);
-        self.down.forward(&self.activation.gated(gate, up)?, context)
+        self.down.forward(&self.activation.gated(&gate, &up)?, context)
     }
 }

@@ -110,10 +110,10 @@ impl<'a> Groups<'a> {
             .collect();
         let mut readers: HashMap<Value, Vec<usize>> = HashMap::new();
         for (index, node) in self.graph.nodes.iter().enumerate() {
-            for &input in node.inputs.iter().filter(|_| self.fusable[index]) {
-                if self.graph.spec(input).shape == node.specs[0].shape {
-                    readers.entry(input).or_default().push(index);
-                }
+            // Reading a number or a small array twice costs nothing.
+            let is_stored = |input: &&Value| !is_small(self.graph, **input);
+            for &input in node.inputs.iter().filter(|_| self.fusable[index]).filter(is_stored) {
+                readers.entry(input).or_default().push(index);
             }
         }
         let mut lists: Vec<Vec<usize>> = readers.into_values().filter(|list| list.len() > 1).collect();
@@ -190,8 +190,10 @@ impl<'a> Groups<'a> {
     /// smaller array, which then need no nodes of their own.
     fn is_worth_fusing(&self, group: usize) -> bool {
         let nodes = self.members[group].iter().map(|&index| (index, &self.graph.nodes[index]));
-        let mut ops = nodes.filter(|(index, node)| self.fusable[*index] && !matches!(node.op, Op::StopGradient));
-        ops.clone().count() > 1 || ops.any(|(_, node)| reads_small(self.graph, node))
+        let mut ops =
+            nodes.filter(|(index, node)| self.fusable[*index] && !matches!(node.op, Op::StopGradient));
+        ops.clone().count() > 1
+            || ops.any(|(_, node)| node.inputs.iter().any(|&input| is_small(self.graph, input)))
     }
 
     fn is_inside(&self, group: usize, value: Value) -> bool {
@@ -221,11 +223,10 @@ fn is_fusable(graph: &TracedGraph, node: &TracedNode) -> bool {
     has_fused_form(&node.op, &operands, node.specs[0].dtype)
 }
 
-/// Whether a node reads a number or a broadcast array.
-fn reads_small(graph: &TracedGraph, node: &TracedNode) -> bool {
-    let broadcast =
-        |input: &Value| graph.maker(*input).is_some_and(|maker| matches!(maker.op, Op::Broadcast));
-    node.inputs.iter().any(|input| broadcast(input) || literal(graph, *input).is_some())
+/// Whether a value is a number or a broadcast array.
+fn is_small(graph: &TracedGraph, value: Value) -> bool {
+    graph.maker(value).is_some_and(|maker| matches!(maker.op, Op::Broadcast))
+        || literal(graph, value).is_some()
 }
 
 /// The graph with each group that is worth it as one node.
@@ -249,7 +250,9 @@ fn emit(groups: &Groups) -> Result<TracedGraph> {
                 emitter.group(group)?;
             } else if !std::mem::replace(&mut entered[group], true) {
                 stack.push((group, true));
-                stack.extend(groups.makers(group).filter(|&maker| !entered[maker]).map(|maker| (maker, false)));
+                stack.extend(
+                    groups.makers(group).filter(|&maker| !entered[maker]).map(|maker| (maker, false)),
+                );
             }
         }
     }
@@ -292,7 +295,9 @@ impl Emitter<'_> {
         let members = &groups.members[group];
         // What is read in place of an operand: numbers stand for themselves.
         let read = |operand: Value| match graph.maker(operand) {
-            Some(TracedNode { op: Op::Broadcast, inputs, .. }) if literal(graph, operand).is_none() => inputs[0],
+            Some(TracedNode { op: Op::Broadcast, inputs, .. }) if literal(graph, operand).is_none() => {
+                inputs[0]
+            }
             _ => operand,
         };
         // Values are numbered inputs first, so these are counted before the steps.

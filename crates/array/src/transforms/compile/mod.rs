@@ -1,7 +1,7 @@
 //! `compile`: a function recorded once, simplified, and run with its elementwise ops fused.
 //!
 //! The stages, each a file: the function is traced ([`TracedGraph`]), `simplify` rewrites the
-//! graph, `fuse` makes regions of elementwise ops ([`Op::Fused`]), and `cache` keeps the result by
+//! graph, `fuse` makes regions of elementwise ops ([`Op::Fused`]), and `plan` keeps the result by
 //! the signature of the inputs. A call with a known signature builds the recorded graph on its
 //! arguments; the closure does not run.
 //!
@@ -11,19 +11,20 @@
 mod cache;
 mod constant;
 mod fuse;
+mod plan;
 mod region;
+mod shapes;
 mod simplify;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use smallvec::SmallVec;
 
 use super::TracedGraph;
 use crate::op::{Op, first_failure};
-use crate::{Array, Dtype, Error, Result, Shape};
-use cache::Cache;
+use crate::{Array, Error, Result};
+use plan::{Plans, Recorded, resized};
 
 pub use region::Region;
 
@@ -31,8 +32,8 @@ pub use region::Region;
 /// traced again for each; this bounds what it holds.
 const SIGNATURES: usize = 64;
 
-/// A function from arrays to arrays that is traced once per signature: the shapes and dtypes of
-/// its inputs.
+/// A function from arrays to arrays that is traced once per signature: the exact shapes and the
+/// dtypes of its inputs. [`Compiled::shapeless`] lets one trace serve other sizes.
 ///
 /// The closure runs only while it is traced. What it reads besides its inputs (numbers, other
 /// arrays, the sizes of its inputs) is what it was at the first call with that signature; random
@@ -48,19 +49,10 @@ const SIGNATURES: usize = 64;
 /// every call run the closure.
 pub struct Compiled<F> {
     f: F,
-    plans: Cache<Signature, Plan>,
+    plans: Plans<()>,
+    shapeless: bool,
     disabled: bool,
     warned: AtomicBool,
-}
-
-/// What a plan depends on.
-type Signature = SmallVec<[(Shape, Dtype); 3]>;
-
-#[derive(Clone)]
-enum Plan {
-    Graph(Arc<TracedGraph>),
-    /// The function can't be recorded: its closure runs at every call.
-    Eager,
 }
 
 /// Compiles a function: see [`Compiled`]. Nothing is traced before the first call.
@@ -81,28 +73,43 @@ pub fn compile<F>(f: F) -> Compiled<F>
 where
     F: Fn(&[Array]) -> Result<Vec<Array>>,
 {
-    let disabled = std::env::var_os("MICA_DISABLE_COMPILE").is_some_and(|value| !value.is_empty() && value != "0");
-    Compiled { f, plans: Cache::new(SIGNATURES), disabled, warned: AtomicBool::new(false) }
+    let disabled =
+        std::env::var_os("MICA_DISABLE_COMPILE").is_some_and(|value| !value.is_empty() && value != "0");
+    Compiled { f, plans: Plans::new(SIGNATURES), shapeless: false, disabled, warned: AtomicBool::new(false) }
 }
 
 impl<F> Compiled<F>
 where
     F: Fn(&[Array]) -> Result<Vec<Array>>,
 {
+    /// Lets one trace serve inputs of other sizes: only ranks, dtypes, which sizes are equal and
+    /// which are one make a signature. A batch of another size is then no reason to trace again.
+    ///
+    /// Whether the function allows it is found out by tracing it a second time, on other sizes: if
+    /// it makes the same graph of elementwise ops, reductions, softmax, norms and transposes, one
+    /// trace serves all. If a size gets into the graph (a mean divides by one, a reshape names
+    /// them, a captured array has them), each shape is traced as usual. A function that decides by
+    /// a size what to do must not be compiled this way.
+    pub fn shapeless(self) -> Self {
+        Compiled { shapeless: true, ..self }
+    }
+
     /// The outputs of the function, as lazy arrays.
     ///
     /// # Errors
-    /// Those of the closure. A function that is fine but can't be recorded runs as its closure
-    /// does, with a warning.
+    /// Those of the closure, and if it appends to a KV store. A graph that can't be fused is no
+    /// error: there is a warning, and the closure runs at every call.
     pub fn call(&self, inputs: &[Array]) -> Result<Vec<Array>> {
         if self.disabled {
             return (self.f)(inputs);
         }
         first_failure(&inputs.iter().collect::<SmallVec<[&Array; 4]>>())?;
-        let signature = inputs.iter().map(|input| (input.shape().into(), input.dtype())).collect();
-        match self.plans.get_or_make(signature, || self.plan(inputs))? {
-            Plan::Graph(graph) => Ok(graph.build(inputs, graph.captured())),
-            Plan::Eager => (self.f)(inputs),
+        let ignores_sizes = |graph: &TracedGraph| self.gives_same_graph(graph, &resized(inputs));
+        let any_shape: Option<&dyn Fn(&TracedGraph) -> bool> =
+            if self.shapeless { Some(&ignores_sizes) } else { None };
+        match self.plans.build(inputs, (), any_shape, || self.record(inputs))? {
+            Some(outputs) => Ok(outputs),
+            None => (self.f)(inputs),
         }
     }
 
@@ -111,17 +118,24 @@ where
         self.plans.len()
     }
 
-    fn plan(&self, inputs: &[Array]) -> Result<Plan> {
+    /// The graph to play, or nothing if the closure must run at every call.
+    fn record(&self, inputs: &[Array]) -> Result<Option<Recorded>> {
         let graph = TracedGraph::trace(&self.f, inputs)?;
-        match recordable(&graph).and_then(|()| optimize(graph)) {
-            Ok(graph) => Ok(Plan::Graph(Arc::new(graph))),
+        refuse_effects(&graph)?;
+        match optimize(graph) {
+            Ok(recorded) => Ok(Some(recorded)),
             Err(error) => {
                 if !self.warned.swap(true, Ordering::Relaxed) {
                     eprintln!("mica: a function runs uncompiled: {error}");
                 }
-                Ok(Plan::Eager)
+                Ok(None)
             }
         }
+    }
+
+    fn gives_same_graph(&self, graph: &TracedGraph, inputs: &[Array]) -> bool {
+        TracedGraph::trace(&self.f, inputs)
+            .is_ok_and(|other| simplify::is_same_but_for_sizes(&simplify::simplify(other), graph))
     }
 }
 
@@ -131,21 +145,23 @@ impl<F> fmt::Debug for Compiled<F> {
     }
 }
 
-/// Fails if playing the graph again would not do what the function does.
-fn recordable(graph: &TracedGraph) -> Result<()> {
+/// Fails if the function changes something: playing its graph would do to the same place what was
+/// done at the first call, and running the closure after its trace would do it twice.
+fn refuse_effects(graph: &TracedGraph) -> Result<()> {
     match graph.nodes.iter().find(|node| matches!(node.op, Op::PagedAttention(_))) {
-        // Its op names the pages of one call.
         Some(node) => Err(Error::unsupported(
             "compile",
-            format!("{} changes a store and can't be played again: call it outside", node.op.name()),
+            format!("{} appends to a store, so it can't be recorded: call it outside", node.op.name()),
         )),
         None => Ok(()),
     }
 }
 
 /// The graph of the same function, to be run in fewer passes.
-fn optimize(graph: TracedGraph) -> Result<TracedGraph> {
-    fuse::fuse(&simplify::simplify(graph))
+fn optimize(graph: TracedGraph) -> Result<Recorded> {
+    let simplified = simplify::simplify(graph);
+    let fused = fuse::fuse(&simplified)?;
+    Ok(Recorded { simplified, fused })
 }
 
 fn is_elementwise(op: &Op) -> bool {

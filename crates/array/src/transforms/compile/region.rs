@@ -5,17 +5,15 @@
 //! by op. Its gradient is derived from its steps and compiled like any function.
 
 use std::fmt;
-use std::sync::Arc;
 
 use mica_kernels::program::{Instruction, Program};
 use smallvec::SmallVec;
 
-use super::cache::Cache;
+use super::plan::Plans;
 use super::{constant, optimize};
 use crate::array::Inputs;
 use crate::op::Op;
 use crate::ops::{Grads, Vjp};
-use crate::shape::Shape;
 use crate::transforms::TracedGraph;
 use crate::transforms::vjp::backward;
 use crate::{Array, Dtype, Result};
@@ -30,7 +28,7 @@ pub struct Region {
     steps: Vec<RegionStep>,
     outputs: SmallVec<[usize; 2]>,
     program: Program,
-    backward: Cache<BackwardKey, Arc<TracedGraph>>,
+    backward: Plans<Asked>,
 }
 
 /// One op of a region.
@@ -43,14 +41,8 @@ pub(crate) struct RegionStep {
     pub(crate) dtype: Dtype,
 }
 
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct BackwardKey {
-    inputs: SmallVec<[Shape; 4]>,
-    output: Shape,
-    /// Which inputs need a gradient, and from which outputs one arrives.
-    needs: SmallVec<[bool; 4]>,
-    arrives: SmallVec<[bool; 4]>,
-}
+/// Which inputs need a gradient, and from which outputs one arrives.
+type Asked = (SmallVec<[bool; 4]>, SmallVec<[bool; 4]>);
 
 impl Region {
     /// A region, if the kernels have a fused form of each step.
@@ -60,7 +52,7 @@ impl Region {
         outputs: SmallVec<[usize; 2]>,
     ) -> Result<Region> {
         let program = program(&inputs, &steps, &outputs)?;
-        Ok(Region { inputs, steps, outputs, program, backward: Cache::new(BACKWARD_BOUND) })
+        Ok(Region { inputs, steps, outputs, program, backward: Plans::new(BACKWARD_BOUND) })
     }
 
     pub(crate) fn inputs(&self) -> &[Dtype] {
@@ -100,35 +92,27 @@ impl Region {
     /// between is computed again, which costs less than keeping it.
     pub(crate) fn vjp(&self, rule: &Vjp) -> Result<Grads> {
         let shape = rule.output.shape();
-        let needs: SmallVec<[bool; 4]> =
-            rule.needs.iter().zip(&self.inputs).map(|(&needed, dtype)| needed && dtype.is_inexact()).collect();
-        let key = BackwardKey {
-            inputs: rule.inputs.iter().map(|input| input.shape().into()).collect(),
-            output: shape.into(),
-            needs: needs.clone(),
-            arrives: rule.cotangents.iter().map(Option::is_some).collect(),
-        };
+        let needs: SmallVec<[bool; 4]> = rule
+            .needs
+            .iter()
+            .zip(&self.inputs)
+            .map(|(&needed, dtype)| needed && dtype.is_inexact())
+            .collect();
+        let arrives = rule.cotangents.iter().map(Option::is_some).collect();
         let operands: Vec<Array> =
             rule.inputs.iter().chain(rule.cotangents.iter().flatten()).cloned().collect();
-        let graph = self.backward.get_or_make(key, || {
-            let gradients = |tracers: &[Array]| {
-                let (inputs, mut cotangents) = (&tracers[..self.inputs.len()], &tracers[self.inputs.len()..]);
-                let mut seeds = Vec::new();
-                for (output, cotangent) in self.expand(inputs, shape)?.into_iter().zip(rule.cotangents) {
-                    if cotangent.is_some()
-                        && let Some((seed, rest)) = cotangents.split_first()
-                    {
-                        seeds.push((output, seed.clone()));
-                        cotangents = rest;
-                    }
-                }
-                let targets: Vec<Array> =
-                    inputs.iter().zip(&needs).filter(|(_, needed)| **needed).map(|(x, _)| x.clone()).collect();
-                backward(seeds, &targets)
-            };
-            optimize(TracedGraph::trace(gradients, &operands)?).map(Arc::new)
-        })?;
-        let mut grads = graph.build(&operands, graph.captured()).into_iter();
+        let gradients = |tracers: &[Array]| {
+            let (inputs, cotangents) = tracers.split_at(self.inputs.len());
+            let outputs = self.expand(inputs, shape)?.into_iter().zip(rule.cotangents);
+            let reached = outputs.filter(|(_, cotangent)| cotangent.is_some()).map(|(output, _)| output);
+            let seeds = reached.zip(cotangents.iter().cloned()).collect();
+            let wanted = inputs.iter().zip(&needs).filter(|(_, needed)| **needed);
+            let targets: Vec<Array> = wanted.map(|(input, _)| input.clone()).collect();
+            backward(seeds, &targets)
+        };
+        let record = || optimize(TracedGraph::trace(gradients, &operands)?).map(Some);
+        let grads = self.backward.build(&operands, (needs.clone(), arrives), Some(&|_| true), record)?;
+        let mut grads = grads.expect("the graph of a region can be recorded").into_iter();
         Ok(needs.iter().map(|&needed| if needed { grads.next() } else { None }).collect())
     }
 }

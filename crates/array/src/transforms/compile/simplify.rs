@@ -19,10 +19,8 @@ type Operands = SmallVec<[Value; 3]>;
 /// The graph simplified, nodes that no output needs gone.
 pub(super) fn simplify(graph: TracedGraph) -> TracedGraph {
     let TracedGraph { inputs, nodes, outputs, captured } = graph;
-    let mut rewriter = Rewriter {
-        graph: TracedGraph { inputs, captured, ..TracedGraph::default() },
-        seen: HashMap::new(),
-    };
+    let mut rewriter =
+        Rewriter { graph: TracedGraph { inputs, captured, ..TracedGraph::default() }, seen: HashMap::new() };
     // Per node of the old graph, where its outputs are in the new one.
     let mut places: Vec<SmallVec<[Value; 1]>> = Vec::with_capacity(nodes.len());
     let moved = |places: &[SmallVec<[Value; 1]>], value: Value| match value.source {
@@ -83,7 +81,9 @@ impl Rewriter {
             Op::Broadcast | Op::Reshape => from.shape == spec.shape,
             Op::Transpose(order) => order.iter().enumerate().all(|(at, &axis)| at == axis),
             // A kernel's result is contiguous already.
-            Op::Contiguous => maker.is_some_and(|maker| is_elementwise(&maker.op)),
+            Op::Contiguous => {
+                maker.is_some_and(|maker| is_elementwise(&maker.op) && !matches!(maker.op, Op::StopGradient))
+            }
             Op::StopGradient => maker.is_some_and(|maker| matches!(maker.op, Op::StopGradient)),
             _ => false,
         };
@@ -171,6 +171,19 @@ fn holds(wide: Dtype, small: Dtype) -> bool {
         (wide, small),
         (F32, F16 | BF16 | Bool) | (F64, F16 | BF16 | F32 | Bool) | (F16 | BF16 | I32, Bool)
     )
+}
+
+/// Whether two graphs are of the same ops on the same values, apart from shapes.
+pub(super) fn is_same_but_for_sizes(a: &TracedGraph, b: &TracedGraph) -> bool {
+    let is_same_node = |(a, b): (&TracedNode, &TracedNode)| {
+        let dtypes = |node: &TracedNode| node.specs.iter().map(|spec| spec.dtype).collect::<Vec<_>>();
+        a.inputs == b.inputs && dtypes(a) == dtypes(b) && is_same(&a.op, &b.op)
+    };
+    let captured = |graph: &TracedGraph| graph.captured.iter().map(crate::Array::id).collect::<Vec<_>>();
+    a.nodes.len() == b.nodes.len()
+        && a.outputs == b.outputs
+        && captured(a) == captured(b)
+        && a.nodes.iter().zip(&b.nodes).all(is_same_node)
 }
 
 /// Whether two ops on the same operands give the same. Ops with effects, or with rules of their

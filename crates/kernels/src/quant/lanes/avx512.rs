@@ -29,6 +29,11 @@ impl Lanes for Avx512 {
     const MANY: bool = true;
 
     #[inline(always)]
+    fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch touches nothing and cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
     unsafe fn load(from: *const u8) -> __m512i {
         // SAFETY: as above.
         unsafe { _mm512_loadu_si512(from.cast()) }
