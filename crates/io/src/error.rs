@@ -66,7 +66,7 @@ pub enum Error {
     },
 
     /// Whoever supplies the content of a file being written failed. The file was not replaced.
-    #[error("cannot write {}: {what}: {source}", path.display())]
+    #[error("cannot write {}: {what}: {source}{}", path.display(), content_advice(source.as_ref()))]
     Content {
         /// The file that was to be written.
         path: PathBuf,
@@ -161,6 +161,11 @@ impl ErrorKind {
             _ => ErrorKind::Other,
         }
     }
+}
+
+/// As [`advice`]; an error of this crate gives its own.
+fn content_advice(error: &(dyn std::error::Error + Send + Sync + 'static)) -> &'static str {
+    error.downcast_ref::<io::Error>().map_or("", advice)
 }
 
 fn advice(error: &io::Error) -> &'static str {

@@ -34,6 +34,9 @@ impl AtomicDir {
             return Err(Error::invalid(&target, "exists and is not a folder"));
         }
         let parent = parent_of(&target);
+        if fs::metadata(&parent).is_ok_and(|m| !m.is_dir()) {
+            return Err(Error::io("create", &target, io::ErrorKind::NotADirectory.into()));
+        }
         fs::create_dir_all(&parent).map_err(|e| Error::io("create", &parent, e))?;
         let mut builder = tempfile::Builder::new();
         builder.prefix(&prefix).suffix(TEMPORARY_SUFFIX);

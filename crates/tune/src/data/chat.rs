@@ -8,7 +8,7 @@ use mica_lm::tokenizer::{Specials, Tokenizer};
 use serde_json::{Map, Value};
 
 use super::encode::{Conversation, Encode};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Tokenizer and chat template of a model folder.
 #[derive(Clone, Debug)]
@@ -23,9 +23,8 @@ impl ModelEncoder {
     /// The encoder of a model folder. `vocabulary` is the model's number of tokens, which may be larger than
     /// the tokenizer's.
     pub fn load(folder: impl AsRef<Path>, vocabulary: usize) -> Result<ModelEncoder> {
-        let fail = |error: mica_lm::Error| Error::Tokenize(error.to_string());
-        let tokenizer = Tokenizer::load(&folder).map_err(fail)?;
-        let template = ChatTemplate::load(&folder).map_err(fail)?;
+        let tokenizer = Tokenizer::load(&folder)?;
+        let template = ChatTemplate::load(&folder)?;
         Ok(ModelEncoder::new(tokenizer, template, vocabulary))
     }
 
