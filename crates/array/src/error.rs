@@ -28,10 +28,7 @@ pub enum Error {
         message: Arc<str>,
     },
     /// The memory limit would be exceeded. Nothing was allocated.
-    #[error(
-        "[memory] {requested} bytes more would exceed the limit of {limit} bytes ({active} in use): \
-         lower the batch or sequence length, or raise the limit"
-    )]
+    #[error("[memory] {}", too_much(*.requested, *.active, *.limit))]
     OutOfMemory {
         /// Bytes that were asked for.
         requested: usize,
@@ -67,6 +64,14 @@ pub enum Error {
         /// The cause.
         message: Arc<str>,
     },
+}
+
+fn too_much(requested: usize, active: usize, limit: usize) -> String {
+    let why = match limit {
+        usize::MAX => format!("the system does not give {requested} bytes more"),
+        limit => format!("{requested} bytes more would exceed the limit of {limit} bytes"),
+    };
+    format!("{why} ({active} in use): lower the batch or sequence length, or raise the limit")
 }
 
 impl Error {

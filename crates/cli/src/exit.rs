@@ -103,7 +103,7 @@ pub fn guarded(work: impl FnOnce() -> anyhow::Result<()> + std::panic::UnwindSaf
     }
 }
 
-/// Rust ignores SIGPIPE, which turns a closed pipe into a panic of `println!`.
+/// Rust ignores SIGPIPE, which turns a closed pipe into an error of every write.
 pub fn restore_broken_pipe() {
     #[cfg(unix)]
     // SAFETY: sets the default action before any thread is started.

@@ -7,6 +7,7 @@ mod commands;
 mod exit;
 mod live;
 mod machine;
+mod output;
 mod signals;
 mod training;
 
@@ -96,8 +97,9 @@ fn main() -> std::process::ExitCode {
         Command::Bench(args) => commands::bench::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "mica", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "mica", &mut script);
+            output::bytes(&script)
         }
     });
     if let Some(table) = mica_array::profile::report() {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::exit::{Stopped, Usage};
 use crate::live::Live;
+use crate::output::say;
 use crate::signals::stop_flag;
 
 /// A run, and what is to be done around it.
@@ -126,7 +127,7 @@ pub fn run(job: Job) -> anyhow::Result<()> {
             document["test_loss"] = loss.into();
             document["test_perplexity"] = loss.exp().into();
         }
-        println!("{document}");
+        say!("{document}");
     } else if config.train {
         eprintln!(
             "Try it: mica generate --model {} --adapter-path {} --prompt \"…\"",

@@ -12,6 +12,7 @@ use mica_simd::Isa;
 use super::{ModelArgs, bench_train};
 use crate::exit::Usage;
 use crate::machine::{peak_memory_gb, read_bandwidth};
+use crate::output::say;
 
 /// Measure the speed of prefill and decoding, or of training (--train)
 #[derive(clap::Args)]
@@ -130,19 +131,19 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "bandwidth_fraction": median(|run| run.bandwidth_fraction),
             "runs": list,
         });
-        println!("{document}");
+        say!("{document}");
         return Ok(());
     }
-    println!("model        {} ({weights_gb:.2} GB, loaded in {load_s:.2} s)", args.model.model);
-    println!("machine      {} threads, {}", mica_array::threads(), Isa::get());
-    println!("prompt       {:.1} tokens/s ({} tokens)", median(|run| run.prompt_tps), args.prompt_tokens);
-    println!(
+    say!("model        {} ({weights_gb:.2} GB, loaded in {load_s:.2} s)", args.model.model);
+    say!("machine      {} threads, {}", mica_array::threads(), Isa::get());
+    say!("prompt       {:.1} tokens/s ({} tokens)", median(|run| run.prompt_tps), args.prompt_tokens);
+    say!(
         "generation   {:.2} tokens/s ({} tokens, batch {}, behind {depth})",
         median(|run| run.generation_tps),
         args.generate_tokens,
         args.batch
     );
-    println!(
+    say!(
         "memory       {:.1} GB/s read bandwidth, of which decoding used {:.0} %; peak {:.2} GB",
         median(|run| run.read_bandwidth_gbs),
         100.0 * median(|run| run.bandwidth_fraction),

@@ -21,6 +21,7 @@ use mica_tune::trainer::{Update, UpdateSettings};
 
 use crate::exit::Usage;
 use crate::machine::peak_memory_gb;
+use crate::output::say;
 
 /// What to train.
 #[derive(clap::Args)]
@@ -144,18 +145,18 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
             "losses": losses,
             "runs": seconds,
         });
-        println!("{document}");
+        say!("{document}");
         return Ok(());
     }
-    println!(
+    say!(
         "model      {model_name} (loaded in {load_s:.2} s), {} threads, {}",
         mica_array::threads(),
         Isa::get()
     );
-    println!("trained    {trainable} of {all} parameters");
-    println!("step       {step_s:.3} s for {rows} × {} tokens: {tokens_per_s:.1} tokens/s", args.seq);
-    println!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
-    println!("memory     peak {:.2} GB", peak_memory_gb());
+    say!("trained    {trainable} of {all} parameters");
+    say!("step       {step_s:.3} s for {rows} × {} tokens: {tokens_per_s:.1} tokens/s", args.seq);
+    say!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
+    say!("memory     peak {:.2} GB", peak_memory_gb());
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use mica_lm::config::{QuantMode, QuantSpec};
 use mica_lm::convert::{Converted, Recipe, convert};
 
 use crate::exit::Usage;
+use crate::output::say;
 use crate::signals::stop_flag;
 
 /// Quantize a model, make a quantized one plain, or change its dtype
@@ -88,12 +89,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ..Recipe::default()
     };
     let source = mica_lm::locate::locate(&args.model)?;
-    report(&convert(source, &args.output, &recipe)?, args.json);
-    Ok(())
+    report(&convert(source, &args.output, &recipe)?, args.json)
 }
 
 /// Tells what was written.
-pub fn report(done: &Converted, as_json: bool) {
+pub fn report(done: &Converted, as_json: bool) -> anyhow::Result<()> {
     let bits = done.bits_per_weight();
     if as_json {
         let document = serde_json::json!({
@@ -104,9 +104,9 @@ pub fn report(done: &Converted, as_json: bool) {
             "bytes": done.bytes,
             "bits_per_weight": bits,
         });
-        println!("{document}");
+        say!("{document}");
     } else {
-        println!(
+        say!(
             "{}: {:.2} GB, {bits:.3} bits a weight ({} weights quantized, {} plain)",
             done.folder.display(),
             done.bytes as f64 / 1e9,
@@ -114,4 +114,5 @@ pub fn report(done: &Converted, as_json: bool) {
             done.plain
         );
     }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use mica_simd::Isa;
 
 use crate::machine;
+use crate::output::say;
 
 /// Show this machine, its instruction sets and its memory bandwidth
 #[derive(clap::Args)]
@@ -26,21 +27,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "memory_gb": machine::total_memory_gb(),
             "read_bandwidth_gbs": bandwidth,
         });
-        println!("{document}");
+        say!("{document}");
         return Ok(());
     }
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".to_string());
-    println!("processor          {}", or_unknown(machine::processor()));
-    println!("threads            {threads}");
-    println!("instruction sets   {} (using {})", tiers.join(", "), Isa::get());
-    println!("memory             {}", or_unknown(machine::total_memory_gb().map(|gb| format!("{gb:.1} GB"))));
-    println!("read bandwidth     {}", or_unknown(bandwidth.map(|rate| format!("{rate:.1} GB/s"))));
+    say!("processor          {}", or_unknown(machine::processor()));
+    say!("threads            {threads}");
+    say!("instruction sets   {} (using {})", tiers.join(", "), Isa::get());
+    say!("memory             {}", or_unknown(machine::total_memory_gb().map(|gb| format!("{gb:.1} GB"))));
+    say!("read bandwidth     {}", or_unknown(bandwidth.map(|rate| format!("{rate:.1} GB/s"))));
     match Isa::get() {
-        Isa::Amx => println!("bf16 and int8 products run on AMX tiles: prompts and training are fast"),
-        Isa::Avx512 => println!("bf16 and int8 products run on AVX-512: prompts and training are fast"),
-        Isa::Avx2 => println!("no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed"),
-        Isa::Neon => println!("NEON kernels are used where they exist; others run as portable code"),
-        Isa::Scalar => println!("no vector instructions are used: everything is slow"),
+        Isa::Amx => say!("bf16 and int8 products run on AMX tiles: prompts and training are fast"),
+        Isa::Avx512 => say!("bf16 and int8 products run on AVX-512: prompts and training are fast"),
+        Isa::Avx2 => say!("no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed"),
+        Isa::Neon => say!("NEON kernels are used where they exist; others run as portable code"),
+        Isa::Scalar => say!("no vector instructions are used: everything is slow"),
     }
     Ok(())
 }

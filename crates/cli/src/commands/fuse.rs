@@ -30,6 +30,5 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let stop = stop_flag()?;
     let done =
         mica_tune::fuse::fuse(model, &args.adapter_path, &args.save_path, args.dequantize, Some(&*stop))?;
-    super::convert::report(&done, args.json);
-    Ok(())
+    super::convert::report(&done, args.json)
 }

@@ -15,6 +15,7 @@ use mica_tune::session::precision;
 
 use super::ModelArgs;
 use crate::exit::Usage;
+use crate::output::say;
 
 /// Measure a model's perplexity on a text file
 #[derive(clap::Args)]
@@ -88,10 +89,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let document = serde_json::json!({
             "perplexity": nll.exp(), "nll": nll, "tokens": sums.count, "stderr": error,
         });
-        println!("{document}");
+        say!("{document}");
     } else {
-        println!("perplexity  {:.4}", nll.exp());
-        println!("nll         {nll:.6} ± {error:.6} over {} tokens", sums.count);
+        say!("perplexity  {:.4}", nll.exp());
+        say!("nll         {nll:.6} ± {error:.6} over {} tokens", sums.count);
     }
     Ok(())
 }

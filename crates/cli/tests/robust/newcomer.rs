@@ -114,6 +114,24 @@ fn a_reader_that_leaves_is_no_failure_of_the_program() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_cannot_be_written_are_a_failure_of_the_disk() {
+    let room = Room::new();
+    room.model("llama", "llama");
+    for arguments in [
+        "completions bash",
+        "generate --model @llama --prompt-tokens 1,2 -n 2",
+        "generate --model @llama --prompt-tokens 1,2 -n 2 --json",
+        "bench --train --model @llama --seq 8 --steps 1",
+        "convert --model @llama --output @out --json",
+    ] {
+        let mut command = room.command(arguments);
+        command.stdout(std::fs::File::options().write(true).open("/dev/full").unwrap());
+        Ran::of(&command.output().unwrap()).failed(arguments, 6);
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn closed_input_is_an_empty_one() {
