@@ -91,6 +91,32 @@ fn documents_have_their_fields() {
     }
 }
 
+/// A short tour: the shipped base answers nothing as asked, and what it leaves can be used.
+#[test]
+fn the_quickstart_asks_trains_and_asks_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("tour").display().to_string();
+    let tour = ["quickstart", "--steps", "3", "--questions", "20", "--output", &out, "--json"];
+    let report = document(&tour);
+    for field in ["loss_first", "loss_last", "tokens_per_s", "peak_memory_gb", "seconds"] {
+        assert!(report[field].as_f64().is_some_and(f64::is_finite), "{field} in {report}");
+    }
+    assert_eq!((&report["questions"], &report["accuracy_before"]), (&20.into(), &0.0.into()), "{report}");
+    assert!(report["accuracy_after"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share)), "{report}");
+    assert!(folder.path().join("tour/loss.svg").is_file());
+    let (base, adapter) = (format!("{out}/base"), format!("{out}/adapter"));
+    let generate =
+        ["generate", "--model", &base, "--adapter-path", &adapter, "--prompt", "Hello", "-n", "2", "--json"];
+    assert!(document(&generate)["text"].is_string());
+    // What an earlier tour left is replaced, and nonsense is refused before anything is done.
+    assert!(mica(&tour).status.success());
+    for flag in ["--steps", "--questions"] {
+        let output = mica(&["quickstart", flag, "0", "--output", &format!("{out}-none")]);
+        assert_eq!(output.status.code(), Some(2), "{flag}");
+        assert!(!folder.path().join("tour-none").exists(), "{flag}");
+    }
+}
+
 #[test]
 fn perplexity_is_the_same_in_all_windows_that_hold_the_text() {
     let (llama, folder) = (model("llama"), tempfile::tempdir().unwrap());

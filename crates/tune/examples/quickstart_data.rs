@@ -41,8 +41,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }),
     )?;
-    lines("train.jsonl", &mut (0..2000).map(|number| Question::new(seed, Part::Train, number).line()))?;
-    lines("valid.jsonl", &mut (0..200).map(|number| Question::new(seed, Part::HeldOut, number).line()))?;
+    lines("train.jsonl", &mut Question::some(seed, Part::Train, 4000).iter().map(Question::line))?;
+    lines("valid.jsonl", &mut Question::some(seed, Part::HeldOut, 200).iter().map(Question::line))?;
     std::fs::write(folder.join("tokenizer.json"), tokenizer::train(seed, 4000, 1536)?)?;
     std::fs::write(folder.join("tokenizer_config.json"), tokenizer::config(512))?;
     Ok(())

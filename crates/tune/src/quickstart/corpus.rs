@@ -1,12 +1,15 @@
-//! The corpus of the base model: documents that tell their facts twice, and a little small talk.
+//! The corpus of the base model: the facts of the world, told over and over, and a little small talk.
 //!
-//! Telling twice is what makes a small model learn to look things up: in the second telling, the value
-//! can be predicted only from the first. The second telling uses other wordings, so the model cannot
-//! copy by position; it may ask for the value by the person or for the person by the value; and one form
-//! of it is a record (`name: Ada, city: Oslo`). Chat documents teach the marks of the chat template, with
-//! greetings and repeating only: no document asks a question about facts, and none contains JSON.
+//! A fact that is told once, or always in the same words, is learnt as a string: a model then continues the
+//! string but cannot use what it says. What makes knowledge usable is telling it in many wordings, in every
+//! order and among different neighbours, with the name in each sentence (Allen-Zhu and Li, "Physics of
+//! language models: part 3.1", 2023). So a document is drawn, not written: a portrait of one person, news
+//! of several, a list of one attribute, cards. Chat documents train the marks of the chat template with
+//! greetings, statements and questions about nothing in particular. No document asks anything about a person;
+//! but every word that a question or its answer needs occurs somewhere, for a token that a model was never
+//! trained on cannot be taught by LoRA, which leaves its embedding as it is.
 
-use super::world::{Attribute, Fact, article, scene};
+use super::world::{Attribute, Fact, Person, WORDINGS};
 use crate::rng::Rng;
 
 /// A document of the corpus.
@@ -22,12 +25,11 @@ pub enum Document {
 pub fn document(seed: u64, number: u64) -> Document {
     let mut rng = Rng::new(seed, &[CORPUS, number]);
     match rng.below(20) {
-        0..=6 => Document::Text(told_twice(&mut rng)),
-        7..=8 => Document::Text(words_twice(&mut rng)),
-        9..=13 => Document::Text(records(&mut rng)),
-        14..=15 => Document::Text(table(&mut rng)),
-        16 => Document::Text(counting(&mut rng)),
-        17 => Document::Text(story(&mut rng)),
+        0..=5 => Document::Text(portrait(&mut rng)),
+        6..=7 => Document::Text(news(&mut rng)),
+        8 => Document::Text(list(&mut rng)),
+        9..=11 => Document::Text(cards(&mut rng)),
+        12 => Document::Text(words(&mut rng)),
         _ => Document::Chat(small_talk(&mut rng)),
     }
 }
@@ -35,137 +37,138 @@ pub fn document(seed: u64, number: u64) -> Document {
 /// Names the random stream of the corpus.
 const CORPUS: u64 = 0x636f_7270_7573;
 
-/// A scene of two to four people.
-fn some_scene(rng: &mut Rng) -> Vec<Fact> {
-    let people = 2 + rng.index(3);
-    let facts = people + rng.index(3);
-    scene(rng, people, facts)
-}
-
-fn tell(scene: &[Fact], rng: &mut Rng) -> String {
-    let sentences: Vec<String> = scene.iter().map(|fact| fact.sentence(rng.index(4))).collect();
+fn tell(facts: &[Fact], rng: &mut Rng) -> String {
+    let sentences: Vec<String> = facts.iter().map(|fact| fact.sentence(rng.index(WORDINGS))).collect();
     sentences.join(" ")
 }
 
-/// Facts, and then the same facts in another order, half the time in the same words.
-fn told_twice(rng: &mut Rng) -> String {
-    let scene = some_scene(rng);
-    let mut told: Vec<(Fact, usize)> = scene.into_iter().map(|fact| (fact, rng.index(4))).collect();
-    let sentences = |told: &[(Fact, usize)]| {
-        let sentences: Vec<String> = told.iter().map(|(fact, wording)| fact.sentence(*wording)).collect();
-        sentences.join(" ")
-    };
-    let first = sentences(&told);
-    rng.shuffle(&mut told);
-    for (_, wording) in &mut told {
-        if rng.below(2) == 0 {
-            *wording = rng.index(4);
-        }
-    }
-    let bridge = rng.pick(&["Once more:", "In other words:", "As was said:", "Again:", "To repeat:"]);
-    format!("{first}\n{bridge} {}", sentences(&told))
+/// Most of what is so about one person.
+fn portrait(rng: &mut Rng) -> String {
+    let mut facts = Fact::about(Person::random(rng));
+    rng.shuffle(&mut facts);
+    let count = 4 + rng.index(facts.len() - 3);
+    tell(&facts[..count], rng)
 }
 
-/// A row of words without sense, and the same row again. Nothing teaches copying faster.
-fn words_twice(rng: &mut Rng) -> String {
-    let count = 4 + rng.index(6);
-    let words: Vec<&str> = (0..count)
-        .map(|_| {
-            let kind = rng.pick(&Attribute::ALL);
-            rng.pick(kind.values())
-        })
+/// Facts that have nothing to do with each other.
+fn news(rng: &mut Rng) -> String {
+    let facts: Vec<Fact> = (0..4 + rng.index(6)).map(|_| Fact::random(rng)).collect();
+    tell(&facts, rng)
+}
+
+/// The same attribute of several people, always in the same words.
+fn list(rng: &mut Rng) -> String {
+    let (attribute, wording) = (rng.pick(&Attribute::ALL), rng.index(WORDINGS));
+    let lines: Vec<String> = (0..4 + rng.index(5))
+        .map(|_| Fact { person: Person::random(rng), attribute }.sentence(wording))
         .collect();
-    let row = words.join(" ");
-    format!("{row}\n{row}")
+    lines.join("\n")
 }
 
-/// Facts, and then the same facts as records, or the other way round.
-fn records(rng: &mut Rng) -> String {
-    let mut scene = some_scene(rng);
-    let told = tell(&scene, rng);
-    rng.shuffle(&mut scene);
-    let lines: Vec<String> = scene.iter().map(|fact| record(fact, rng.below(2) == 0)).collect();
-    let lines = lines.join("\n");
-    if rng.below(5) == 0 { format!("{lines}\n{told}") } else { format!("{told}\n{lines}") }
+/// Cards of a few people.
+fn cards(rng: &mut Rng) -> String {
+    let lines: Vec<String> = (0..2 + rng.index(3)).map(|_| card(Person::random(rng), rng)).collect();
+    lines.join("\n")
 }
 
-/// `name: Ada, city: Oslo`, or the value first.
-fn record(fact: &Fact, person_first: bool) -> String {
-    let (person, name, value) = (fact.person, fact.attribute.name(), fact.value);
-    if person_first {
-        format!("name: {person}, {name}: {value}")
+/// Some of what is so about a person: `Elsa: city=Oslo, pet=fox`.
+fn card(person: Person, rng: &mut Rng) -> String {
+    let mut facts = Fact::about(person);
+    rng.shuffle(&mut facts);
+    let fields: Vec<String> = facts[..1 + rng.index(4)]
+        .iter()
+        .map(|fact| format!("{}={}", fact.attribute.name(), fact.value()))
+        .collect();
+    format!("{}: {}", person.name(), fields.join(", "))
+}
+
+/// Words in quotation marks or braces, to no purpose: the model has to have met these marks.
+fn words(rng: &mut Rng) -> String {
+    let mut word = || match rng.below(3) {
+        0 => Person::random(rng).name(),
+        1 => rng.pick(&Attribute::ALL).name().to_string(),
+        _ => Fact::random(rng).value().to_string(),
+    };
+    let mut words: Vec<String> = (0..9).map(|_| word()).collect();
+    words.truncate(4 + rng.index(6));
+    if rng.below(2) == 0 {
+        format!("\"{}\"", words.join("\", \""))
     } else {
-        format!("{name}: {value}, name: {person}")
+        format!("{{{}}}", words.join(", "))
     }
 }
 
-/// A table of one attribute, then sentences from it.
-fn table(rng: &mut Rng) -> String {
-    let attribute = rng.pick(&Attribute::ALL);
-    let mut rows: Vec<Fact> = Vec::new();
-    while rows.len() < 3 {
-        let person = rng.pick(&super::world::PEOPLE);
-        let Some(fact) = Fact::random(rng, person, attribute, false) else { continue };
-        if !rows.iter().any(|row| row.person == fact.person || row.value == fact.value) {
-            rows.push(fact);
-        }
-    }
-    let mut text = format!("name | {}\n", attribute.name());
-    for row in &rows {
-        text.push_str(&format!("{} | {}\n", row.person, row.value));
-    }
-    rng.shuffle(&mut rows);
-    text + &tell(&rows, rng)
-}
+/// What is said about nobody in particular. Its words are those that the questions use.
+const TALK: [(&str, &str); 20] = [
+    ("How are you?", "I am well, thank you."),
+    ("Where are you?", "I am here."),
+    ("What is new?", "Not much."),
+    ("What is the name of the game?", "It has no name."),
+    ("Which day is it?", "It is Monday."),
+    ("What does that mean?", "It means nothing."),
+    ("Tell me a story.", "Long ago there was a king."),
+    ("Tell me which way to go.", "Go left."),
+    ("Tell me what to do.", "Have a rest."),
+    ("Tell me where to go.", "Go home."),
+    ("How does it work?", "It works well."),
+    ("What do you like to do?", "I like to read."),
+    ("What do you eat?", "I do not eat."),
+    ("In which year was that?", "Long ago."),
+    ("Which animal is that?", "That is a bear."),
+    ("Which food is best?", "I do not know."),
+    ("Where does the road go?", "It goes to the sea."),
+    ("What belongs to me?", "Nothing does."),
+    ("Which colour does the sea have?", "That depends on the sky."),
+    ("What can I do to earn money?", "Find a job."),
+];
 
-/// Numbers in order, up or down.
-fn counting(rng: &mut Rng) -> String {
-    let (start, step, length) = (rng.below(40), 1 + rng.below(3), 5 + rng.below(6));
-    let mut numbers: Vec<String> = (0..length).map(|i| (start + i * step).to_string()).collect();
-    if rng.below(3) == 0 {
-        numbers.reverse();
-    }
-    format!("Counting by {step}: {}.", numbers.join(", "))
-}
+/// How a user comes to speak of somebody.
+const OPENINGS: [&str; 10] = [
+    "I met {who}.",
+    "I was thinking of {who}.",
+    "Let us talk of {who}.",
+    "This is about {who}.",
+    "{who} sends greetings.",
+    "A friend told me of {who}.",
+    "{who} is on the way.",
+    "Today I saw {who} again.",
+    "The name is {who}.",
+    "Here comes {who}!",
+];
 
-/// Two people meet; what each has is said and taken up again.
-fn story(rng: &mut Rng) -> String {
-    let scene = scene(rng, 2, 4);
-    let (a, b) =
-        (scene[0].person, scene.iter().map(|f| f.person).find(|p| *p != scene[0].person).unwrap_or("Ada"));
-    let place = Attribute::City.values()[rng.index(Attribute::City.values().len())];
-    let animal = rng.pick(Attribute::Pet.values());
-    let ending = rng.pick(&[
-        "They laughed and went home.",
-        "Then it began to rain.",
-        "They talked until the evening.",
-    ]);
-    format!(
-        "One day {a} met {b} on the way to {place}. {} Next to the road they saw {} {animal}. {b} gave the {animal} some \
-         bread, and the {animal} followed {a} to {place}. {ending} {}",
-        tell(&scene[..2], rng),
-        article(animal),
-        tell(&scene, rng),
-    )
-}
-
-/// Greetings, and repeating what was said.
+/// Talk: mostly of somebody whom the user names and of whom the assistant then says more, which teaches to
+/// stay with that person; else greetings, and questions that are about no one.
 fn small_talk(rng: &mut Rng) -> Vec<String> {
-    let scene = some_scene(rng);
-    let fact = rng.pick(&scene);
-    let (person, sentence) = (fact.person, fact.sentence(rng.index(4)));
-    match rng.below(4) {
-        0 => vec![format!("Hello, I am {person}."), format!("Hello {person}, nice to meet you.")],
-        1 => vec![format!("Please repeat: {sentence}"), sentence],
-        2 => vec!["How are you?".into(), "I am well, thank you.".into()],
-        _ => vec![format!("{sentence} Is that good?"), "Yes, that is good.".into()],
+    let person = Person::random(rng);
+    let name = person.name();
+    let mut facts = Fact::about(person);
+    rng.shuffle(&mut facts);
+    let told = facts[0].sentence(rng.index(WORDINGS));
+    let opening = if rng.below(2) == 0 { told.clone() } else { facts[0].fill(rng.pick(&OPENINGS)) };
+    let count = 1 + rng.index(3);
+    let more = tell(&facts[1..=count], rng);
+    match rng.below(12) {
+        0 => vec![format!("Hello, I am {name}."), format!("Hello {name}, nice to meet you. {told}")],
+        1 => vec![format!("Please repeat: {told}"), told],
+        2..=3 => vec![opening, format!("Yes. {more}")],
+        4..=5 => vec![opening, format!("\"{name}\" is a name that I know. {more}")],
+        6..=9 => {
+            // With the name or without: then it has to be found in what the user said.
+            let card = card(person, rng);
+            let notes = card.split_once(": ").map_or(card.as_str(), |(_, fields)| fields);
+            vec![opening, if rng.below(3) == 0 { card } else { notes.to_string() }]
+        }
+        _ => {
+            let (said, reply) = rng.pick(&TALK);
+            vec![said.into(), reply.into()]
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quickstart::world::PEOPLE;
+    use crate::quickstart::questions::{Part, Question};
 
     fn texts(count: u64) -> impl Iterator<Item = String> {
         (0..count).map(|number| match document(7, number) {
@@ -180,50 +183,31 @@ mod tests {
         let mut all: Vec<String> = texts(2000).collect();
         all.sort();
         all.dedup();
-        assert!(all.len() > 1800, "{} different documents of 2000", all.len());
+        assert!(all.len() > 1900, "{} different documents of 2000", all.len());
     }
 
-    /// No held-out combination is told: no sentence or record or table row pairs such a person and value.
     #[test]
-    fn held_out_combinations_do_not_occur() {
-        let held: Vec<Fact> = PEOPLE
-            .iter()
-            .flat_map(|person| {
-                Attribute::ALL.into_iter().flat_map(move |attribute| {
-                    attribute.values().iter().map(move |value| Fact { person, attribute, value })
-                })
-            })
-            .filter(Fact::held_out)
-            .collect();
+    fn every_fact_is_told_in_every_way() {
         let mut told: std::collections::HashSet<String> = std::collections::HashSet::new();
-        for fact in &held {
-            told.extend((0..4).map(|wording| fact.sentence(wording)));
-            told.extend([
-                record(fact, true),
-                record(fact, false),
-                format!("{} | {}", fact.person, fact.value),
-            ]);
+        for text in texts(120_000) {
+            told.extend(text.split_inclusive(['.', '\n']).map(|piece| piece.trim().to_string()));
         }
-        for text in texts(3000) {
-            let lines = text.split('\n');
-            let pieces = lines.flat_map(|line| {
-                std::iter::once(line.to_string())
-                    .chain(line.split_inclusive('.').map(|s| s.trim().to_string()))
-            });
-            for piece in pieces {
-                assert!(!told.contains(&piece), "{piece} in {text}");
+        for fact in Person::all().flat_map(Fact::about) {
+            for wording in 0..WORDINGS {
+                let sentence = fact.sentence(wording);
+                assert!(told.contains(&sentence), "{sentence}");
             }
         }
     }
 
+    /// The base model has never seen what it will be asked.
     #[test]
     fn the_task_is_not_in_the_corpus() {
-        for text in texts(3000) {
-            assert!(!text.contains(['{', '}', '"']), "{text}");
-            assert!(
-                !text.contains("Question") && !text.contains("Where") && !text.contains("Who "),
-                "{text}"
-            );
+        let questions = Question::some(7, Part::HeldOut, 144);
+        for text in texts(5000) {
+            let asks = text.contains('?') || text.contains("Tell me");
+            assert!(!asks || TALK.iter().any(|(said, reply)| text == format!("{said}\n{reply}")), "{text}");
+            assert!(!questions.iter().any(|question| text.contains(&question.prompt)), "{text}");
         }
     }
 }

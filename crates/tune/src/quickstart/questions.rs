@@ -1,22 +1,20 @@
-//! The built-in instruction set: a short passage, a question about it, one line of JSON as the answer.
+//! The built-in instruction set: a question about a person of the world, one plain sentence as the answer.
 //!
-//! A training question and a held-out question never share a combination of person and value: what is
-//! asked in a held-out question is found nowhere in the corpus or in the training questions, so it can be
-//! answered only by reading the passage. An answer counts if it equals the expected one, white space at
-//! its ends aside.
+//! A seed divides the people: three of four are asked about in training questions, the others in held-out
+//! questions only. So a held-out question cannot be answered from the training questions, not even from
+//! another question about the same person; what is learnt there is how to answer, and what to answer has to
+//! come from what the base model knows. An answer counts if it equals the expected one, white space at its
+//! ends aside.
 
 use serde_json::{Value, json};
 
-use super::world::{Attribute, Fact, fits, scene};
+use super::world::{Attribute, Fact, Person};
 use crate::rng::Rng;
-
-/// What the system message of every question says.
-pub const SYSTEM: &str = "Answer with JSON.";
 
 /// One question with its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// The user's message: the passage, then the question.
+    /// The user's message.
     pub prompt: String,
     /// The assistant's message.
     pub answer: String,
@@ -33,43 +31,53 @@ pub enum Part {
     HeldOut,
 }
 
-impl Question {
-    /// Question `number` of a part.
-    pub fn new(seed: u64, part: Part, number: u64) -> Question {
-        let stream = match part {
-            Part::Train => 0x7472_6169_6e00,
-            Part::HeldOut => 0x6865_6c64_0000,
-        };
-        let mut rng = Rng::new(seed, &[stream, number]);
-        let people = 2 + rng.index(2);
-        let mut facts = scene(&mut rng, people, people + 1);
-        let asked = rng.index(facts.len());
-        if part == Part::HeldOut {
-            let Fact { person, .. } = facts.remove(asked);
-            let fact = loop {
-                let attribute = rng.pick(&Attribute::ALL);
-                match Fact::random(&mut rng, person, attribute, true) {
-                    Some(fact) if fits(&facts, &fact) => break fact,
-                    _ => {}
-                }
-            };
-            facts.insert(asked, fact);
+impl Part {
+    /// The people that this part asks about.
+    pub fn people(self, seed: u64) -> Vec<Person> {
+        let mut people: Vec<Person> = Person::all().collect();
+        Rng::new(seed, &[PEOPLE]).shuffle(&mut people);
+        let training = people.split_off(people.len() / 4);
+        match self {
+            Part::Train => training,
+            Part::HeldOut => people,
         }
-        let fact = facts[asked];
-        let passage: Vec<String> = facts.iter().map(|fact| fact.sentence(rng.index(4))).collect();
-        let by_value = rng.below(3) == 0;
-        let question = if by_value { who(&fact) } else { what(&fact) };
-        let answer = if by_value {
-            format!("{{\"{}\": \"{}\", \"name\": \"{}\"}}", fact.attribute.name(), fact.value, fact.person)
-        } else {
-            format!("{{\"name\": \"{}\", \"{}\": \"{}\"}}", fact.person, fact.attribute.name(), fact.value)
-        };
-        Question { prompt: format!("{}\n{question}", passage.join(" ")), answer, fact }
+    }
+}
+
+/// Name the random streams.
+const PEOPLE: u64 = 0x70_656f_706c_65;
+const ORDER: u64 = 0x6f_7264_6572;
+const WORDING: u64 = 0x776f_7264;
+
+impl Question {
+    /// The first `count` questions of a part. Every fact of the part is asked about once before any is a
+    /// second time.
+    pub fn some(seed: u64, part: Part, count: usize) -> Vec<Question> {
+        let mut facts: Vec<Fact> = part.people(seed).into_iter().flat_map(Fact::about).collect();
+        let mut questions = Vec::with_capacity(count);
+        for round in 0.. {
+            Rng::new(seed, &[ORDER, round]).shuffle(&mut facts);
+            let mut rng = Rng::new(seed, &[WORDING, round]);
+            for fact in &facts {
+                if questions.len() == count {
+                    return questions;
+                }
+                questions.push(Question::new(*fact, rng.index(WORDINGS)));
+            }
+        }
+        questions
+    }
+
+    /// A question about a fact, in one of its [`WORDINGS`] (any number will do). The answer is the first of the
+    /// sentences that tell the fact.
+    pub fn new(fact: Fact, wording: usize) -> Question {
+        let answer = fact.sentence(0);
+        Question { prompt: fact.fill(wordings(fact.attribute)[wording % WORDINGS]), answer, fact }
     }
 
     /// The messages up to the answer, for the chat template.
     pub fn messages(&self) -> Vec<Value> {
-        vec![json!({"role": "system", "content": SYSTEM}), json!({"role": "user", "content": self.prompt})]
+        vec![json!({"role": "user", "content": self.prompt})]
     }
 
     /// The conversation as a line of a data file.
@@ -91,68 +99,125 @@ pub fn accuracy(questions: &[Question], replies: &[String]) -> f64 {
     right as f64 / questions.len().max(1) as f64
 }
 
-fn what(fact: &Fact) -> String {
-    let person = fact.person;
-    match fact.attribute {
-        Attribute::City => format!("Where does {person} live?"),
-        Attribute::Pet => format!("What pet does {person} keep?"),
-        Attribute::Job => format!("What is the job of {person}?"),
-        Attribute::Food => format!("What food does {person} like?"),
-        Attribute::Thing => format!("What does {person} own?"),
-        Attribute::Colour => format!("What colour does {person} wear?"),
-    }
-}
+/// In how many wordings each fact is asked for.
+pub const WORDINGS: usize = 4;
 
-fn who(fact: &Fact) -> String {
-    let value = fact.value;
-    let article = super::world::article(value);
-    match fact.attribute {
-        Attribute::City => format!("Who lives in {value}?"),
-        Attribute::Pet => format!("Who keeps {article} {value}?"),
-        Attribute::Job => format!("Who works as {article} {value}?"),
-        Attribute::Food => format!("Who likes {value}?"),
-        Attribute::Thing => format!("Who owns {article} {value}?"),
-        Attribute::Colour => format!("Who wears {value}?"),
+fn wordings(attribute: Attribute) -> &'static [&'static str; WORDINGS] {
+    match attribute {
+        Attribute::City => &[
+            "Where does {who} live?",
+            "What is the city of {who}?",
+            "In which city can I visit {who}?",
+            "Tell me where {who} lives.",
+        ],
+        Attribute::Pet => &[
+            "What pet does {who} keep?",
+            "What is the pet of {who}?",
+            "Which animal does {who} have?",
+            "Tell me which pet {who} keeps.",
+        ],
+        Attribute::Job => &[
+            "What does {who} work as?",
+            "What is the job of {who}?",
+            "How does {who} earn money?",
+            "Tell me which job {who} has.",
+        ],
+        Attribute::Food => &[
+            "What does {who} like to eat?",
+            "What is the food of {who}?",
+            "Which food pleases {who}?",
+            "Tell me what {who} likes to eat.",
+        ],
+        Attribute::Thing => &[
+            "What does {who} own?",
+            "What is the thing that {who} owns?",
+            "What belongs to {who}?",
+            "Tell me what {who} owns.",
+        ],
+        Attribute::Colour => &[
+            "What colour does {who} wear?",
+            "What is the colour of {who}?",
+            "Which colour is best for {who}?",
+            "Tell me which colour {who} wears.",
+        ],
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
+    use crate::quickstart::world::PEOPLE;
 
     #[test]
-    fn answers_are_json_and_in_the_passage() {
-        for part in [Part::Train, Part::HeldOut] {
-            for number in 0..500 {
-                let question = Question::new(3, part, number);
-                let answer: Value = serde_json::from_str(&question.answer).unwrap();
-                assert_eq!(answer["name"], question.fact.person);
-                assert_eq!(answer[question.fact.attribute.name()], question.fact.value);
-                let passage = question.prompt.split('\n').next().unwrap();
-                assert!(
-                    (0..4).any(|wording| passage.contains(&question.fact.sentence(wording))),
-                    "{question:?}"
-                );
-                assert_eq!(question.fact.held_out(), part == Part::HeldOut);
+    fn no_held_out_person_is_asked_about_in_training() {
+        for seed in 0..5 {
+            let trained: HashSet<Person> =
+                Question::some(seed, Part::Train, 4000).iter().map(|question| question.fact.person).collect();
+            let held: HashSet<Person> = Question::some(seed, Part::HeldOut, 1000)
+                .iter()
+                .map(|question| question.fact.person)
+                .collect();
+            assert!(trained.is_disjoint(&held), "seed {seed}");
+            assert_eq!((trained.len(), held.len()), (PEOPLE * 3 / 4, PEOPLE / 4), "seed {seed}");
+            for question in Question::some(seed, Part::Train, 4000) {
+                let text = format!("{}\n{}", question.prompt, question.answer);
+                assert!(!held.iter().any(|person| text.contains(&person.name())), "{text}");
             }
         }
     }
 
     #[test]
+    fn every_value_and_wording_is_trained() {
+        let questions = Question::some(1, Part::Train, 4000);
+        for attribute in Attribute::ALL {
+            let asked = || questions.iter().filter(|question| question.fact.attribute == attribute);
+            let values: HashSet<&str> = asked().map(|question| question.fact.value()).collect();
+            assert_eq!(values.len(), attribute.values().len(), "{attribute:?}");
+            for wording in 0..WORDINGS {
+                assert!(asked().any(|question| *question == Question::new(question.fact, wording)));
+            }
+        }
+    }
+
+    #[test]
+    fn questions_are_repeatable_and_do_not_repeat() {
+        let questions = Question::some(3, Part::HeldOut, 200);
+        assert_eq!(questions, Question::some(3, Part::HeldOut, 200));
+        assert_ne!(questions, Question::some(4, Part::HeldOut, 200));
+        assert_eq!(questions[..50], Question::some(3, Part::HeldOut, 50));
+        let facts: HashSet<Fact> = questions.iter().map(|question| question.fact).collect();
+        assert_eq!(facts.len(), 144, "every fact of the 24 held-out people");
+    }
+
+    #[test]
+    fn answers_tell_what_is_asked() {
+        for question in Question::some(3, Part::Train, 500) {
+            let (name, fact) = (question.fact.person.name(), question.fact);
+            assert!(
+                question.answer.contains(&name) && question.answer.contains(fact.value()),
+                "{question:?}"
+            );
+            assert!(question.prompt.contains(&name) && !question.prompt.contains(fact.value()));
+        }
+    }
+
+    #[test]
     fn scoring_is_exact() {
-        let question = Question::new(3, Part::Train, 0);
+        let [question] = &Question::some(3, Part::Train, 1)[..] else { panic!("one question") };
         assert!(question.is_correct(&format!(" {}\n", question.answer)));
-        assert!(!question.is_correct(&question.answer.replace('"', "'")));
+        assert!(!question.is_correct(&format!("Yes. {}", question.answer)));
         assert!(!question.is_correct(""));
         let replies = [question.answer.clone(), "no".into()];
-        assert_eq!(accuracy(&[question.clone(), question], &replies), 0.5);
+        assert_eq!(accuracy(&[question.clone(), question.clone()], &replies), 0.5);
         assert_eq!(accuracy(&[], &[]), 0.0);
     }
 
     #[test]
     fn lines_are_conversations() {
         use crate::data::format::{Columns, Form};
-        let Value::Object(line) = Question::new(3, Part::HeldOut, 9).line() else { panic!("an object") };
+        let Value::Object(line) = Question::some(3, Part::HeldOut, 1)[0].line() else { panic!("an object") };
         assert_eq!(Form::detect(&line, &Columns::default()), Ok(Form::Messages));
         Form::Messages.parse(line, &Columns::default()).unwrap();
     }

@@ -10,7 +10,6 @@ use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, DecoderWrapper, PreTokenizerWrapper, TokenizerBuilder};
 
 use super::corpus::{Document, document};
-use super::questions::{Part, Question, SYSTEM};
 use crate::{Error, Result};
 
 /// The end of a document.
@@ -26,8 +25,8 @@ pub const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' 
 {% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-/// Learns a tokenizer of at most `vocabulary` tokens (at least 300) from `documents` documents of the corpus
-/// and as many training questions; returns the text of its `tokenizer.json`.
+/// Learns a tokenizer of at most `vocabulary` tokens (at least 300) from `documents` documents of the corpus;
+/// returns the text of its `tokenizer.json`.
 pub fn train(seed: u64, documents: u64, vocabulary: usize) -> Result<String> {
     let fail = |cause: tokenizers::Error| Error::Tokenize(cause.to_string());
     if vocabulary < 300 {
@@ -60,17 +59,9 @@ pub fn train(seed: u64, documents: u64, vocabulary: usize) -> Result<String> {
         .special_tokens(marks.to_vec())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    let texts = (0..documents).flat_map(|number| {
-        let text = match document(seed, number) {
-            Document::Text(text) => text,
-            Document::Chat(turns) => turns.join("\n"),
-        };
-        let question = Question::new(seed, Part::Train, number);
-        [
-            text,
-            format!("user\nassistant\nsystem\n{SYSTEM}"),
-            format!("{}\n{}", question.prompt, question.answer),
-        ]
+    let texts = (0..documents).map(|number| match document(seed, number) {
+        Document::Text(text) => text,
+        Document::Chat(turns) => turns.join("\n"),
     });
     tokenizer.train(&mut trainer, texts).map_err(fail)?;
     tokenizer.to_string(true).map_err(fail)
@@ -94,7 +85,7 @@ pub fn config(context: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quickstart::world::{Attribute, PEOPLE};
+    use crate::quickstart::world::{Attribute, Person};
 
     #[test]
     fn it_is_learnt_alike_every_time_and_loses_no_text() {
@@ -103,8 +94,7 @@ mod tests {
         let tokenizer: tokenizers::Tokenizer = text.parse().unwrap();
         assert!(tokenizer.get_vocab_size(true) <= 1024);
         assert_eq!(tokenizer.token_to_id(END_OF_TEXT), Some(0));
-        for text in
-            ["Ada lives in Oslo.\nname: Ada, city: Oslo", " {\"name\": \"Zoe\"}", "häß 漢字 \u{1F600} 123"]
+        for text in ["Ada lives in Oslo.\nAda: city=Oslo", " {\"name\": \"Zoe\"}", "häß 漢字 \u{1F600} 123"]
         {
             let encoding = tokenizer.encode(text, false).unwrap();
             assert_eq!(tokenizer.decode(encoding.get_ids(), false).unwrap(), text);
@@ -114,8 +104,10 @@ mod tests {
     #[test]
     fn most_words_are_one_token() {
         let tokenizer: tokenizers::Tokenizer = train(5, 3000, 1536).unwrap().parse().unwrap();
-        let mut words: Vec<&str> = PEOPLE.to_vec();
-        Attribute::ALL.iter().for_each(|attribute| words.extend(attribute.values()));
+        let mut words: Vec<String> = Person::all().map(Person::name).collect();
+        for attribute in Attribute::ALL {
+            words.extend(attribute.values().iter().map(ToString::to_string));
+        }
         let whole = words
             .iter()
             .filter(|word| tokenizer.encode(format!(" {word}"), false).unwrap().len() == 1)

@@ -1,15 +1,26 @@
-//! The people and things of the made-up world, and the facts about them.
+//! The made-up people, and what is so about each of them.
+//!
+//! Every person has one value of every attribute, drawn once and for all, so that nothing in the world
+//! contradicts anything else. The names mean nothing and the values are drawn independently: knowing one
+//! thing about a person says nothing about another, and no fact can be guessed from a name.
 
 use crate::rng::Rng;
 
-/// The people.
-pub const PEOPLE: [&str; 48] = [
+/// The people: each a name of one word, so that a model finds a person where it finds a word.
+const NAMES: [&str; 96] = [
     "Ada", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Karin", "Leo",
     "Maria", "Nils", "Olga", "Paul", "Rosa", "Simon", "Tina", "Uwe", "Vera", "Walter", "Yara", "Zoe",
     "Anton", "Berta", "Conrad", "Dora", "Emil", "Flora", "Georg", "Hanna", "Igor", "Julia", "Kurt", "Lina",
-    "Martin", "Nora", "Otto", "Petra", "Ralf", "Sofia", "Thomas", "Ulla", "Viktor", "Wanda", "Oscar",
-    "Clara",
+    "Martin", "Nora", "Otto", "Petra", "Ralf", "Sofia", "Thomas", "Ulla", "Lars", "Wanda", "Oscar", "Clara",
+    "Bruno", "Celia", "Dennis", "Elsa", "Fritz", "Gloria", "Henry", "Irene", "Jakob", "Katja", "Ludwig",
+    "Mona", "Norbert", "Olivia", "Pedro", "Quentin", "Ruth", "Stefan", "Theo", "Ursula", "Victor", "Wilma",
+    "Xaver", "Yvonne", "Zeno", "Alma", "Boris", "Cora", "Dieter", "Edith", "Frank", "Gerda", "Harald",
+    "Ines", "Jens", "Kira", "Lothar", "Marta", "Nadia", "Oliver", "Paula", "Rufus", "Sven", "Tilda", "Urs",
+    "Vivian", "Wolf", "Zita",
 ];
+
+/// How many people there are.
+pub const PEOPLE: usize = NAMES.len();
 
 const CITIES: [&str; 32] = [
     "Lisbon", "Oslo", "Vienna", "Madrid", "Rome", "Paris", "Berlin", "Prague", "Athens", "Dublin", "Warsaw",
@@ -20,14 +31,6 @@ const CITIES: [&str; 32] = [
 const ANIMALS: [&str; 20] = [
     "cat", "dog", "horse", "rabbit", "parrot", "goat", "sheep", "duck", "turtle", "hamster", "donkey",
     "goose", "pony", "mouse", "pigeon", "fox", "owl", "bee", "lizard", "hen",
-];
-
-const COLOURS: [&str; 10] =
-    ["red", "blue", "green", "yellow", "black", "white", "brown", "grey", "orange", "purple"];
-
-const THINGS: [&str; 20] = [
-    "boat", "car", "bike", "house", "tent", "piano", "drum", "lamp", "clock", "coat", "hat", "scarf",
-    "chair", "table", "kite", "ball", "van", "sofa", "vase", "bag",
 ];
 
 const JOBS: [&str; 20] = [
@@ -41,7 +44,16 @@ const FOODS: [&str; 24] = [
     "onions", "figs",
 ];
 
-/// What can be said of a person.
+const THINGS: [&str; 20] = [
+    "boat", "car", "bike", "house", "tent", "piano", "drum", "lamp", "clock", "coat", "hat", "scarf",
+    "chair", "table", "kite", "ball", "van", "sofa", "vase", "bag",
+];
+
+const COLOURS: [&str; 10] =
+    ["red", "blue", "green", "yellow", "black", "white", "brown", "grey", "orange", "purple"];
+
+/// What is so about every person. What people own was drawn from the things, what they paint from the
+/// colours, and so on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[allow(missing_docs)] // the variants name themselves
 pub enum Attribute {
@@ -52,6 +64,9 @@ pub enum Attribute {
     Thing,
     Colour,
 }
+
+/// In how many wordings each fact is told.
+pub const WORDINGS: usize = 6;
 
 impl Attribute {
     /// All of them.
@@ -87,123 +102,131 @@ impl Attribute {
             Attribute::Colour => "colour",
         }
     }
+
+    /// Sentences that tell it. `{who}` is the person, `{what}` the value, `{a}` the value's article. The
+    /// first ends with the value.
+    fn wordings(self) -> &'static [&'static str; WORDINGS] {
+        match self {
+            Attribute::City => &[
+                "{who} lives in {what}.",
+                "The home of {who} is in {what}.",
+                "{who} has a flat in {what}.",
+                "Letters to {who} go to {what}.",
+                "The city of {who} is {what}.",
+                "You can visit {who} in {what}.",
+            ],
+            Attribute::Pet => &[
+                "{who} keeps {a} {what}.",
+                "The pet of {who} is {a} {what}.",
+                "{who} feeds {a} {what} every morning.",
+                "Wherever {who} goes, {a} {what} follows.",
+                "At home {who} looks after {a} {what}.",
+                "The animal of {who} is {a} {what}.",
+            ],
+            Attribute::Job => &[
+                "{who} works as {a} {what}.",
+                "The job of {who} is that of {a} {what}.",
+                "{who} is {a} {what}.",
+                "By day {who} is {a} {what}.",
+                "Long ago {who} learnt to be {a} {what}.",
+                "People need {who}, who is {a} {what}.",
+            ],
+            Attribute::Food => &[
+                "{who} likes {what}.",
+                "The food of {who} is {what}.",
+                "For lunch {who} has {what}.",
+                "{who} is fond of {what}.",
+                "What {who} cooks best is {what}.",
+                "The kitchen of {who} is full of {what}.",
+            ],
+            Attribute::Thing => &[
+                "{who} owns {a} {what}.",
+                "The thing that {who} owns is {a} {what}.",
+                "{who} is proud of {a} {what}.",
+                "Last year {who} got {a} {what}.",
+                "What belongs to {who} is {a} {what}.",
+                "{who} would never sell {a} {what}.",
+            ],
+            Attribute::Colour => &[
+                "{who} wears {what}.",
+                "The colour of {who} is {what}.",
+                "{who} paints every wall {what}.",
+                "The door of {who} is {what}.",
+                "All that {who} wears is {what}.",
+                "The best colour for {who} is {what}.",
+            ],
+        }
+    }
 }
 
-/// One thing that is so, in one document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A person of the made-up world, by number, from 0 to [`PEOPLE`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Person(usize);
+
+impl Person {
+    /// Everyone.
+    pub fn all() -> impl Iterator<Item = Person> {
+        (0..PEOPLE).map(Person)
+    }
+
+    /// Anyone, each equally likely.
+    pub fn random(rng: &mut Rng) -> Person {
+        Person(rng.index(PEOPLE))
+    }
+
+    /// The name, one word that nobody else has.
+    pub fn name(self) -> String {
+        NAMES[self.0].to_string()
+    }
+}
+
+/// Names the random stream that the world's values come from. They are the same in every run: the
+/// base model that ships knows this world and no other.
+const WORLD: u64 = 0x77_6f72_6c64;
+
+/// One thing that is so about a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Fact {
-    /// Of whom.
-    pub person: &'static str,
+    /// About whom.
+    pub person: Person,
     /// What kind of thing.
     pub attribute: Attribute,
-    /// What it is.
-    pub value: &'static str,
 }
-
-/// Every so-manieth combination of person and value is kept for the held-out questions.
-const HELD_OUT_SHARE: u64 = 6;
 
 impl Fact {
-    /// Whether this combination is kept for held-out questions: it then occurs neither in the corpus nor
-    /// in a training question, not even as a fact that is not asked about.
-    pub fn held_out(&self) -> bool {
-        let mut hash = 0u64;
-        for byte in self.person.bytes().chain([b'/']).chain(self.value.bytes()) {
-            hash = hash.wrapping_mul(257).wrapping_add(u64::from(byte));
-        }
-        Rng::new(hash, &[]).below(HELD_OUT_SHARE) == 0
+    /// Everything about a person.
+    pub fn about(person: Person) -> [Fact; Attribute::ALL.len()] {
+        Attribute::ALL.map(|attribute| Fact { person, attribute })
     }
 
-    /// A random fact about a person, of either side; `None` if no value is on that side.
-    pub fn random(rng: &mut Rng, person: &'static str, attribute: Attribute, held_out: bool) -> Option<Fact> {
-        let facts = attribute.values().iter().map(|value| Fact { person, attribute, value });
-        let facts: Vec<Fact> = facts.filter(|fact| fact.held_out() == held_out).collect();
-        (!facts.is_empty()).then(|| rng.pick(&facts))
+    /// Any fact, each equally likely.
+    pub fn random(rng: &mut Rng) -> Fact {
+        Fact { person: Person::random(rng), attribute: rng.pick(&Attribute::ALL) }
     }
 
-    /// The fact as a sentence, in one of its wordings (any number will do).
+    /// What is so.
+    pub fn value(&self) -> &'static str {
+        let values = self.attribute.values();
+        values[Rng::new(WORLD, &[self.person.0 as u64, self.attribute as u64]).index(values.len())]
+    }
+
+    /// The fact as a sentence, in one of its [`WORDINGS`] (any number will do).
     pub fn sentence(&self, wording: usize) -> String {
-        let Fact { person, value, .. } = self;
-        let wordings: [String; 4] = match self.attribute {
-            Attribute::City => [
-                format!("{person} lives in {value}."),
-                format!("The home of {person} is {value}."),
-                format!("It is {person} who lives in {value}."),
-                format!("{value} is where {person} lives."),
-            ],
-            Attribute::Pet => [
-                format!("{person} keeps {} {value}.", article(value)),
-                format!("The pet of {person} is {} {value}.", article(value)),
-                format!("It is {person} who keeps {} {value}.", article(value)),
-                format!("There is {} {value}, and {person} keeps it.", article(value)),
-            ],
-            Attribute::Job => [
-                format!("{person} works as {} {value}.", article(value)),
-                format!("The job of {person} is that of {} {value}.", article(value)),
-                format!("It is {person} who works as {} {value}.", article(value)),
-                format!("As {} {value}, {person} works all day.", article(value)),
-            ],
-            Attribute::Food => [
-                format!("{person} likes {value}."),
-                format!("The food that {person} likes is {value}."),
-                format!("It is {person} who likes {value}."),
-                format!("Every day {person} eats {value}."),
-            ],
-            Attribute::Thing => [
-                format!("{person} owns {} {value}.", article(value)),
-                format!("The thing that {person} owns is {} {value}.", article(value)),
-                format!("It is {person} who owns {} {value}.", article(value)),
-                format!("There is {} {value}, and {person} owns it.", article(value)),
-            ],
-            Attribute::Colour => [
-                format!("{person} wears {value}."),
-                format!("The colour of {person} is {value}."),
-                format!("It is {person} who wears {value}."),
-                format!("Dressed in {value}, {person} goes out."),
-            ],
-        };
-        let [a, b, c, d] = wordings;
-        match wording % 4 {
-            0 => a,
-            1 => b,
-            2 => c,
-            _ => d,
-        }
+        self.fill(self.attribute.wordings()[wording % WORDINGS])
     }
-}
 
-/// "a" or "an".
-pub fn article(word: &str) -> &'static str {
-    if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" }
-}
-
-/// A scene: facts about a few people, in which a person has each attribute at most once and a value
-/// belongs to at most one person, so that every question has one answer.
-pub fn scene(rng: &mut Rng, people: usize, facts: usize) -> Vec<Fact> {
-    let mut names = PEOPLE;
-    rng.shuffle(&mut names);
-    let names = &names[..people.clamp(1, PEOPLE.len())];
-    let mut scene: Vec<Fact> = Vec::with_capacity(facts);
-    let most = names.len() * Attribute::ALL.len();
-    while scene.len() < facts.min(most) {
-        // Everyone is mentioned once before anyone is a second time.
-        let person = names.get(scene.len()).copied().unwrap_or_else(|| rng.pick(names));
-        let attribute = rng.pick(&Attribute::ALL);
-        if let Some(fact) = Fact::random(rng, person, attribute, false)
-            && fits(&scene, &fact)
-        {
-            scene.push(fact);
-        }
+    /// A sentence up to where the value would come, without the space before it.
+    pub fn unfinished(&self) -> String {
+        let [first, ..] = self.attribute.wordings();
+        self.fill(first.trim_end_matches(" {what}."))
     }
-    rng.shuffle(&mut scene);
-    scene
-}
 
-/// Whether a fact can be added without making any question ambiguous.
-pub fn fits(scene: &[Fact], fact: &Fact) -> bool {
-    !scene.iter().any(|other| {
-        (other.person == fact.person && other.attribute == fact.attribute) || other.value == fact.value
-    })
+    /// Puts the person and the value into a sentence or a question.
+    pub fn fill(&self, pattern: &str) -> String {
+        let value = self.value();
+        let article = if value.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+        pattern.replace("{who}", &self.person.name()).replace("{what}", value).replace("{a}", article)
+    }
 }
 
 #[cfg(test)]
@@ -211,50 +234,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everyone_has_values_on_both_sides() {
-        for person in PEOPLE {
-            let held = |attribute: &Attribute| {
-                Fact::random(&mut Rng::new(0, &[]), person, *attribute, true).is_some()
-            };
-            assert!(Attribute::ALL.iter().filter(|attribute| held(attribute)).count() > 2, "{person}");
-            for attribute in Attribute::ALL {
-                let facts = attribute.values().iter().map(|value| Fact { person, attribute, value });
-                let free = facts.filter(|fact| !fact.held_out()).count();
-                assert!(free > attribute.values().len() / 3, "{person} {attribute:?}: {free}");
-            }
-        }
-        let all = PEOPLE.iter().flat_map(|person| {
-            let fact = move |attribute: Attribute| {
-                attribute.values().iter().map(move |value| Fact { person, attribute, value })
-            };
-            Attribute::ALL.into_iter().flat_map(fact)
-        });
-        let held = all.clone().filter(Fact::held_out).count();
-        let share = held as f64 / all.count() as f64;
-        assert!((0.13..0.20).contains(&share), "{share}");
-    }
-
-    #[test]
     fn names_and_values_are_different_words() {
-        let mut words: Vec<&str> = PEOPLE.to_vec();
-        Attribute::ALL.iter().for_each(|attribute| words.extend(attribute.values()));
+        let mut words: Vec<String> = Person::all().map(Person::name).collect();
+        for attribute in Attribute::ALL {
+            words.extend(attribute.values().iter().map(ToString::to_string));
+        }
         let count = words.len();
         words.sort_unstable();
         words.dedup();
         assert_eq!(words.len(), count);
     }
 
+    /// A model that answers with the most frequent value must not look as if it knew something.
     #[test]
-    fn scenes_are_unambiguous() {
-        let mut rng = Rng::new(1, &[]);
-        for (people, facts) in [(1, 1), (3, 4), (2, 40), (4, 8)] {
-            for _ in 0..200 {
-                let scene = scene(&mut rng, people, facts);
-                assert_eq!(scene.len(), facts.min(people * 6));
-                for (i, fact) in scene.iter().enumerate() {
-                    assert!(!fact.held_out() && fits(&scene[..i], fact));
-                }
+    fn no_value_is_frequent() {
+        for attribute in Attribute::ALL {
+            let count = attribute.values().len();
+            for value in attribute.values() {
+                let holders =
+                    Person::all().filter(|&person| Fact { person, attribute }.value() == *value).count();
+                assert!(holders > 0 && holders * count < 2 * PEOPLE + 5 * count, "{value}: {holders}");
             }
+        }
+    }
+
+    #[test]
+    fn every_wording_tells_person_and_value() {
+        for attribute in Attribute::ALL {
+            let fact = Fact { person: Person(17), attribute };
+            let mut sentences: Vec<String> = (0..WORDINGS).map(|wording| fact.sentence(wording)).collect();
+            for sentence in &sentences {
+                assert!(sentence.contains(&fact.person.name()) && sentence.contains(fact.value()));
+                assert!(sentence.ends_with('.') && !sentence.contains(['{', '}']), "{sentence}");
+            }
+            assert_eq!(sentences[0], format!("{} {}.", fact.unfinished(), fact.value()));
+            sentences.dedup();
+            assert_eq!(sentences.len(), WORDINGS);
         }
     }
 }

@@ -4,26 +4,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mica_lm::chat::{ChatRequest, ChatTemplate, Message};
-use mica_lm::generate::{Generator, Options as Generation};
 use mica_lm::load::{Loaded, load};
-use mica_lm::tokenizer::Tokenizer;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
+use mica_nn::parameters;
 use mica_tune::adapters::attach::{attach, trainable};
 use mica_tune::adapters::config::to_mlx;
 use mica_tune::adapters::files;
 use mica_tune::adapters::names::Form as AdapterForm;
 use mica_tune::config::{AdapterConfig, FineTune, ModelFacts, RunConfig, TrainConfig};
 use mica_tune::data::batch::{Gather, Lengths, Shape};
-use mica_tune::data::chat::ModelEncoder;
-use mica_tune::data::format::{Columns, Form};
 use mica_tune::data::loader::{Loader, Options};
-use mica_tune::data::sample::{Rules, Sampler, Totals};
-use mica_tune::data::samples::InMemory;
 use mica_tune::events::{Event, Observer, Observers};
 use mica_tune::methods::sft::Sft;
 use mica_tune::quickstart::questions::{Part, Question, accuracy};
+use mica_tune::quickstart::world::PEOPLE;
 use mica_tune::report::ascii_curve;
 use mica_tune::run::RunFolder;
 use mica_tune::run::folder::Existing;
@@ -33,21 +28,22 @@ use mica_tune::trainer::{self, Outcome, Plan, Run, UpdateSettings};
 use serde_json::{Value, json};
 
 use super::base::SHIPPED;
+use super::speaker::Speaker;
 use crate::exit::{Stopped, Usage};
 use crate::live::Live;
 use crate::machine::peak_memory_gb;
 use crate::signals::stop_flag;
 
-/// Where the questions start; other than the corpus' seed, so that no text is met twice.
-const SEED: u64 = 1;
 /// Questions to train on.
-const TRAINING: u64 = 4000;
+const TRAINING: usize = 4000;
 /// Rows of a step.
-const ROWS: usize = 16;
+const ROWS: usize = 8;
 /// The highest learning rate.
-const PEAK: f64 = 2e-3;
-/// Longest sample.
+const PEAK: f64 = 5e-3;
+/// Positions of a row; several questions are packed into one.
 const LENGTH: usize = 160;
+/// Widest line of text that is printed, where the terminal is not narrower.
+const WIDTH: usize = 80;
 
 /// How long the tour is.
 #[derive(Clone, Copy, Debug)]
@@ -56,44 +52,60 @@ pub struct Size {
     pub steps: u64,
     /// Held-out questions, asked before and after.
     pub questions: usize,
+    /// Divides the people into those of training and those of held-out questions, and starts the training.
+    pub seed: u64,
 }
 
 /// Runs the tour.
 pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> anyhow::Result<()> {
     let begun = Instant::now();
-    let say = |text: &str| {
-        if !as_json {
-            println!("{text}");
-        }
-    };
     if size.steps == 0 || size.questions == 0 {
         return Err(Usage("--steps and --questions must be at least 1".to_string()).into());
     }
+    let width =
+        console::Term::stdout().size_checked().map_or(WIDTH, |(_, columns)| WIDTH.min(columns.into()));
+    let say = |text: &str| {
+        if !as_json {
+            println!("{}", wrap(text, width));
+        }
+    };
+    let stop = stop_flag()?;
     let (base, adapter) = (output.join("base"), output.join("adapter"));
     std::fs::create_dir_all(&base).map_err(|e| mica_tune::Error::file(&base, e))?;
     put_base(&base, from)?;
     let mut loaded = load(&base, Packing::Frozen)?;
-    let (speaker, arithmetic) = (Speaker::new(&base)?, precision(&loaded));
-    let questions: Vec<Question> =
-        (0..size.questions as u64).map(|number| Question::new(SEED, Part::HeldOut, number)).collect();
+    let (speaker, arithmetic) = (Speaker::new(&base, &stop)?, precision(&loaded));
+    let questions = Question::some(size.seed, Part::HeldOut, size.questions);
+    let training = Question::some(size.seed, Part::Train, TRAINING);
 
     say(&format!(
-        "A small base model (trained with mica, shipped inside it) answers {} held-out questions. It can read, but was \
-         never shown the task: one line of JSON.",
+        "The base model ({:.1} million parameters, trained by mica itself) has read about {PEOPLE} people who do not \
+         exist. It has never seen a question about them. Now it is asked {}, and each has to be answered in one sentence.",
+        millions(&loaded),
         questions.len()
     ));
+    let known = speaker.knows(&loaded, &questions)?.into_iter().filter(|known| *known).count();
     let before = speaker.ask(&loaded, &questions)?;
     let accuracy_before = accuracy(&questions, &before);
-    say(&format!("Right before fine-tuning: {:.1} %\n", 100.0 * accuracy_before));
+    let known = percent(known as f64 / questions.len() as f64);
+    say(&format!(
+        "\nKnows the answer   {known}   ({} …)\nAnswers right      {}",
+        questions[0].fact.unfinished(),
+        percent(accuracy_before)
+    ));
 
-    let attached = attach(&mut *loaded.model, &lora(), false, SEED)?;
+    let attached = attach(&mut *loaded.model, &lora(), false, size.seed)?;
     let names = trainable(&*loaded.model, FineTune::Lora, None)?;
-    say(&format!("LoRA on {} layers, {} training questions:", attached.modules.len(), TRAINING));
-    let samples = speaker.samples(&loaded)?;
+    say(&format!(
+        "\nFine-tuning: LoRA on {} layers, {} steps, with questions about other people.",
+        attached.modules.len(),
+        size.steps
+    ));
+    let name = format!("quickstart questions {} {TRAINING}", size.seed);
+    let samples = speaker.samples(&loaded, &training, LENGTH + 1, &name)?;
     let folder = RunFolder::create(&adapter, Existing::Replace)?;
-    let (mut losses, mut tokens_per_s) = (Vec::new(), Vec::new());
-    let stop = stop_flag()?;
-    let described = described(&base, &adapter, loaded.model.layers())?;
+    let mut losses = Vec::new();
+    let described = described(&base, &adapter, size.seed, loaded.model.layers())?;
     folder.write_config(&described)?;
     let outcome = {
         let mut observers = Observers::default();
@@ -101,7 +113,6 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
         observers.add(|event: &Event| {
             if let Event::Step(step) = event {
                 losses.push(step.loss);
-                tokens_per_s.push((step.tokens, step.seconds));
             }
         });
         let export_names = names.clone();
@@ -117,7 +128,7 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
                     clip: Some(1.0),
                     precision: arithmetic,
                     recompute: false,
-                    seed: SEED,
+                    seed: size.seed,
                 },
                 folder: &folder,
                 observer: &mut observers as &mut dyn Observer,
@@ -127,7 +138,7 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
                     files::save(model, &export_names, AdapterForm::Mlx, &settings, &adapter)
                 },
             },
-            Loader::new(Arc::new(samples), loader_options())?,
+            Loader::new(Arc::new(samples), loader_options(size.seed))?,
             false,
         )?
     };
@@ -159,31 +170,67 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
         println!("{document}");
         return Ok(());
     }
-    println!("\nLoss over {} steps ({}):\n{}", losses.len(), picture.display(), ascii_curve(&losses, 60, 8));
+    // The curve's axis takes eleven columns.
+    println!(
+        "\nLoss ({})\n{}",
+        picture.display(),
+        ascii_curve(&losses, width.saturating_sub(11).clamp(1, 60), 8)
+    );
     for i in examples(&questions, &before, &after) {
-        let Question { prompt, answer, .. } = &questions[i];
-        println!(
-            "{prompt}\n  expected  {answer}\n  before    {}\n  after     {}\n",
-            one_line(&before[i]),
-            one_line(&after[i])
-        );
+        println!("{}", questions[i].prompt);
+        println!("  expected  {}", questions[i].answer);
+        println!("  before    {}", one_line(&before[i]));
+        println!("  after     {}\n", one_line(&after[i]));
     }
-    println!("Right before fine-tuning  {:5.1} %", 100.0 * accuracy_before);
-    println!("Right after               {:5.1} %", 100.0 * accuracy_after);
-    println!(
-        "Training {:.0} targets/s, peak memory {:.2} GB, {seconds:.1} s in all",
-        summary.tokens_per_s.mean,
-        peak_memory_gb()
-    );
+    println!("Right before fine-tuning  {}", percent(accuracy_before));
+    println!("Right after               {}", percent(accuracy_after));
+    println!("Training speed            {:.0} tokens/s", summary.tokens_per_s.mean);
+    println!("Peak memory               {:.2} GB", peak_memory_gb());
+    println!("Time in all               {seconds:.0} s");
+    let (base, adapter, fused) = (base.display(), adapter.display(), output.join("fused"));
     println!("\nNext:");
-    let (base, adapter) = (base.display(), adapter.display());
-    println!(
-        "  mica generate --model {base} --adapter-path {adapter} --system-prompt \"Answer with JSON.\" \\"
-    );
-    println!("      --prompt \"Ada lives in Oslo. Ben keeps a cat.\nWho lives in Oslo?\"");
     println!("  mica chat --model {base} --adapter-path {adapter}");
-    println!("  mica train --model MODEL --data data.jsonl --output run    # your own model and data");
+    println!(
+        "  mica generate --model {base} --adapter-path {adapter} --prompt \"{}\"",
+        questions[questions.len() - 1].prompt
+    );
+    println!("  mica fuse --model {base} --adapter-path {adapter} --output {}", fused.display());
+    println!("  mica train --model MODEL --data data.jsonl --output run   # your own model and data");
     Ok(())
+}
+
+fn percent(share: f64) -> String {
+    format!("{:5.1} %", 100.0 * share)
+}
+
+/// Parameters in millions.
+fn millions(loaded: &Loaded) -> f64 {
+    let sizes = parameters(loaded.model.as_module()).into_iter().map(|(_, array)| array.size());
+    sizes.sum::<usize>() as f64 / 1e6
+}
+
+/// Breaks lines between words so that none is wider than `width`, if no word is.
+fn wrap(text: &str, width: usize) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for line in text.lines() {
+        if console::measure_text_width(line) <= width {
+            lines.push(line.to_string());
+            continue;
+        }
+        let mut current = String::new();
+        for word in line.split_whitespace() {
+            let wide = console::measure_text_width(&current) + 1 + console::measure_text_width(word);
+            if !current.is_empty() && wide > width {
+                lines.push(std::mem::take(&mut current));
+            }
+            if !current.is_empty() {
+                current.push(' ');
+            }
+            current.push_str(word);
+        }
+        lines.push(current);
+    }
+    lines.join("\n")
 }
 
 /// Writes the base model's files: those that ship, or those of a folder.
@@ -208,10 +255,10 @@ fn lora() -> AdapterConfig {
 }
 
 /// The run in the words of `mica train`.
-fn described(base: &Path, adapter: &Path, layers: usize) -> anyhow::Result<RunConfig> {
+fn described(base: &Path, adapter: &Path, seed: u64, layers: usize) -> anyhow::Result<RunConfig> {
     let AdapterConfig { rank, scale, .. } = lora();
     let settings = json!({
-        "model": base, "data": "built in", "output": adapter, "seed": SEED, "max_seq_length": LENGTH + 1,
+        "model": base, "data": "built in", "output": adapter, "seed": seed, "max_seq_length": LENGTH + 1,
         "lora_parameters": {"rank": rank, "scale": scale}, "batch_size": ROWS, "learning_rate": PEAK,
         "mask_prompt": true,
     });
@@ -233,57 +280,10 @@ fn plan(steps: u64) -> Plan {
     }
 }
 
-fn loader_options() -> Options {
+fn loader_options(seed: u64) -> Options {
     let shape =
         Shape { rows: ROWS, max_length: LENGTH, gather: Gather::Packed, lengths: Lengths::Multiple(32) };
-    Options { shape, shuffle: true, seed: SEED, window: Options::DEFAULT_WINDOW, epochs: None }
-}
-
-/// Puts questions to the model, and makes samples of them.
-struct Speaker {
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-}
-
-impl Speaker {
-    fn new(folder: &Path) -> anyhow::Result<Speaker> {
-        let template = ChatTemplate::load(folder)?;
-        let template = template.ok_or_else(|| anyhow::anyhow!("the base model has no chat template"))?;
-        Ok(Speaker { tokenizer: Tokenizer::load(folder)?, template })
-    }
-
-    /// Greedy answers.
-    fn ask(&self, loaded: &Loaded, questions: &[Question]) -> anyhow::Result<Vec<String>> {
-        questions.iter().map(|question| self.answer(loaded, question)).collect()
-    }
-
-    fn answer(&self, loaded: &Loaded, question: &Question) -> anyhow::Result<String> {
-        let messages =
-            question.messages().into_iter().map(Message::from_json).collect::<Result<Vec<_>, _>>()?;
-        let request = ChatRequest { add_generation_prompt: true, ..ChatRequest::new(&messages) };
-        let prompt = self.template.encode(&request, &self.tokenizer)?.ids;
-        let options = Generation { max_tokens: 40, ..Generation::for_model(loaded) };
-        let eos = self.tokenizer.eos_ids();
-        let mut text = String::new();
-        for piece in Generator::new(loaded.model.as_ref(), Some(&self.tokenizer), eos, &prompt, options)? {
-            text.push_str(&piece?.text);
-        }
-        Ok(text)
-    }
-
-    /// The training questions.
-    fn samples(&self, loaded: &Loaded) -> anyhow::Result<InMemory> {
-        let vocabulary = loaded.model.info().vocabulary;
-        let encoder = ModelEncoder::new(self.tokenizer.clone(), Some(self.template.clone()), vocabulary);
-        let sampler = Sampler::new(&encoder, Rules::train(LENGTH + 1, true));
-        let (mut samples, mut totals) = (Vec::new(), Totals::default());
-        for number in 0..TRAINING {
-            let Value::Object(line) = Question::new(SEED, Part::Train, number).line() else { continue };
-            let record = Form::Messages.parse(line, &Columns::default()).map_err(anyhow::Error::msg)?;
-            samples.extend(sampler.samples(&record, &mut totals).map_err(anyhow::Error::msg)?);
-        }
-        Ok(InMemory::from_samples(&samples, &format!("quickstart questions {SEED} {TRAINING}")))
-    }
+    Options { shape, shuffle: true, seed, window: Options::DEFAULT_WINDOW, epochs: None }
 }
 
 /// Up to three questions: first those that fine-tuning mended.
