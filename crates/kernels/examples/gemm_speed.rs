@@ -161,7 +161,9 @@ fn main() {
     let threads = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(1);
     let filter = std::env::args().nth(2).unwrap_or_default();
     let pool = Pool::new(threads);
-    println!("{threads} threads; medians and best; share of the peak (large) or of the read bandwidth (few rows)");
+    println!(
+        "{threads} threads; medians and best; share of the peak (large) or of the read bandwidth (few rows)"
+    );
     for &isa in Isa::available().iter().filter(|&&isa| isa > Isa::Scalar) {
         for precision in [Precision::Exact, Precision::Bf16] {
             for (m, n, k) in [(512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (512, 3072, 1024)] {
@@ -236,11 +238,7 @@ fn large(
         shares.push(if peak.is_nan() { 0.0 } else { rate / peak });
     }
     let best = rates.iter().copied().fold(0.0, f64::max);
-    println!(
-        "{name:55} {:8.1} GFLOP/s {:5.1} %, best {best:8.1}",
-        median(rates),
-        100.0 * median(shares)
-    );
+    println!("{name:55} {:8.1} GFLOP/s {:5.1} %, best {best:8.1}", median(rates), 100.0 * median(shares));
 }
 
 fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: &str, data: &[u64]) {

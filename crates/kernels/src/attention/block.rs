@@ -77,8 +77,7 @@ pub(crate) trait Stored: Element {
 
 impl Stored for f32 {
     const LINES: gemm::block::Into = gemm::block::Into::F32;
-    const VALUES: (gemm::block::From, gemm::block::Into) =
-        (gemm::block::From::F32, gemm::block::Into::F32);
+    const VALUES: (gemm::block::From, gemm::block::Into) = (gemm::block::From::F32, gemm::block::Into::F32);
 
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {
@@ -88,8 +87,7 @@ impl Stored for f32 {
 
 impl Stored for bf16 {
     const LINES: gemm::block::Into = gemm::block::Into::Pairs;
-    const VALUES: (gemm::block::From, gemm::block::Into) =
-        (gemm::block::From::High, gemm::block::Into::High);
+    const VALUES: (gemm::block::From, gemm::block::Into) = (gemm::block::From::High, gemm::block::Into::High);
 
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {

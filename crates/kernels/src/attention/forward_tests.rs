@@ -2,8 +2,8 @@ use mica_testkit::{Golden, Rng, assert_bits_eq, assert_close, fixture, max_abs_r
 use mica_threads::Pool;
 
 use super::super::{append_to_pages, read_pages};
-use crate::attention::{PageShape, PagedArgs, PagedSequence, paged_attention};
 use super::*;
+use crate::attention::{PageShape, PagedArgs, PagedSequence, paged_attention};
 use crate::plan::run_plan;
 use crate::testing::{Laid, Layout};
 

@@ -45,7 +45,7 @@ impl Part {
 }
 
 /// Name the random streams.
-const PEOPLE: u64 = 0x70_656f_706c_65;
+const PEOPLE: u64 = 0x7065_6f70_6c65;
 const ORDER: u64 = 0x6f_7264_6572;
 const WORDING: u64 = 0x776f_7264;
 

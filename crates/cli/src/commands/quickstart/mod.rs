@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["output", "steps", "questions", "seed", "json", "base"])]
     rebuild_base: Option<PathBuf>,
     /// Steps of --rebuild-base
-    #[arg(long, value_name = "N", default_value_t = 1500, requires = "rebuild_base")]
+    #[arg(long, value_name = "N", default_value_t = 3000, requires = "rebuild_base")]
     base_steps: u64,
 }
 
