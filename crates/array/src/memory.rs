@@ -290,7 +290,9 @@ impl Drop for Block {
 impl State {
     fn look_around(&self) {
         let held = self.real.active + self.real.cached;
-        let crowded = self.limit != usize::MAX && self.real.cached > 0 && held > self.limit - self.limit / 8;
+        // Early: the next block may be as large as all that is held, and dead blocks of this plan cannot be given
+        // back for it.
+        let crowded = self.limit != usize::MAX && self.real.cached > 0 && held > self.limit / 3;
         CROWDED.store(crowded, Ordering::Relaxed);
     }
 }
