@@ -131,15 +131,11 @@ impl Case {
         let counts = self.golden.i64s("labelled");
         for step in 0..steps {
             let window = self.window(step);
-            let diverges = self.reads_padding(step);
             let result = update.step(&mut *self.loaded.model, &Sft, &window, 2 * step as u64, 1e-3).unwrap();
             assert_eq!(result.tokens as i64, counts[step], "{}, step {step}", self.name);
             for (what, got, expected) in
                 [("loss", result.loss, losses[step]), ("norm", result.grad_norm, norms[step])]
             {
-                if what == "norm" && diverges {
-                    continue;
-                }
                 let error = (got - expected).abs() / expected;
                 assert!(
                     error <= 1e-4,
@@ -147,28 +143,10 @@ impl Case {
                     self.name
                 );
             }
-            if diverges {
-                assert!(step >= 5, "{}: only {step} steps can be compared", self.name);
-                return;
-            }
         }
         for (name, value) in update.parameters(&*self.loaded.model) {
             self.compare("final", &name, &value, 1e-4, 1.0);
         }
-    }
-
-    /// Whether a sample of this step contains the padding token as text. From there on the runs part: torch's
-    /// `Embedding(padding_idx)` gives that row no gradient from being read, mica treats it as any other token.
-    fn reads_padding(&self, step: usize) -> bool {
-        let pad = self.loaded.config.raw.get("pad_token_id").and_then(|pad| pad.as_i64());
-        let [_, micro, rows, length] = *self.golden.shape("tokens") else { panic!("{}", self.name) };
-        let (tokens, lengths) = (self.golden.i64s("tokens"), self.golden.i64s("lengths"));
-        let all_rows = step * micro * rows..(step + 1) * micro * rows;
-        let trained = self.names.iter().any(|name| name == "model.embed_tokens.weight");
-        trained
-            && all_rows.into_iter().any(|row| {
-                tokens[row * length..][..lengths[row] as usize].iter().any(|&token| Some(token) == pad)
-            })
     }
 
     /// The gradients of the mean loss of the first window.
@@ -202,6 +180,8 @@ fn full_fine_tuning_of_a_tied_llama() {
     Case::full("full-llama-tied", "llama-tied").check();
 }
 
+/// The text of this run has no token 0, which is the model's padding: torch's `Embedding(padding_idx)` gives that row
+/// no gradient for being read, mica treats it as any other token.
 #[test]
 fn full_fine_tuning_of_lfm2() {
     Case::full("full-lfm2", "lfm2").check();
