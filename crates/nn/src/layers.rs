@@ -55,7 +55,7 @@ impl Linear {
 
     /// The weight with its adapter merged in, as a plain f32 array.
     pub fn merged(&self) -> Result<Array> {
-        let weight = self.weight.dequantize()?.astype(Dtype::F32)?;
+        let weight = self.weight.dequantize_to(Dtype::F32)?;
         let Some(adapter) = &self.adapter else { return Ok(weight) };
         let sum = weight.add(adapter.delta()?)?;
         match &adapter.magnitude {
@@ -85,7 +85,7 @@ impl Adapter {
             None => Ok(y),
             Some(magnitude) => {
                 // The norm is a constant of the step (DoRA, section 4.3).
-                let merged = weight.dequantize()?.astype(Dtype::F32)?.add(self.delta()?)?;
+                let merged = weight.dequantize_to(Dtype::F32)?.add(self.delta()?)?;
                 let norm = row_norm(&merged)?.stop_gradient()?;
                 y.multiply(magnitude.astype(Dtype::F32)?.divide(norm)?.astype(y.dtype())?)
             }

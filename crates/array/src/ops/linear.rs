@@ -5,6 +5,7 @@ use smallvec::smallvec;
 use super::{Grads, Vjp};
 use crate::dtype::promote;
 use crate::op::{Op, Precision, first_failure};
+use crate::packed::PackedWeight;
 use crate::shape::{Shape, broadcast_shapes};
 use crate::{Array, Dtype, Error, Result};
 
@@ -117,13 +118,24 @@ impl Array {
         Ok(Array::lazy(Op::Embedding, smallvec![weight.clone(), indices.clone()], shape, dtype))
     }
 
-    /// A packed weight as a plain array; a plain one as it is.
+    /// A packed weight as a plain array of its dtype, as `mlx.core.dequantize` gives it; a plain one as it is.
     pub fn dequantize(&self) -> Result<Array> {
+        self.dequantize_to(self.dtype())
+    }
+
+    /// A weight as a plain array of `dtype`. In f32 the values of a quantized weight are those that products use:
+    /// scale times code is not rounded to the dtype of the scales.
+    pub fn dequantize_to(&self, dtype: Dtype) -> Result<Array> {
         first_failure(&[self])?;
-        if self.packed().is_none() {
-            return Ok(self.clone());
+        match self.packed().as_deref() {
+            None => self.astype(dtype),
+            Some(PackedWeight::Quant(_)) if dtype == Dtype::F32 => {
+                Ok(Array::lazy(Op::Dequantize, smallvec![self.clone()], self.shape(), dtype))
+            }
+            Some(_) => {
+                Array::lazy(Op::Dequantize, smallvec![self.clone()], self.shape(), self.dtype()).astype(dtype)
+            }
         }
-        Ok(Array::lazy(Op::Dequantize, smallvec![self.clone()], self.shape(), self.dtype()))
     }
 }
 

@@ -94,7 +94,7 @@ fn start(linear: &Linear, config: &AdapterConfig, dora: bool, seed: u64) -> Resu
 
 /// ‖row‖₂ of the base weight: [out] f32.
 fn row_lengths(linear: &Linear) -> Result<Array> {
-    let weight = linear.weight.dequantize()?.astype(Dtype::F32)?;
+    let weight = linear.weight.dequantize_to(Dtype::F32)?;
     Ok(weight.square()?.sum(&[1], false)?.sqrt()?)
 }
 
