@@ -1,7 +1,9 @@
 //! The memory of arrays: accounting, limits, and a cache of freed blocks.
 //!
-//! Blocks come in size buckets and are kept for reuse when an array dies, up to the cache limit.
-//! Large blocks are aligned to 2 MiB and advised to be huge pages.
+//! Blocks come in size buckets and are kept for reuse when an array dies, but no more of them than recent plans
+//! needed beside the arrays that were alive (and never more than the cache limit): work whose sizes change from step to
+//! step does not collect blocks of every size. Large blocks are mappings of their own, aligned to 2 MiB and advised to
+//! be huge pages, so that what is given back is given back.
 //!
 //! Besides memory there are *rehearsals* ([`rehearse`]): evaluations are planned with addresses that have no memory
 //! behind them and not run, which says exactly what they would take before any of it is taken.
@@ -26,6 +28,9 @@ use crate::{Error, Result};
 const SMALL_ALIGN: usize = 64;
 const HUGE: usize = 2 << 20;
 
+/// Over about so many plans what one of them needed is forgotten.
+const DEMAND_PLANS: usize = 256;
+
 struct State {
     real: Blocks,
     /// Of rehearsals, which reserve addresses and no memory.
@@ -46,17 +51,29 @@ struct Blocks {
     held_peak: usize,
     free: BTreeMap<usize, Vec<Address>>,
     limbo: BTreeMap<usize, Vec<Address>>,
+    /// Of `cached`, what is in limbo.
+    limbo_bytes: usize,
+    /// The most bytes that were in use or in limbo at once since the last plan ended.
+    need: usize,
+    /// What recent plans needed: the largest `need`, forgotten slowly.
+    demand: usize,
+    /// Counts blocks that died.
+    clock: u64,
     release: fn(NonNull<u8>, usize),
 }
 
 #[derive(Clone, Copy)]
-struct Address(NonNull<u8>);
+struct Address {
+    pointer: NonNull<u8>,
+    /// When the block died.
+    since: u64,
+}
 // SAFETY: an address of a block that the pool owns; no thread-bound state.
 unsafe impl Send for Address {}
 
 static STATE: Mutex<State> = Mutex::new(State {
     real: Blocks::new(free_block),
-    rehearsed: Blocks::new(unreserve),
+    rehearsed: Blocks::new(unmap),
     rehearsed_workspace: 0,
     limit: usize::MAX,
     cache_limit: 1 << 30,
@@ -238,11 +255,11 @@ impl Block {
             Some(found) => found,
             None => {
                 // What is kept counts too, and goes first.
-                let room = limit - blocks.active - size;
+                let room = (limit - blocks.active - size).min(blocks.spare(size));
                 if blocks.cached > room {
                     blocks.trim(room);
                 }
-                if blocks.cached > room {
+                if blocks.cached > limit - blocks.active - size {
                     return Err(refused);
                 }
                 let pointer = if rehearsed { reserve(size) } else { allocate(size) };
@@ -252,6 +269,7 @@ impl Block {
         blocks.active += size;
         blocks.peak = blocks.peak.max(blocks.active);
         blocks.held_peak = blocks.held_peak.max(blocks.active + blocks.cached);
+        blocks.need = blocks.need.max(blocks.active + blocks.limbo_bytes);
         if !rehearsed {
             state.look_around();
         }
@@ -277,10 +295,7 @@ impl Drop for Block {
         let state = &mut *guard;
         let keep = if self.rehearsed && !is_rehearsing() { 0 } else { state.cache_limit };
         let blocks = if self.rehearsed { &mut state.rehearsed } else { &mut state.real };
-        blocks.active -= self.bytes;
-        blocks.cached += self.bytes;
-        let kept = if state.planning { &mut blocks.limbo } else { &mut blocks.free };
-        kept.entry(self.bytes).or_default().push(Address(self.pointer));
+        blocks.put(self.pointer, self.bytes, state.planning);
         if !state.planning && blocks.cached > keep {
             blocks.trim(keep);
         }
@@ -306,36 +321,65 @@ impl Blocks {
             held_peak: 0,
             free: BTreeMap::new(),
             limbo: BTreeMap::new(),
+            limbo_bytes: 0,
+            need: 0,
+            demand: 0,
+            clock: 0,
             release,
         }
+    }
+
+    /// How much may be kept beside a new block of this size, so that all together stays at what plans need: this
+    /// one, if it already needs more than recent ones.
+    fn spare(&self, size: usize) -> usize {
+        let needed = self.active + self.limbo_bytes + size;
+        self.demand.max(needed) - self.active - size
     }
 
     /// A kept block that fits; only the planner may take from limbo.
     fn take(&mut self, size: usize, planner: bool) -> Option<(NonNull<u8>, usize)> {
         let limbo = if planner { take(&mut self.limbo, size) } else { None };
+        self.limbo_bytes -= limbo.map_or(0, |(_, size)| size);
         let (address, size) = limbo.or_else(|| take(&mut self.free, size))?;
         self.cached -= size;
-        Some((address.0, size))
+        Some((address.pointer, size))
     }
 
-    /// Frees cached blocks, largest first, until at most `limit` bytes are cached.
+    /// Keeps the block of an array that died.
+    fn put(&mut self, pointer: NonNull<u8>, bytes: usize, planning: bool) {
+        self.active -= bytes;
+        self.cached += bytes;
+        self.clock += 1;
+        self.limbo_bytes += if planning { bytes } else { 0 };
+        let kept = if planning { &mut self.limbo } else { &mut self.free };
+        kept.entry(bytes).or_default().push(Address { pointer, since: self.clock });
+    }
+
+    /// Frees cached blocks, those that have lain longest first, until at most `limit` bytes are cached.
     fn trim(&mut self, limit: usize) {
         while self.cached > limit {
-            let Some((&size, list)) = self.free.iter_mut().next_back() else { return };
-            let address = list.pop().expect("empty lists are removed");
+            // Blocks of one size are taken and put at the end, so the first has lain longest.
+            let oldest = self.free.iter().min_by_key(|(_, list)| list[0].since).map(|(&size, _)| size);
+            let Some(size) = oldest else { return };
+            let list = self.free.get_mut(&size).expect("the size was found there");
+            let address = list.remove(0);
             if list.is_empty() {
                 self.free.remove(&size);
             }
             self.cached -= size;
-            (self.release)(address.0, size);
+            (self.release)(address.pointer, size);
         }
     }
 
-    fn leave_limbo(&mut self, keep: usize) {
+    /// The plan has run: frees what is kept beyond `limit` and beyond what plans like it need.
+    fn leave_limbo(&mut self, limit: usize) {
         for (size, list) in std::mem::take(&mut self.limbo) {
             self.free.entry(size).or_default().extend(list);
         }
-        self.trim(keep);
+        self.limbo_bytes = 0;
+        self.demand = self.need.max(self.demand - self.demand / DEMAND_PLANS);
+        self.need = self.active;
+        self.trim(limit.min(self.demand.saturating_sub(self.active)));
     }
 }
 
@@ -367,15 +411,56 @@ pub(crate) fn end_planning() {
 }
 
 fn allocate(bytes: usize) -> Option<NonNull<u8>> {
+    if cfg!(unix) && bytes >= HUGE {
+        return map_aligned(bytes);
+    }
     // SAFETY: the size is not zero.
-    let pointer = NonNull::new(unsafe { alloc(layout(bytes)) })?;
+    NonNull::new(unsafe { alloc(layout(bytes)) })
+}
+
+fn free_block(pointer: NonNull<u8>, bytes: usize) {
+    if cfg!(unix) && bytes >= HUGE {
+        return unmap(pointer, bytes);
+    }
+    // SAFETY: allocated in `allocate` with this layout; the pool owns it.
+    unsafe { dealloc(pointer.as_ptr(), layout(bytes)) }
+}
+
+/// A mapping that starts at a multiple of [`HUGE`]: one that is too long, without its ends.
+#[cfg(unix)]
+fn map_aligned(bytes: usize) -> Option<NonNull<u8>> {
+    let length = bytes.checked_add(HUGE)?;
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON);
+    // SAFETY: a new mapping at a place of the system's choice affects no other.
+    let whole = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+    if whole == libc::MAP_FAILED {
+        return None;
+    }
+    let whole = whole.cast::<u8>();
+    let before = whole.align_offset(HUGE);
+    let pointer = whole.wrapping_add(before);
+    let page_end = bytes.next_multiple_of(page());
+    let ends = [(whole, before), (pointer.wrapping_add(page_end), length - before - page_end)];
+    for (end, length) in ends {
+        if length > 0 {
+            // SAFETY: whole pages of the mapping that was just made, outside the block.
+            unsafe { libc::munmap(end.cast(), length) };
+        }
+    }
+    let pointer = NonNull::new(pointer)?;
     advise_huge(pointer, bytes);
     Some(pointer)
 }
 
-fn free_block(pointer: NonNull<u8>, bytes: usize) {
-    // SAFETY: allocated in `allocate` with this layout; the pool owns it.
-    unsafe { dealloc(pointer.as_ptr(), layout(bytes)) }
+#[cfg(unix)]
+fn page() -> usize {
+    // SAFETY: a question without side effects.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+#[cfg(not(unix))]
+fn map_aligned(_: usize) -> Option<NonNull<u8>> {
+    unreachable!("only asked for on unix")
 }
 
 /// Addresses that nothing else has and that nothing may touch.
@@ -389,8 +474,8 @@ fn reserve(bytes: usize) -> Option<NonNull<u8>> {
 }
 
 #[cfg(unix)]
-fn unreserve(pointer: NonNull<u8>, bytes: usize) {
-    // SAFETY: made by `reserve` with this size; nobody has its addresses any more.
+fn unmap(pointer: NonNull<u8>, bytes: usize) {
+    // SAFETY: made by `reserve` or `map_aligned` with this size; nobody has its addresses any more.
     unsafe { libc::munmap(pointer.as_ptr().cast(), bytes) };
 }
 
@@ -401,19 +486,17 @@ fn reserve(bytes: usize) -> Option<NonNull<u8>> {
 }
 
 #[cfg(not(unix))]
-fn unreserve(pointer: NonNull<u8>, bytes: usize) {
+fn unmap(pointer: NonNull<u8>, bytes: usize) {
     free_block(pointer, bytes);
 }
 
 #[cfg(target_os = "linux")]
 fn advise_huge(pointer: NonNull<u8>, bytes: usize) {
-    if bytes >= HUGE {
-        // SAFETY: advice on a range that was just allocated; it changes no contents.
-        unsafe { libc::madvise(pointer.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-    }
+    // SAFETY: advice on a range that was just mapped; it changes no contents.
+    unsafe { libc::madvise(pointer.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(all(unix, not(target_os = "linux")))]
 fn advise_huge(_: NonNull<u8>, _: usize) {}
 
 #[cfg(test)]
