@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The programs that mica is measured against, and models of real shapes with random weights, in a folder of their own.
+# usage: benches/peers/setup.sh FOLDER [NAME…]      names as in make_model.py; qwen3-0.6b if none is given
+# Needs Python 3.10 or newer with venv, a C++ compiler, and about 15 GB with all shapes.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+folder=${1:?usage: setup.sh FOLDER [NAME…]}
+shift
+mkdir -p "$folder"/{env,models,src}
+cd "$folder"
+
+environment() {
+    [ -x "env/$1/bin/python" ] || python3 -m venv "env/$1"
+    "env/$1/bin/pip" install --quiet --upgrade "${@:2}"
+}
+environment torch torch transformers peft tokenizers safetensors gguf sentencepiece protobuf
+CMAKE_ARGS=-DGGML_NATIVE=ON environment llama llama-cpp-python numpy
+
+version=$(env/llama/bin/python -c 'import llama_cpp; print(llama_cpp.__version__)')
+if [ ! -d "src/llama_cpp_python-$version" ]; then
+    env/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest src "llama-cpp-python==$version"
+    tar xzf "src/llama_cpp_python-$version.tar.gz" -C src
+fi
+for name in "${@:-qwen3-0.6b}"; do
+    model=models/$name
+    [ -f "$model/config.json" ] || env/torch/bin/python "$here/make_model.py" models "$name"
+    case $name in lfm2*) continue ;; esac
+    if [ ! -f "$model-q4_0.gguf" ]; then
+        env/torch/bin/python "$here/make_gguf.py" "src/llama_cpp_python-$version/vendor/llama.cpp" "$model" "$model-bf16.gguf"
+        env/llama/bin/python "$here/make_gguf.py" --quantize "$model-bf16.gguf" "$model-q4_0.gguf"
+        rm "$model-bf16.gguf"
+    fi
+done
+# GCC before 13 does not see that llama.cpp's AMX code reads its tile configuration, and drops it: with such a build
+# the first product ends in a segmentation fault. Rebuild with a newer compiler, or with
+# CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-mno-amx-tile -DCMAKE_C_FLAGS=-mno-amx-tile".
+echo "cargo run --release --package xtask -- peers --dir $folder"

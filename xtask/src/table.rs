@@ -1,0 +1,162 @@
+//! Results as a table for people and as JSON for programs, with the facts of the machine.
+
+use std::fmt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+/// All results of a run.
+pub struct Table {
+    date: String,
+    /// What the machine and the program are.
+    facts: Vec<(String, String)>,
+    pub rows: Vec<Row>,
+}
+
+/// One thing that was measured.
+pub struct Row {
+    pub name: String,
+    pub unit: &'static str,
+    /// mica's median.
+    pub mica: f64,
+    /// Read bandwidth in GB/s that mica measured beside its runs.
+    pub bandwidth: Option<f64>,
+    pub peers: Vec<Cell>,
+    /// The figures of all rounds.
+    pub all: Value,
+}
+
+/// A peer's result.
+pub struct Cell {
+    pub program: String,
+    pub figure: f64,
+    /// How many times as fast mica is.
+    pub ratio: f64,
+}
+
+/// The middle one, or of two the upper.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: mica {:.2} {}", self.name, self.mica, self.unit)?;
+        for Cell { program, figure, ratio } in &self.peers {
+            write!(f, "; {program} {figure:.2}, mica is {ratio:.2} times as fast")?;
+        }
+        Ok(())
+    }
+}
+
+impl Table {
+    /// An empty table with the facts of this machine.
+    pub fn new(mica: &Path, threads: usize) -> anyhow::Result<Table> {
+        let said = |program: &str, arguments: &[&str]| -> Option<String> {
+            let output = Command::new(program).args(arguments).output().ok()?;
+            Some(String::from_utf8_lossy(&output.stdout).trim().to_string()).filter(|text| !text.is_empty())
+        };
+        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let cpu = cpu
+            .lines()
+            .find_map(|line| line.strip_prefix("model name"))
+            .map(|name| name.trim_matches([' ', '\t', ':']).to_string());
+        let facts = [
+            ("processor", cpu.or_else(|| said("sysctl", &["-n", "machdep.cpu.brand_string"]))),
+            ("cores", std::thread::available_parallelism().ok().map(|n| n.to_string())),
+            ("threads used", Some(threads.to_string())),
+            ("commit", said("git", &["rev-parse", "--short", "HEAD"])),
+            ("mica", said(&mica.display().to_string(), &["--version"])),
+        ];
+        Ok(Table {
+            date: chrono::Local::now().format("%Y-%m-%d-%H%M").to_string(),
+            facts: facts.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect(),
+            rows: Vec::new(),
+        })
+    }
+
+    /// Writes DATE.md and DATE.json.
+    pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
+        std::fs::create_dir_all(folder)?;
+        for (ending, text) in [("md", self.markdown()), ("json", format!("{:#}\n", self.json()))] {
+            let path = folder.join(format!("{}.{ending}", self.date));
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            println!("{}", path.display());
+        }
+        Ok(())
+    }
+
+    fn markdown(&self) -> String {
+        let mut text = format!("# Side by side, {}\n\n", self.date);
+        for (name, value) in &self.facts {
+            text += &format!("- {name}: {value}\n");
+        }
+        text += "\nMedians of alternating rounds; a ratio is taken within its round. Bandwidth is what the same threads read beside mica's runs.\n\n";
+        text +=
+            "| | mica | read GB/s | peer | | mica is so many times as fast |\n|---|---|---|---|---|---|\n";
+        for row in &self.rows {
+            let bandwidth = row.bandwidth.map_or(String::new(), |gbs| format!("{gbs:.1}"));
+            let start = format!("| {} | {:.2} {} | {bandwidth} ", row.name, row.mica, row.unit);
+            if row.peers.is_empty() {
+                text += &format!("{start}| | | |\n");
+            }
+            for Cell { program, figure, ratio } in &row.peers {
+                text += &format!("{start}| {program} | {figure:.2} {} | {ratio:.2} |\n", row.unit);
+            }
+        }
+        text
+    }
+
+    fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            let peers: Vec<Value> = row
+                .peers
+                .iter()
+                .map(|cell| json!({"program": cell.program, "figure": cell.figure, "ratio": cell.ratio}))
+                .collect();
+            json!({"name": row.name, "unit": row.unit, "mica": row.mica, "read_bandwidth_gbs": row.bandwidth, "peers": peers, "rounds": row.all})
+        });
+        let facts: serde_json::Map<String, Value> =
+            self.facts.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+        json!({"date": self.date, "machine": facts, "rows": rows.collect::<Vec<_>>()})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_have_a_line_per_peer() {
+        let cell = |program: &str, figure, ratio| Cell { program: program.into(), figure, ratio };
+        let rows = vec![
+            Row {
+                name: "decode".into(),
+                unit: "tokens/s",
+                mica: 40.0,
+                bandwidth: Some(20.0),
+                peers: vec![cell("a", 20.0, 2.0), cell("b", 10.0, 4.0)],
+                all: json!({}),
+            },
+            Row { name: "step".into(), unit: "s", mica: 7.0, bandwidth: None, peers: vec![], all: json!({}) },
+        ];
+        let table = Table { date: "today".into(), facts: vec![("cores".into(), "2".into())], rows };
+        let text = table.markdown();
+        let lines: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("| decode") || line.starts_with("| step")).collect();
+        assert_eq!(
+            lines,
+            [
+                "| decode | 40.00 tokens/s | 20.0 | a | 20.00 tokens/s | 2.00 |",
+                "| decode | 40.00 tokens/s | 20.0 | b | 10.00 tokens/s | 4.00 |",
+                "| step | 7.00 s | | | | |",
+            ]
+            .map(|line| line.replace("|  |", "| |"))
+        );
+        assert_eq!(table.json()["rows"][0]["peers"][1]["ratio"], 4.0);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+    }
+}
