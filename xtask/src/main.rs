@@ -1,5 +1,8 @@
-//! Maintenance tasks: `cargo run --release --package xtask -- peers` measures mica against other programs.
+//! Maintenance tasks: measuring mica, alone and against other programs.
+//!
+//! `cargo run --release --package xtask -- peers --help`
 
+mod growth;
 mod peers;
 mod table;
 
@@ -15,10 +18,13 @@ struct Cli {
 enum Task {
     /// Run mica and other programs alternately on the same shapes, and write a table with the ratios
     Peers(peers::Peers),
+    /// Measure how cost grows with depth, length, batch and size, and draw it
+    Growth(growth::Growth),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Peers(peers) => peers.run(),
+        Task::Growth(growth) => growth.run(),
     }
 }

@@ -1,0 +1,229 @@
+//! How cost grows: decoding against depth, prompts against length, training steps against length and batch, opening
+//! against file size. Each is a plot with the measured points, and a line of cost per unit.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use plotters::prelude::*;
+use serde_json::{Value, json};
+
+use crate::table::median;
+
+/// Measures how cost grows.
+#[derive(Args)]
+pub struct Growth {
+    /// Model folder for decoding and prompts, quantized
+    #[arg(long, value_name = "FOLDER")]
+    quantized: PathBuf,
+    /// Model folder for training steps
+    #[arg(long, value_name = "FOLDER")]
+    float: PathBuf,
+    /// More model folders to open, of other sizes
+    #[arg(long, value_delimiter = ',')]
+    open: Vec<PathBuf>,
+    /// The program
+    #[arg(long, default_value = "target/release/mica")]
+    mica: PathBuf,
+    /// Largest depth and prompt
+    #[arg(long, default_value_t = 32768)]
+    longest: usize,
+    /// Repetitions; medians are shown
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// Only the plots whose file name contains one of these
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Where plots and points are written
+    #[arg(long, value_name = "FOLDER", default_value = "docs/performance")]
+    output: PathBuf,
+}
+
+/// A curve: what is on its axes, and its points.
+struct Curve {
+    file: &'static str,
+    title: String,
+    x: &'static str,
+    y: &'static str,
+    points: Vec<(f64, f64)>,
+}
+
+impl Growth {
+    pub fn run(self) -> anyhow::Result<()> {
+        ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
+        std::fs::create_dir_all(&self.output)?;
+        let mut known = self.read()?;
+        for curve in self.curves()? {
+            known.insert(
+                curve.file.into(),
+                json!({"title": curve.title, "x": curve.x, "y": curve.y, "points": curve.points}),
+            );
+            let path = self.output.join(format!("{}.svg", curve.file));
+            curve.draw(&path)?;
+            println!("{}", path.display());
+        }
+        let path = self.output.join("growth.json");
+        std::fs::write(&path, format!("{:#}\n", Value::Object(known)))?;
+        println!("{}", path.display());
+        Ok(())
+    }
+
+    /// The points of earlier runs, of which some plots may be made again.
+    fn read(&self) -> anyhow::Result<serde_json::Map<String, Value>> {
+        let path = self.output.join("growth.json");
+        if !path.exists() {
+            return Ok(serde_json::Map::new());
+        }
+        let text = std::fs::read_to_string(&path)?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} is not what this task writes", path.display()))
+    }
+
+    fn curves(&self) -> anyhow::Result<Vec<Curve>> {
+        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().to_string();
+        let (small, large) = (name(&self.quantized), name(&self.float));
+        let doubling = |from: usize, to: usize| {
+            std::iter::successors(Some(from), |n| Some(n * 2)).take_while(move |&n| n <= to)
+        };
+        let mut curves = Vec::new();
+        let wanted = |file: &str| self.only.is_empty() || self.only.iter().any(|part| file.contains(part));
+        if wanted("decode") {
+            let point = |depth: usize| {
+                let said = self.median(
+                    &format!("bench -p 1 --depth {depth} -g 16 -n 1 --json --model"),
+                    &self.quantized,
+                    "generation_tps",
+                )?;
+                Ok((depth as f64, 1e3 / said))
+            };
+            let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
+            curves.push(Curve {
+                file: "decode",
+                title: format!("{small}: time of a token"),
+                x: "tokens before it",
+                y: "ms",
+                points,
+            });
+        }
+        if wanted("prefill") {
+            let point = |length: usize| {
+                let said = self.median(
+                    &format!("bench -p {length} -g 1 -n 1 --json --model"),
+                    &self.quantized,
+                    "ttft_s",
+                )?;
+                Ok((length as f64, said))
+            };
+            let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
+            curves.push(Curve {
+                file: "prefill",
+                title: format!("{small}: time to read a prompt"),
+                x: "tokens",
+                y: "s",
+                points,
+            });
+        }
+        let train =
+            "bench --train --fine-tune-type lora --num-layers 16 --lora-keys q_proj,v_proj --steps 2 --json";
+        if wanted("train-length") {
+            let point = |length: usize| {
+                Ok((
+                    length as f64,
+                    self.median(&format!("{train} --seq {length} --model"), &self.float, "step_s")?,
+                ))
+            };
+            let points = doubling(128, 2048.min(self.longest)).map(point).collect::<anyhow::Result<_>>()?;
+            curves.push(Curve {
+                file: "train-length",
+                title: format!("{large}: LoRA step of one row"),
+                x: "tokens of the row",
+                y: "s",
+                points,
+            });
+        }
+        if wanted("train-batch") {
+            let point = |batch: usize| {
+                Ok((
+                    batch as f64,
+                    self.median(
+                        &format!("{train} --seq 128 --batch {batch} --model"),
+                        &self.float,
+                        "step_s",
+                    )?,
+                ))
+            };
+            let points = doubling(1, 16).map(point).collect::<anyhow::Result<_>>()?;
+            curves.push(Curve {
+                file: "train-batch",
+                title: format!("{large}: LoRA step of rows of 128 tokens"),
+                x: "rows",
+                y: "s",
+                points,
+            });
+        }
+        if wanted("load") {
+            let mut points = Vec::new();
+            for model in [&self.quantized, &self.float].into_iter().chain(&self.open) {
+                let bytes: u64 = std::fs::read_dir(model)?
+                    .filter_map(|entry| entry.ok())
+                    .filter(|entry| entry.path().extension().is_some_and(|ending| ending == "safetensors"))
+                    .filter_map(|entry| std::fs::metadata(entry.path()).ok())
+                    .map(|data| data.len())
+                    .sum();
+                points.push((
+                    bytes as f64 / 1e9,
+                    self.median("bench -p 1 -g 1 -n 1 --json --model", model, "load_s")?,
+                ));
+            }
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            curves.push(Curve {
+                file: "load",
+                title: "Time to open a model (file in the system's cache)".into(),
+                x: "GB",
+                y: "s",
+                points,
+            });
+        }
+        Ok(curves)
+    }
+
+    /// The median of a field over runs of the program.
+    fn median(&self, words: &str, model: &Path, field: &str) -> anyhow::Result<f64> {
+        let mut figures = Vec::new();
+        for _ in 0..self.runs {
+            let output = Command::new(&self.mica).args(words.split_whitespace()).arg(model).output()?;
+            ensure!(
+                output.status.success(),
+                "mica {words} {}: {}",
+                model.display(),
+                String::from_utf8_lossy(&output.stderr)
+            );
+            let said: Value = serde_json::from_slice(&output.stdout)?;
+            figures.push(said[field].as_f64().with_context(|| format!("no {field} in {said}"))?);
+        }
+        let figure = median(figures);
+        eprintln!("mica {words} {}: {field} {figure:.4}", model.display());
+        Ok(figure)
+    }
+}
+
+impl Curve {
+    /// A line through the points, both axes from zero.
+    fn draw(&self, path: &Path) -> anyhow::Result<()> {
+        let largest = |of: fn(&(f64, f64)) -> f64| self.points.iter().map(of).fold(0.0, f64::max) * 1.05;
+        let area = SVGBackend::new(path, (720, 400)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(&self.title, ("sans-serif", 18))
+            .margin(16)
+            .x_label_area_size(40)
+            .y_label_area_size(60)
+            .build_cartesian_2d(0.0..largest(|point| point.0), 0.0..largest(|point| point.1))?;
+        chart.configure_mesh().x_desc(self.x).y_desc(self.y).light_line_style(TRANSPARENT).draw()?;
+        chart.draw_series(LineSeries::new(self.points.iter().copied(), &BLUE))?;
+        chart.draw_series(self.points.iter().map(|&point| Circle::new(point, 3, BLUE.filled())))?;
+        area.present()?;
+        Ok(())
+    }
+}
