@@ -29,7 +29,7 @@ pub use error::{Error, Result};
 pub use eval::{async_eval, eval, set_backend, set_threads, threads};
 pub use inspect::pending_ops;
 pub use op::{Precision, Scalar};
-pub use ops::custom::CustomOp;
+pub use ops::custom::{Batched, CustomOp};
 pub use ops::elementwise::Operand;
 pub use ops::random;
 pub use packed::{PackedWeight, Quantized, quantize};

@@ -1,5 +1,8 @@
 //! Elementwise ops: unary, binary, comparison, selection, cast.
 
+pub(crate) mod jvp;
+pub(crate) mod vmap;
+
 use std::ops;
 use std::panic::Location;
 

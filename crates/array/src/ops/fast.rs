@@ -5,6 +5,10 @@
 //! leaves its result, so that a model needs no transposed copies. The functions in [`crate::fast`]
 //! take MLX's `[batch, heads, length, head_dim]`.
 
+pub(crate) mod definition;
+pub(crate) mod jvp;
+pub(crate) mod vmap;
+
 use smallvec::smallvec;
 
 use super::{Grads, Vjp};
@@ -152,7 +156,7 @@ impl Array {
     /// Σ over rows of −log softmax(hidden · weightᵀ)[target], without storing logits.
     ///
     /// hidden [rows, width], weight [vocabulary, width] plain or packed, targets [rows] i32.
-    /// Gives the sum, f32, and each row's log-probability (which has no gradient).
+    /// Gives the sum, f32, and each row's log-probability.
     pub fn linear_cross_entropy(
         &self,
         weight: &Array,
@@ -247,13 +251,16 @@ pub(crate) fn layer_norm_vjp(eps: f32, rule: &Vjp) -> Result<Grads> {
 }
 
 pub(crate) fn rope_vjp(spec: &RopeSpec, rule: &Vjp) -> Result<Grads> {
+    if rule.needs[2] {
+        return definition::vjp(&Op::Rope(spec.clone()), rule);
+    }
     let back = RopeSpec { inverse: !spec.inverse, ..spec.clone() };
     Ok(smallvec![Some(rule.cotangent().rope(&rule.inputs[1], &rule.inputs[2], back)?), None, None])
 }
 
 pub(crate) fn attention_vjp(spec: &AttentionSpec, rule: &Vjp) -> Result<Grads> {
     if rule.cotangents[1].is_some() {
-        return Err(Error::unsupported("attention", "the log-sum-exp has no gradient"));
+        return definition::vjp(&Op::Attention(spec.clone()), rule);
     }
     let (q, k, v) = (&rule.inputs[0], &rule.inputs[1], &rule.inputs[2]);
     let mut inputs = smallvec![
@@ -272,14 +279,8 @@ pub(crate) fn attention_vjp(spec: &AttentionSpec, rule: &Vjp) -> Result<Grads> {
 }
 
 pub(crate) fn short_conv_vjp(spec: &ConvSpec, rule: &Vjp) -> Result<Grads> {
-    if spec.state {
-        return Err(Error::unsupported(
-            "short_conv",
-            "a carried state has no gradient; train without a cache",
-        ));
-    }
-    if rule.cotangents[1].is_some() {
-        return Err(Error::unsupported("short_conv", "the state has no gradient"));
+    if spec.state || rule.cotangents[1].is_some() {
+        return definition::vjp(&Op::ShortConv(*spec), rule);
     }
     let (x, weight) = (&rule.inputs[0], &rule.inputs[1]);
     let mut inputs = smallvec![x.clone(), weight.clone(), rule.cotangent().clone()];
@@ -290,12 +291,11 @@ pub(crate) fn short_conv_vjp(spec: &ConvSpec, rule: &Vjp) -> Result<Grads> {
     Ok(smallvec![Some(dx), dweight, None])
 }
 
-pub(crate) fn linear_cross_entropy_vjp(rule: &Vjp) -> Result<Grads> {
-    if rule.cotangents[1].is_some() {
-        return Err(Error::unsupported(
-            "linear_cross_entropy",
-            "the log-probabilities per row have no gradient",
-        ));
+/// The gradients for a cotangent of one were formed on the way; whoever asks for more, the
+/// log-probabilities' gradient or a second derivative, gets the definition's, with all logits.
+pub(crate) fn linear_cross_entropy_vjp(op: &Op, rule: &Vjp) -> Result<Grads> {
+    if rule.cotangents[1..].iter().any(Option::is_some) {
+        return definition::vjp(op, rule);
     }
     let Some(ct) = &rule.cotangents[0] else { return rule.none() };
     let (hidden, weight) = (&rule.inputs[0], &rule.inputs[1]);

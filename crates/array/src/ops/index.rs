@@ -1,5 +1,8 @@
 //! Gathering and scattering by index arrays.
 
+pub(crate) mod jvp;
+pub(crate) mod vmap;
+
 use smallvec::smallvec;
 
 use super::{Grads, Vjp};

@@ -1,5 +1,8 @@
 //! Products: matmul, and linear maps by a weight that may be packed.
 
+pub(crate) mod jvp;
+pub(crate) mod vmap;
+
 use smallvec::smallvec;
 
 use super::{Grads, Vjp};
@@ -77,7 +80,7 @@ impl Array {
         *shape.last_mut().expect("rank is not 0") = weight.dim(0);
         let y = Array::lazy(
             Op::Linear { precision },
-            smallvec![self.clone(), weight.clone()],
+            smallvec![self.contiguous()?, weight.clone()],
             shape,
             self.dtype(),
         );
@@ -165,7 +168,7 @@ pub(crate) fn linear_transposed_vjp(precision: Precision, rule: &Vjp) -> Result<
 }
 
 /// int8 products are for inference: under gradients they become bf16.
-fn training(precision: Precision) -> Precision {
+pub(crate) fn training(precision: Precision) -> Precision {
     if precision == Precision::Fast { Precision::Bf16 } else { precision }
 }
 

@@ -1,5 +1,7 @@
 //! Reductions over axes, softmax and log-sum-exp.
 
+pub(crate) mod jvp;
+
 use smallvec::smallvec;
 
 use super::{Grads, Vjp};
@@ -8,7 +10,7 @@ use crate::shape::{Shape, normalize_axes, normalize_axis};
 use crate::{Array, Dtype, Error, Result};
 
 impl Array {
-    fn reduce(&self, op: ReduceOp, axes: &[i32], keepdims: bool) -> Result<Array> {
+    pub(crate) fn reduce(&self, op: ReduceOp, axes: &[i32], keepdims: bool) -> Result<Array> {
         first_failure(&[self])?;
         let axes = normalize_axes(op.name(), axes, self.rank())?;
         let dtype = op.output_dtype(self.dtype());
@@ -159,13 +161,20 @@ pub(crate) fn reduce_vjp(op: ReduceOp, axes: &Axes, rule: &Vjp) -> Result<Grads>
         ReduceOp::Max | ReduceOp::Min => {
             // Ties share the gradient, as in MLX.
             let axes: Vec<i32> = axes.iter().map(|&axis| axis as i32).collect();
-            let mask = x.equal(y)?.astype(ct.dtype())?;
-            let share = mask.divide(mask.sum(&axes, true)?)?;
-            rule.one(ct.multiply(share)?)
+            rule.one(ct.multiply(extremum_share(x, y, ct.dtype(), &axes)?)?)
         }
         ReduceOp::Prod => rule.one(ct.multiply(y)?.divide(x)?),
         ReduceOp::All | ReduceOp::Any => rule.none(),
     }
+}
+
+/// One over how many elements are the extremum where an element is it, else zero.
+fn extremum_share(x: &Array, y: &Array, dtype: Dtype, axes: &[i32]) -> Result<Array> {
+    let mask = x.equal(y)?.astype(dtype)?;
+    if axes.is_empty() {
+        return Ok(mask);
+    }
+    mask.divide(mask.sum(axes, true)?)
 }
 
 pub(crate) fn softmax_vjp(rule: &Vjp) -> Result<Grads> {

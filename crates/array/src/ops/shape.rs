@@ -1,5 +1,8 @@
 //! Ops that move elements without changing them.
 
+pub(crate) mod jvp;
+pub(crate) mod vmap;
+
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Vjp};
@@ -28,7 +31,7 @@ impl Array {
         self.reshape_to(&to)
     }
 
-    fn reshape_to(&self, shape: &[usize]) -> Result<Array> {
+    pub(crate) fn reshape_to(&self, shape: &[usize]) -> Result<Array> {
         first_failure(&[self])?;
         if shape == self.shape() {
             return Ok(self.clone());

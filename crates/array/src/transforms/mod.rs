@@ -5,11 +5,21 @@
 
 mod checkpoint;
 mod compile;
+mod custom_function;
+mod dependents;
 mod graph;
+mod jvp;
 mod vjp;
+mod vmap;
 
 pub use checkpoint::checkpoint;
 pub use compile::{Compiled, Region, compile};
+pub use custom_function::{CustomFunction, custom_function};
+pub use jvp::jvp;
 pub use vjp::{Grads, grad, value_and_grad, value_and_grad_many, vjp};
+pub use vmap::vmap;
 
 pub(crate) use graph::TracedGraph;
+pub(crate) use jvp::{forward_from, trace_from};
+pub(crate) use vjp::backward;
+pub(crate) use vmap::{Mapped, batch, merged, move_axis, unmerged};

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use smallvec::SmallVec;
 
+use super::dependents::{Stops, dependents};
 use crate::array::State;
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::ops::{self, Vjp};
@@ -67,7 +68,7 @@ pub fn grad(f: impl FnOnce(&[Array]) -> Result<Array>, primals: &[Array]) -> Res
     Ok(value_and_grad(f, primals)?.grads)
 }
 
-fn trace(
+pub(crate) fn trace(
     f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
     primals: &[Array],
 ) -> Result<(Vec<Array>, Vec<Array>)> {
@@ -81,7 +82,7 @@ fn trace(
 
 /// Gradients of `targets`, given those of some arrays built from them.
 pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<Vec<Array>> {
-    let order = dependents(seeds.iter().map(|(array, _)| array), targets);
+    let order = dependents(seeds.iter().map(|(array, _)| array), targets, Stops::Cut);
     // node → gradient per output
     let mut arrived: HashMap<usize, SmallVec<[Option<Array>; 1]>> = HashMap::new();
     for (array, seed) in seeds {
@@ -137,63 +138,6 @@ fn deliver(
     Ok(())
 }
 
-/// The nodes between some arrays and the targets they depend on.
-struct Dependents {
-    /// Inputs first.
-    nodes: Vec<Array>,
-    ids: HashMap<usize, bool>,
-}
-
-impl Dependents {
-    fn contains(&self, id: usize) -> bool {
-        self.ids.get(&id).copied().unwrap_or(false)
-    }
-}
-
-fn dependents<'a>(roots: impl Iterator<Item = &'a Array>, targets: &[Array]) -> Dependents {
-    let mut ids: HashMap<usize, bool> = targets.iter().map(|target| (target.id(), true)).collect();
-    let mut nodes: Vec<Array> = targets.to_vec();
-    let mut stack: Vec<(Array, usize)> = Vec::new();
-    for root in roots {
-        if ids.contains_key(&root.id()) {
-            continue;
-        }
-        ids.insert(root.id(), false);
-        stack.push((root.sibling(0), 0));
-        while let Some((array, next)) = stack.last_mut() {
-            let child = match &*array.node().state() {
-                State::Lazy { op: Op::StopGradient, .. } => None,
-                State::Lazy { inputs, .. } => inputs.get(*next).cloned(),
-                _ => None,
-            };
-            *next += 1;
-            match child {
-                Some(child) => {
-                    if let Some(&depends) = ids.get(&child.id()) {
-                        if depends {
-                            let id = array.id();
-                            ids.insert(id, true);
-                        }
-                    } else {
-                        ids.insert(child.id(), false);
-                        stack.push((child.sibling(0), 0));
-                    }
-                }
-                None => {
-                    let (array, _) = stack.pop().expect("the loop looks at the last one");
-                    if ids[&array.id()] {
-                        if let Some((parent, _)) = stack.last() {
-                            ids.insert(parent.id(), true);
-                        }
-                        nodes.push(array);
-                    }
-                }
-            }
-        }
-    }
-    Dependents { nodes, ids }
-}
-
 fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
     match op {
         Op::Tracer(_) => rule.one(rule.cotangent().clone()),
@@ -231,13 +175,15 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::Rope(spec) => ops::fast::rope_vjp(spec, rule),
         Op::Attention(spec) => ops::fast::attention_vjp(spec, rule),
         Op::ShortConv(spec) => ops::fast::short_conv_vjp(spec, rule),
-        Op::LinearCrossEntropy(_) => ops::fast::linear_cross_entropy_vjp(rule),
+        Op::LinearCrossEntropy(_) => ops::fast::linear_cross_entropy_vjp(op, rule),
         Op::Fused(region) => region.vjp(rule),
         Op::Custom(custom) => ops::custom::custom_vjp(custom.as_ref(), rule),
-        Op::RmsNormVjp { .. }
-        | Op::AttentionVjp(_)
-        | Op::ShortConvVjp(_)
-        | Op::PagedAttention(_)
-        | Op::AdamW(_) => Err(Error::unsupported(op.name(), "this op has no gradient")),
+        Op::RmsNormVjp { .. } | Op::AttentionVjp(_) | Op::ShortConvVjp(_) | Op::AdamW(_) => {
+            ops::fast::definition::vjp(op, rule)
+        }
+        Op::PagedAttention(_) => Err(Error::unsupported(
+            op.name(),
+            "appends to a store, so it has no gradient: train with attention over arrays",
+        )),
     }
 }

@@ -18,6 +18,10 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
     match (&step.op, packed(step)) {
         (Op::Linear { precision } | Op::LinearTransposed { precision }, _) => {
             let (x, out) = (step.inputs[0].host()?, step.outputs[0].host()?);
+            let is_quantized = matches!(packed(step), Some(PackedWeight::Quant(_)));
+            if is_quantized && !(is(x, &[Dtype::F32]) && is(out, &[Dtype::F32])) {
+                return Ok(by_reference(step));
+            }
             linear(x, &step.inputs[1], out, *precision, transposed)
         }
         (Op::LinearCrossEntropy(spec), _) => super::loss::lower(step, spec),

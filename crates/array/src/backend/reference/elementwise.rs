@@ -326,8 +326,17 @@ pub(super) fn logsumexp(x: &Dense, shape: &[usize]) -> Dense {
 }
 
 /// Threefry2x32 with MLX's numbering: the first half of the counters gives the first halves.
-pub(super) fn random_bits(width: usize, key: &Dense, shape: &[usize]) -> Dense {
-    let (k0, k1) = (key.int(0) as u32, key.int(1) as u32);
+/// Keys [.., 2], each for its part of the result, whose shape begins with the keys' dimensions.
+pub(super) fn random_bits(width: usize, keys: &Dense, shape: &[usize]) -> Dense {
+    let part = &shape[keys.shape.len() - 1..];
+    let of_key = |key: usize| {
+        let key = (keys.int(2 * key) as u32, keys.int(2 * key + 1) as u32);
+        random_bits_of(width, key, part)
+    };
+    Dense::ints(shape, (0..keys.size() / 2).flat_map(of_key).collect())
+}
+
+fn random_bits_of(width: usize, (k0, k1): (u32, u32), shape: &[usize]) -> Vec<i128> {
     let bytes = size_of(shape) * width;
     let words = bytes.div_ceil(4);
     let half = words / 2;
@@ -342,12 +351,11 @@ pub(super) fn random_bits(width: usize, key: &Dense, shape: &[usize]) -> Dense {
         out[half] = threefry(k0, k1, half as u32, 0).0;
     }
     let stream: Vec<u8> = out.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let values = stream
+    stream
         .chunks_exact(width)
         .take(size_of(shape))
         .map(|chunk| chunk.iter().rev().fold(0i128, |sum, &byte| sum << 8 | byte as i128))
-        .collect();
-    Dense::ints(shape, values)
+        .collect()
 }
 
 fn threefry(k0: u32, k1: u32, x: u32, y: u32) -> (u32, u32) {

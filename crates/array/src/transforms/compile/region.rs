@@ -13,12 +13,12 @@ use super::plan::Plans;
 use super::{constant, optimize};
 use crate::array::Inputs;
 use crate::op::Op;
-use crate::ops::{Grads, Vjp};
+use crate::ops::{Grads, Jvp, Tangents, Vjp};
 use crate::transforms::TracedGraph;
-use crate::transforms::vjp::backward;
+use crate::transforms::{backward, forward_from};
 use crate::{Array, Dtype, Result};
 
-/// Gradients that a region keeps: per shapes and per what is asked for.
+/// Gradients, and tangents, that a region keeps: per shapes and per what is asked for.
 const BACKWARD_BOUND: usize = 16;
 
 /// Elementwise ops that run as one. Values are numbered: the inputs first, then the steps. Inputs
@@ -29,6 +29,7 @@ pub struct Region {
     outputs: SmallVec<[usize; 2]>,
     program: Program,
     backward: Plans<Asked>,
+    forward: Plans<SmallVec<[bool; 4]>>,
 }
 
 /// One op of a region.
@@ -52,7 +53,14 @@ impl Region {
         outputs: SmallVec<[usize; 2]>,
     ) -> Result<Region> {
         let program = program(&inputs, &steps, &outputs)?;
-        Ok(Region { inputs, steps, outputs, program, backward: Plans::new(BACKWARD_BOUND) })
+        Ok(Region {
+            inputs,
+            steps,
+            outputs,
+            program,
+            backward: Plans::new(BACKWARD_BOUND),
+            forward: Plans::new(BACKWARD_BOUND),
+        })
     }
 
     pub(crate) fn inputs(&self) -> &[Dtype] {
@@ -114,6 +122,30 @@ impl Region {
         let grads = self.backward.build(&operands, (needs.clone(), arrives), Some(&|_| true), record)?;
         let mut grads = grads.expect("the graph of a region can be recorded").into_iter();
         Ok(needs.iter().map(|&needed| if needed { grads.next() } else { None }).collect())
+    }
+}
+
+impl Region {
+    /// The tangents of the outputs, as a compiled function of the inputs and their tangents.
+    pub(crate) fn jvp(&self, rule: &Jvp) -> Result<Tangents> {
+        let shape = rule.output.shape();
+        let moves: SmallVec<[bool; 4]> = rule.tangents.iter().map(Option::is_some).collect();
+        let operands: Vec<Array> =
+            rule.inputs.iter().chain(rule.tangents.iter().flatten()).cloned().collect();
+        let tangents = |tracers: &[Array]| {
+            let (inputs, tangents) = tracers.split_at(self.inputs.len());
+            let moving =
+                inputs.iter().zip(&moves).filter(|(_, moves)| **moves).map(|(input, _)| input.clone());
+            let outputs = self.expand(inputs, shape)?;
+            let found = forward_from(moving.zip(tangents.iter().cloned()).collect(), &outputs)?;
+            let zeros =
+                |(output, tangent): (&Array, Option<Array>)| tangent.unwrap_or_else(|| output.zeros_like());
+            Ok(outputs.iter().zip(found).map(zeros).collect())
+        };
+        let record = || optimize(TracedGraph::trace(tangents, &operands)?).map(Some);
+        let found = self.forward.build(&operands, moves.clone(), Some(&|_| true), record)?;
+        let found = found.expect("the tangents of a region can be recorded").into_iter();
+        Ok(found.map(|tangent| tangent.dtype().is_inexact().then_some(tangent)).collect())
     }
 }
 
