@@ -43,6 +43,14 @@ pub enum Error {
         /// What was called.
         op: &'static str,
     },
+    /// An op made a NaN while [`crate::set_check_nan`] was on.
+    #[error("[{op}] {message}")]
+    Nan {
+        /// The first op whose result has one.
+        op: &'static str,
+        /// Shapes, how many there are, and whether it came from outside.
+        message: Arc<str>,
+    },
     /// A kernel panicked: a defect of mica, reported instead of aborting.
     #[error("[eval] internal error: {0}")]
     Kernel(Arc<str>),

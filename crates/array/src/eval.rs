@@ -96,11 +96,17 @@ pub fn eval(arrays: &[Array]) -> Result<()> {
     if EVALUATING.with(Cell::get) {
         return Err(Error::unsupported("eval", "called from inside an evaluation"));
     }
+    /// Ends the evaluation, also when a custom op panics.
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            EVALUATING.with(|flag| flag.set(false));
+        }
+    }
     let mut guard = engine();
     EVALUATING.with(|flag| flag.set(true));
-    let result = guard.as_mut().expect("made by engine()").eval(arrays);
-    EVALUATING.with(|flag| flag.set(false));
-    result
+    let _end = End;
+    guard.as_mut().expect("made by engine()").eval(arrays)
 }
 
 fn is_done(array: &Array) -> bool {
@@ -141,29 +147,6 @@ pub(crate) fn wait_for(buffer: &Buffer) -> Result<()> {
         Some(error) => Err(error.clone()),
         None => Ok(()),
     }
-}
-
-/// Starts computing on another thread and returns at once. A failure is kept in the arrays and
-/// returned by the next read.
-pub fn async_eval(arrays: &[Array]) {
-    use std::sync::OnceLock;
-    use std::sync::mpsc::{Sender, channel};
-    static QUEUE: OnceLock<Mutex<Sender<Vec<Array>>>> = OnceLock::new();
-    let queue = QUEUE.get_or_init(|| {
-        let (sender, receiver) = channel::<Vec<Array>>();
-        std::thread::Builder::new()
-            .name("mica-eval".to_string())
-            .spawn(move || {
-                for arrays in receiver {
-                    // The nodes keep the error for their readers.
-                    let _ = eval(&arrays);
-                }
-            })
-            .expect("the system can start a thread");
-        Mutex::new(sender)
-    });
-    let sender = queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    sender.send(arrays.to_vec()).expect("the evaluating thread lives as long as the process");
 }
 
 /// A pointer to a node that the roots, or a consumer that has not run yet, keep alive.
@@ -268,6 +251,7 @@ impl Engine {
         let result = match plan.steps.is_empty() {
             true => Ok(()),
             false if memory::is_rehearsing() => self.backend.rehearse(&plan),
+            false if crate::nan::is_checked() => self.run_checked(&plan),
             false => self.backend.run(&plan),
         };
         if let Err(error) = &result {
@@ -277,6 +261,20 @@ impl Engine {
         COMPLETED.store(self.epoch, Ordering::Release);
         self.epoch += 1;
         result
+    }
+
+    /// Runs the steps one at a time, until one makes a NaN.
+    fn run_checked(&self, plan: &Plan) -> Result<()> {
+        for step in &plan.steps {
+            // Before it runs: the output may take an input's memory.
+            let given = crate::nan::in_inputs(step)?;
+            // What the step reads is kept alive by the whole plan.
+            let mut one = Plan::default();
+            one.steps.push(step.clone());
+            self.backend.run(&one)?;
+            crate::nan::check_outputs(step, given)?;
+        }
+        Ok(())
     }
 
     /// Gives a node its outputs: views of its inputs, or memory that a step of the plan writes.
@@ -364,6 +362,21 @@ impl Engine {
         plan.steps.push(Step { op, inputs: operands, outputs });
         Ok(storages)
     }
+}
+
+/// Expands all custom ops under these arrays.
+pub(crate) fn expand_all(arrays: &[Array]) -> Result<()> {
+    let mut seen: std::collections::HashSet<usize> = std::collections::HashSet::new();
+    let mut stack: Vec<Array> = arrays.to_vec();
+    while let Some(array) = stack.pop() {
+        if seen.insert(array.id()) {
+            expand(array.node())?;
+            if let State::Lazy { inputs, .. } = &*array.node().state() {
+                stack.extend(inputs.iter().cloned());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Replaces a custom op by what it expands to.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mica_io::DType;
-use mica_io::safetensors::{SafeTensors, Writer};
+use mica_io::safetensors::{SafeTensors, TensorInfo, Writer};
 
 use crate::{Array, Dtype, Error, Result};
 
@@ -48,7 +48,7 @@ pub fn dtype_to_file(dtype: Dtype) -> DType {
     }
 }
 
-fn file_error(op: &'static str) -> impl Fn(mica_io::Error) -> Error {
+pub(crate) fn file_error(op: &'static str) -> impl Fn(mica_io::Error) -> Error {
     move |error| Error::File { op, kind: error.kind(), message: error.to_string().into() }
 }
 
@@ -58,15 +58,15 @@ pub fn load_safetensors(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> 
     let file = SafeTensors::open(path).map_err(&fail)?;
     file.tensors()
         .iter()
-        .map(|info| {
-            let dtype = dtype_from_file(info.dtype()).ok_or_else(|| {
-                Error::unsupported("load_safetensors", format!("{}: dtype {}", info.name(), info.dtype()))
-            })?;
-            let array =
-                Array::from_fill(info.shape(), dtype, |bytes| file.read_into(info, bytes).map_err(&fail))?;
-            Ok((info.name().to_string(), array))
-        })
+        .map(|info| Ok((info.name().to_string(), read_tensor("load_safetensors", &file, info)?)))
         .collect()
+}
+
+/// One tensor of a file.
+pub(crate) fn read_tensor(op: &'static str, file: &SafeTensors, info: &TensorInfo) -> Result<Array> {
+    let dtype = dtype_from_file(info.dtype())
+        .ok_or_else(|| Error::unsupported(op, format!("{}: dtype {}", info.name(), info.dtype())))?;
+    Array::from_fill(info.shape(), dtype, |bytes| file.read_into(info, bytes).map_err(file_error(op)))
 }
 
 /// Writes arrays to a safetensors file, atomically.

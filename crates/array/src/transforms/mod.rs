@@ -19,7 +19,8 @@ pub use jvp::jvp;
 pub use vjp::{Grads, grad, value_and_grad, value_and_grad_many, vjp};
 pub use vmap::vmap;
 
-pub(crate) use graph::TracedGraph;
+pub(crate) use compile::simplified;
+pub(crate) use graph::{Source, TracedGraph, Value};
 pub(crate) use jvp::{forward_from, trace_from};
 pub(crate) use vjp::backward;
 pub(crate) use vmap::{Mapped, batch, merged, move_axis, unmerged};

@@ -157,6 +157,11 @@ fn refuse_effects(graph: &TracedGraph) -> Result<()> {
     }
 }
 
+/// The graph of the same function with fewer ops, and without fused regions.
+pub(crate) fn simplified(graph: TracedGraph) -> TracedGraph {
+    simplify::simplify(graph)
+}
+
 /// The graph of the same function, to be run in fewer passes.
 fn optimize(graph: TracedGraph) -> Result<Recorded> {
     let simplified = simplify::simplify(graph);

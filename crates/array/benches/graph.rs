@@ -1,0 +1,83 @@
+//! What a graph costs besides its arithmetic: building nodes, evaluating them on tiny arrays,
+//! dropping them. Run with `cargo bench -p mica-array --bench graph`.
+
+use std::time::Instant;
+
+use mica_array::{Array, Dtype, memory, set_threads};
+
+const NODES: usize = 10_000;
+const ROUNDS: usize = 21;
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Nanoseconds per node, the median of several rounds; the setup and what `run` gives back are
+/// not timed.
+fn measure<S, R>(name: &str, nodes: usize, setup: impl Fn() -> S, run: impl Fn(S) -> R) {
+    let time = |_| {
+        let input = setup();
+        let begun = Instant::now();
+        let output = run(input);
+        let seconds = begun.elapsed().as_secs_f64();
+        drop(output);
+        seconds * 1e9 / nodes as f64
+    };
+    println!("{name:<44} {:8.1} ns a node", median((0..ROUNDS).map(time).collect()));
+}
+
+fn chain(one: &Array, nodes: usize) -> Array {
+    let mut x = one.clone();
+    for _ in 0..nodes {
+        x = x.add(one).expect("shapes are equal");
+    }
+    x
+}
+
+fn main() {
+    set_threads(1);
+    let one = Array::from_slice(&[1.0f32, 2.0, 3.0, 4.0], &[4]).expect("four values");
+    let square = one.square().expect("floats");
+    square.eval().expect("four values");
+
+    measure("build a chain of adds", NODES, || (), |()| chain(&one, NODES));
+    measure(
+        "build adds of a number",
+        3 * NODES,
+        || (),
+        |()| (0..NODES).fold(one.clone(), |x, _| x.add(1.0).expect("a number")),
+    );
+    measure("drop a chain", NODES, || chain(&one, NODES), drop);
+    measure(
+        "order and plan a chain, and drop it",
+        NODES,
+        || chain(&one, NODES),
+        |x| memory::rehearse(|| x.eval().expect("adds")),
+    );
+    measure("evaluate a chain and drop it", NODES, || chain(&one, NODES), |x| x.eval().expect("adds"));
+    measure(
+        "evaluate a wide graph and drop it",
+        NODES,
+        || {
+            let leaves: Vec<Array> = (0..NODES / 2).map(|_| one.exp().expect("floats")).collect();
+            let sum = |pair: &[Array]| pair[0].add(&pair[pair.len() - 1]).expect("shapes are equal");
+            let mut level: Vec<Array> = leaves;
+            while level.len() > 1 {
+                level = level.chunks(2).map(sum).collect();
+            }
+            level
+        },
+        |x| x[0].eval().expect("adds"),
+    );
+    let begun = Instant::now();
+    let long = chain(&Array::ones(&[4], Dtype::F32), 1_000_000);
+    let built = begun.elapsed();
+    long.eval().expect("adds");
+    let evaluated = begun.elapsed();
+    drop(long);
+    println!(
+        "a chain of 1,000,000: built in {built:.2?}, evaluated and dropped in {:.2?}",
+        begun.elapsed().saturating_sub(built).max(evaluated.saturating_sub(built))
+    );
+}

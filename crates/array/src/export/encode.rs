@@ -1,0 +1,181 @@
+//! A graph as JSON.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::{VERSION, spec_to_json};
+use crate::graph::describe;
+use crate::op::{Op, Precision, Scalar};
+use crate::transforms::{Source, TracedGraph, Value};
+use crate::{Array, Error, Result};
+
+/// The graph, and the tensors that its constants name.
+pub(super) fn encode(graph: &TracedGraph) -> Result<(Json, Vec<(String, Array)>)> {
+    let mut tensors = Vec::new();
+    let constants = graph
+        .captured()
+        .iter()
+        .enumerate()
+        .map(|(index, array)| constant(index, array, &mut tensors))
+        .collect::<Result<Vec<Json>>>()?;
+    let mut nodes = Vec::with_capacity(graph.nodes.len());
+    // Per node of the graph, what its outputs are called in the file.
+    let mut names: Vec<Vec<String>> = Vec::with_capacity(graph.nodes.len());
+    let name = |names: &[Vec<String>], value: &Value| match value.source {
+        Source::Input(index) => format!("i{index}"),
+        Source::Captured(index) => format!("c{index}"),
+        Source::Node(index) => names[index][value.output].clone(),
+    };
+    for node in &graph.nodes {
+        let inputs: Vec<String> = node.inputs.iter().map(|input| name(&names, input)).collect();
+        match &node.op {
+            // Their outputs are their inputs.
+            Op::Tracer(_) => names.push(inputs),
+            Op::Custom(custom) if custom.is_expanded() => names.push(inputs),
+            op => {
+                let mut object = attributes(op)?;
+                object.insert("op".into(), op.name().into());
+                object.insert("inputs".into(), inputs.into());
+                let outputs: Vec<Json> = node.specs.iter().map(spec_to_json).collect();
+                object.insert("outputs".into(), outputs.into());
+                let index = nodes.len();
+                names.push(match node.specs.len() {
+                    1 => vec![format!("n{index}")],
+                    count => (0..count).map(|output| format!("n{index}.{output}")).collect(),
+                });
+                nodes.push(Json::Object(object));
+            }
+        }
+    }
+    let outputs: Vec<String> = graph.outputs.iter().map(|output| name(&names, output)).collect();
+    let inputs: Vec<Json> = graph.inputs.iter().map(spec_to_json).collect();
+    let json = json!({
+        "version": VERSION,
+        "inputs": inputs,
+        "constants": constants,
+        "nodes": nodes,
+        "outputs": outputs,
+    });
+    Ok((json, tensors))
+}
+
+/// A constant's entry; its tensors are added to the list.
+fn constant(index: usize, array: &Array, tensors: &mut Vec<(String, Array)>) -> Result<Json> {
+    array.eval()?;
+    let name = format!("c{index}");
+    let Some(packed) = array.packed() else {
+        tensors.push((name.clone(), array.clone()));
+        return Ok(json!({ "tensor": name }));
+    };
+    let Some((bits, group_size)) = packed.quantization() else {
+        tensors.push((name.clone(), array.dequantize()?));
+        return Ok(json!({ "tensor": name }));
+    };
+    let parts = packed.to_mlx()?;
+    let mut entry = Map::new();
+    for (part, array) in [("words", parts.words), ("scales", parts.scales), ("biases", parts.biases)] {
+        let tensor = format!("{name}.{part}");
+        entry.insert(part.into(), tensor.clone().into());
+        tensors.push((tensor, array));
+    }
+    entry.insert("bits".into(), bits.into());
+    entry.insert("group_size".into(), group_size.into());
+    Ok(Json::Object(entry))
+}
+
+fn precision_name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Exact => "exact",
+        Precision::Bf16 => "bf16",
+        Precision::Fast => "fast",
+    }
+}
+
+fn scalar(value: Scalar) -> Json {
+    match value {
+        Scalar::Bool(value) => json!({ "bool": value }),
+        Scalar::Int(value) => json!({ "int": value }),
+        Scalar::UInt(value) => json!({ "uint": value }),
+        // JSON has no infinities, and a NaN is as good as another.
+        Scalar::Float(value) if !value.is_finite() => json!({ "float": value.to_string() }),
+        Scalar::Float(value) => json!({ "float": value }),
+    }
+}
+
+/// What an op carries besides its inputs and outputs.
+fn attributes(op: &Op) -> Result<Map<String, Json>> {
+    let json = match op {
+        Op::StopGradient
+        | Op::After
+        | Op::Unary(_)
+        | Op::Binary(_)
+        | Op::Compare(_)
+        | Op::Select
+        | Op::Cast
+        | Op::Reshape
+        | Op::Broadcast
+        | Op::Contiguous
+        | Op::Softmax
+        | Op::LogSumExp
+        | Op::Embedding
+        | Op::Dequantize => json!({}),
+        Op::Full(value) => json!({ "value": scalar(*value) }),
+        Op::Arange { start, step } => json!({ "start": start, "step": step }),
+        Op::Transpose(order) => json!({ "axes": order.as_slice() }),
+        Op::Slice { start, step } | Op::SliceUpdate { start, step } => {
+            json!({ "start": start.as_slice(), "step": step.as_slice() })
+        }
+        Op::Reduce { axes, .. } => json!({ "axes": axes.as_slice() }),
+        Op::Concatenate { axis }
+        | Op::ArgReduce { axis, .. }
+        | Op::Take { axis }
+        | Op::TakeAlong { axis }
+        | Op::ScatterAdd { axis }
+        | Op::ScatterAddAlong { axis } => json!({ "axis": axis }),
+        Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
+            json!({ "precision": precision_name(*precision) })
+        }
+        Op::RandomBits { width } => json!({ "width": width }),
+        Op::RmsNorm { eps } | Op::RmsNormVjp { eps } | Op::LayerNorm { eps } => json!({ "eps": eps }),
+        Op::Rope(spec) => json!({
+            "dims": spec.dims,
+            "traditional": spec.traditional,
+            "inverse": spec.inverse,
+            "scale": spec.scale,
+        }),
+        Op::Attention(spec) | Op::AttentionVjp(spec) => json!({
+            "scale": spec.scale,
+            "causal": spec.causal,
+            "window": spec.window,
+            "softcap": spec.softcap,
+            "precision": precision_name(spec.precision),
+        }),
+        Op::ShortConv(spec) | Op::ShortConvVjp(spec) => {
+            json!({ "state": spec.state, "starts": spec.starts })
+        }
+        Op::LinearCrossEntropy(spec) => {
+            json!({ "precision": precision_name(spec.precision), "softcap": spec.softcap })
+        }
+        Op::AdamW(spec) => json!({
+            "lr": spec.lr,
+            "beta1": spec.beta1,
+            "beta2": spec.beta2,
+            "eps": spec.eps,
+            "weight_decay": spec.weight_decay,
+            "step": spec.step,
+            "grad_scale": spec.grad_scale,
+        }),
+        Op::Tracer(_) | Op::Fused(_) | Op::Custom(_) => {
+            return Err(Error::Kernel(format!("{} should have been opened", describe(op)).into()));
+        }
+        Op::PagedAttention(_) => {
+            return Err(Error::unsupported(
+                "export_function",
+                format!("{} appends to a store, so it can't be exported", op.name()),
+            ));
+        }
+    };
+    match json {
+        Json::Object(object) => Ok(object),
+        other => Err(Error::Kernel(format!("attributes {other}").into())),
+    }
+}

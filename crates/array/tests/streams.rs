@@ -1,0 +1,57 @@
+//! Evaluation in the background, through the public door.
+
+use mica_array::{Array, Dtype, Stream, async_eval};
+
+#[test]
+fn a_name_is_one_stream() {
+    assert_eq!(Stream::named("a"), Stream::named("a"));
+    assert_ne!(Stream::named("a"), Stream::named("b"));
+    assert_eq!(Stream::current(), Stream::named("default"));
+    Stream::named("a").with(|| {
+        assert_eq!(Stream::current().name(), "a");
+        Stream::named("b").with(|| assert_eq!(Stream::current().name(), "b"));
+        assert_eq!(Stream::current().name(), "a");
+    });
+    assert_eq!(Stream::current().name(), "default");
+}
+
+#[test]
+fn the_first_failure_is_told_once() {
+    let stream = Stream::named("failing");
+    // Operators on shapes that do not fit fail when they are evaluated.
+    let two = Array::ones(&[2], Dtype::F32);
+    let bad = &two + &Array::ones(&[3], Dtype::F32);
+    let worse = &two * &Array::ones(&[4], Dtype::F32);
+    stream.async_eval(std::slice::from_ref(&bad));
+    stream.async_eval(&[worse]);
+    stream.async_eval(&[Array::ones(&[2], Dtype::F32)]);
+    assert!(stream.synchronize().unwrap_err().to_string().contains("[add]"));
+    stream.synchronize().unwrap();
+    assert!(bad.eval().unwrap_err().to_string().contains("[add]"));
+}
+
+#[test]
+fn arrays_are_built_read_and_computed_on_any_thread() {
+    let base = Array::from_slice(&[1.0f32, 2.0, 3.0], &[3]).unwrap().exp().unwrap();
+    let sums: Vec<f32> = std::thread::scope(|scope| {
+        let work = |index: usize| {
+            let base = &base;
+            move || {
+                let stream = Stream::named(&format!("worker {}", index % 2));
+                let y = base.multiply(index as f32).unwrap().sum(&[], false).unwrap();
+                stream.async_eval(std::slice::from_ref(&y));
+                let z = y.add(1.0).unwrap();
+                stream.with(|| async_eval(std::slice::from_ref(&z)));
+                stream.synchronize().unwrap();
+                assert!(y.is_ready() && z.is_ready());
+                z.item::<f32>().unwrap()
+            }
+        };
+        let threads: Vec<_> = (0..8).map(|index| scope.spawn(work(index))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let sum = base.sum(&[], false).unwrap().item::<f32>().unwrap();
+    for (index, got) in sums.iter().enumerate() {
+        assert!((got - (1.0 + index as f32 * sum)).abs() < 1e-3 * sum, "{index}: {got}");
+    }
+}
