@@ -7,7 +7,9 @@
 
 mod array;
 pub mod backend;
+pub mod consts;
 mod dtype;
+pub mod dtype_info;
 mod error;
 mod eval;
 pub mod fast;
@@ -18,19 +20,25 @@ pub mod memory;
 pub mod op;
 mod ops;
 mod packed;
+mod print;
 pub mod profile;
 mod shape;
 mod storage;
 pub mod transforms;
 
 pub use array::Array;
-pub use dtype::{Dtype, Element, promote};
+pub use dtype::{Complex32, Dtype, Element, promote};
 pub use error::{Error, Result};
 pub use eval::{async_eval, eval, set_backend, set_threads, threads};
-pub use inspect::pending_ops;
+pub use inspect::{buffer_bytes, pending_ops};
 pub use op::{Precision, Scalar};
+pub use ops::arrange::{PadMode, broadcast_shapes};
+pub use ops::assign::At;
 pub use ops::custom::CustomOp;
 pub use ops::elementwise::Operand;
 pub use ops::random;
+pub use ops::select::Index;
+pub use ops::sort::{Side, Unique};
 pub use packed::{PackedWeight, Quantized, quantize};
+pub use print::{PrintOptions, print_options, set_print_options, with_print_options};
 pub use shape::{Shape, Strides};

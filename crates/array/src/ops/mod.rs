@@ -1,15 +1,25 @@
 //! The ops, a family a file: the functions that build nodes, their shape and dtype rules, and
 //! their gradients. docs/adding-an-op.md is the recipe.
 
+pub mod arrange;
+pub mod assign;
 pub mod create;
 pub mod custom;
+pub mod diagonal;
 pub mod elementwise;
 pub mod fast;
 pub mod index;
+pub mod layout;
 pub mod linear;
+pub mod predicates;
 pub mod random;
 pub mod reduce;
+pub mod scan;
+pub mod select;
 pub mod shape;
+pub mod sort;
+pub mod statistics;
+pub mod windows;
 
 use smallvec::SmallVec;
 
@@ -39,6 +49,13 @@ impl Vjp<'_> {
     /// One gradient for the first input.
     pub fn one(&self, grad: Array) -> Result<Grads> {
         Ok(smallvec::smallvec![Some(grad)])
+    }
+
+    /// A gradient for the first input and none for the others.
+    pub fn first(&self, grad: Array) -> Result<Grads> {
+        let mut grads = self.none()?;
+        grads[0] = Some(grad);
+        Ok(grads)
     }
 
     /// No gradients at all.
