@@ -1,6 +1,7 @@
 //! Dtype promotion, as MLX defines it.
 
 pub use mica_kernels::Dtype;
+pub use mica_kernels::element::Complex32;
 
 use half::{bf16, f16};
 
@@ -56,7 +57,7 @@ macro_rules! elements {
     )* };
 }
 elements!(bool => Bool u8 => U8 u16 => U16 u32 => U32 u64 => U64 i8 => I8 i16 => I16 i32 => I32 i64 => I64
-          f16 => F16 bf16 => BF16 f32 => F32 f64 => F64);
+          f16 => F16 bf16 => BF16 f32 => F32 f64 => F64 Complex32 => C64);
 
 #[cfg(test)]
 mod tests {

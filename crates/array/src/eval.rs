@@ -448,7 +448,7 @@ pub(crate) fn ready_storage(array: &Array) -> Result<Storage> {
 /// The result of an op that only looks at its input's memory in another way.
 fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
     let input = inputs.first()?;
-    let viewable = op.is_view() || matches!(op, Op::Reshape | Op::Contiguous);
+    let viewable = op.is_view() || matches!(op, Op::Reshape | Op::Contiguous | Op::Bitcast);
     if !viewable {
         return None;
     }
@@ -471,12 +471,25 @@ fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
         ),
         Op::Contiguous if host.is_contiguous(shape) => (0, host.strides.clone()),
         Op::Reshape => (0, reshape_strides(shape, &host.strides, &spec.shape)?),
+        Op::Bitcast => (0, bitcast_strides(&host, input, spec)?),
+        Op::AsStrided { strides, offset } if host.is_contiguous(shape) => (*offset as isize, strides.clone()),
         _ => return None,
     };
     // An empty slice may start past the end; its offset is never used.
     let offset = if spec.shape.contains(&0) { 0 } else { offset };
     let offset = (host.offset as isize + offset * spec.dtype.size() as isize) as usize;
     Some(Storage::Host(HostStorage { buffer: host.buffer, offset, strides }))
+}
+
+/// Strides with which the same bytes are elements of another size, if there are any.
+fn bitcast_strides(host: &HostStorage, input: &Array, spec: &Spec) -> Option<Strides> {
+    let (from, to) = (input.dtype().size(), spec.dtype.size());
+    if from == to {
+        return Some(host.strides.clone());
+    }
+    // Elements must start at multiples of their size.
+    let dense = host.is_contiguous(input.shape()) && host.offset.is_multiple_of(to);
+    dense.then(|| mica_kernels::view::contiguous_strides(&spec.shape).as_slice().into())
 }
 
 /// Strides with which the same memory has another shape, if there are any.

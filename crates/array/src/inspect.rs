@@ -1,9 +1,11 @@
 //! Looking at graphs without computing them.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
-use crate::Array;
 use crate::array::State;
+use crate::storage::Storage;
+use crate::{Array, Error, Result};
 
 /// The names of the ops that evaluating these arrays would run, inputs first. Views of other
 /// arrays (transposes, broadcasts, slices …) are left out: nothing runs for them. Reshapes are
@@ -36,4 +38,48 @@ pub fn pending_ops(arrays: &[Array]) -> Vec<&'static str> {
         }
     }
     names
+}
+
+/// Bytes of the memory behind these arrays; a block that several of them see counts once.
+///
+/// # Errors
+/// If one of them has not been evaluated.
+pub fn buffer_bytes(arrays: &[Array]) -> Result<usize> {
+    let mut seen = HashSet::new();
+    let mut bytes = 0;
+    for array in arrays {
+        let storage = match &*array.node().state() {
+            State::Ready(storage) => storage[array.output()].clone(),
+            State::Failed(error) => return Err(error.clone()),
+            State::Lazy { .. } => {
+                return Err(Error::invalid("buffer_bytes", format!("{array:?} must be evaluated first")));
+            }
+        };
+        let (block, size) = match &storage {
+            Storage::Host(host) => (host.buffer.pointer() as usize, host.buffer.bytes()),
+            Storage::Packed(weight) => (Arc::as_ptr(weight) as usize, weight.bytes()),
+            Storage::Absent => continue,
+        };
+        if seen.insert(block) {
+            bytes += size;
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+
+    #[test]
+    fn shared_memory_counts_once() {
+        let x = Array::arange(0.0, 1000.0, 1.0, Dtype::F32).unwrap();
+        let view = x.narrow(0, 10, 20).unwrap();
+        assert!(buffer_bytes(&[view.clone()]).is_err());
+        crate::eval(&[x.clone(), view.clone()]).unwrap();
+        let one = buffer_bytes(&[x.clone()]).unwrap();
+        assert!(one >= 4000);
+        assert_eq!(buffer_bytes(&[x, view]).unwrap(), one);
+    }
 }

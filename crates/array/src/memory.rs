@@ -114,6 +114,11 @@ pub fn cache() -> usize {
     state().real.cached
 }
 
+/// The limit on bytes in use or kept for reuse; `usize::MAX` if there is none.
+pub fn limit() -> usize {
+    state().limit
+}
+
 /// Sets the limit on bytes in use or kept for reuse and returns the former one. An allocation past it is
 /// [`Error::OutOfMemory`]; kept blocks are given back first.
 pub fn set_limit(bytes: usize) -> usize {

@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use smallvec::SmallVec;
 
 pub use mica_kernels::elementwise::{BinaryOp, CompareOp, UnaryOp};
+pub use mica_kernels::index::ScatterOp;
 pub use mica_kernels::reduce::ReduceOp;
+pub use mica_kernels::scan::ScanOp;
+pub use mica_kernels::sort::SortOrder;
 
 use crate::ops::custom::CustomOp;
 use crate::transforms::Region;
-use crate::{Array, Result};
+use crate::{Array, Result, Shape, Strides};
 
 /// A list of axes.
 pub type Axes = SmallVec<[usize; 4]>;
@@ -113,6 +116,63 @@ pub enum Op {
     ScatterAddAlong {
         /// The axis.
         axis: usize,
+    },
+    /// A slice of the first input for every position of the others, which are index arrays that
+    /// broadcast together: their shape, then the slice's.
+    Gather {
+        /// The axis that each index array counts along.
+        axes: Axes,
+        /// Size of the slices per axis.
+        slice: Shape,
+    },
+    /// The first input with the second (updates: the shape of the indices, then a slice's) joined
+    /// to it at the places that the other inputs name: the transpose of [`Op::Gather`].
+    Scatter {
+        /// How an update meets what is there.
+        op: ScatterOp,
+        /// The axis that each index array counts along.
+        axes: Axes,
+    },
+    /// The first input with the third joined to it at the indices of the second along an axis.
+    ScatterAlong {
+        /// How an update meets what is there.
+        op: ScatterOp,
+        /// The axis.
+        axis: usize,
+    },
+    /// Running sums, products and extremes along an axis.
+    Scan {
+        /// What runs.
+        op: ScanOp,
+        /// The axis.
+        axis: usize,
+        /// From the last element to the first.
+        reverse: bool,
+        /// Without the element itself.
+        exclusive: bool,
+    },
+    /// The values along an axis in ascending order.
+    Sort {
+        /// The axis.
+        axis: usize,
+        /// How much order.
+        order: SortOrder,
+    },
+    /// The places along an axis of the values in ascending order.
+    ArgSort {
+        /// The axis.
+        axis: usize,
+        /// How much order.
+        order: SortOrder,
+    },
+    /// The bytes of contiguous elements as elements of another dtype.
+    Bitcast,
+    /// The elements of a contiguous array through these strides.
+    AsStrided {
+        /// In elements, per dimension of the result.
+        strides: Strides,
+        /// The element that comes first.
+        offset: usize,
     },
     /// Matrix product of the last two dimensions; leading ones are equal.
     Matmul {
@@ -340,6 +400,16 @@ impl Op {
             Op::TakeAlong { .. } => "take_along_axis",
             Op::ScatterAdd { .. } => "scatter_add",
             Op::ScatterAddAlong { .. } => "scatter_add_along_axis",
+            Op::Gather { .. } => "gather",
+            Op::Scatter { .. } => "scatter",
+            Op::ScatterAlong { .. } => "put_along_axis",
+            Op::Scan { op, .. } => op.name(),
+            Op::Sort { order: SortOrder::Full, .. } => "sort",
+            Op::Sort { .. } => "partition",
+            Op::ArgSort { order: SortOrder::Full, .. } => "argsort",
+            Op::ArgSort { .. } => "argpartition",
+            Op::Bitcast => "view",
+            Op::AsStrided { .. } => "as_strided",
             Op::Matmul { .. } => "matmul",
             Op::Linear { .. } => "linear",
             Op::LinearTransposed { .. } => "linear_transposed",
@@ -372,6 +442,7 @@ impl Op {
                 | Op::Transpose(_)
                 | Op::Broadcast
                 | Op::Slice { .. }
+                | Op::AsStrided { .. }
         )
     }
 }

@@ -8,9 +8,9 @@ use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
-use crate::element::{Bool8, Element};
+use crate::element::{Bool8, Complex32, Element};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, TILE_BYTES, check_output, check_rank};
-use crate::elementwise::{BinaryOp, binary_op};
+use crate::elementwise::{BinaryOp, binary_op, complex};
 use crate::error::KernelError;
 use crate::layout::Linear;
 use crate::view::{Dims, Strides};
@@ -155,7 +155,19 @@ pub fn scan(
         Dtype::I64 => integer!(i64),
         Dtype::F16 | Dtype::BF16 | Dtype::F32 => float!(f32),
         Dtype::F64 => float!(f64),
-        Dtype::C64 => Err(KernelError::new(name, "not defined for complex64")),
+        Dtype::C64 => {
+            use complex::{binary, stored};
+            let of = |op| stored(binary(op).expect("complex numbers have it"));
+            let number = |re, im| Complex32 { re, im };
+            let (joined, start) = match op {
+                ScanOp::Sum => (BinaryOp::Add, number(0.0, 0.0)),
+                ScanOp::Prod => (BinaryOp::Multiply, number(1.0, 0.0)),
+                ScanOp::Max => (BinaryOp::Maximum, number(f32::NEG_INFINITY, f32::NEG_INFINITY)),
+                ScanOp::Min => (BinaryOp::Minimum, number(f32::INFINITY, f32::INFINITY)),
+                ScanOp::LogSumExp => (BinaryOp::LogAddExp, number(f32::NEG_INFINITY, 0.0)),
+            };
+            Ok(Scan::<Complex32, _>::boxed(name, options, &source, axis, &out, start, of(joined)))
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! Sorting and selecting along an axis.
 //!
-//! Ascending and stable; NaN after everything else; -0 and 0 are equal. A line is sorted by
+//! Ascending and stable; NaN after everything else; -0 and 0 are equal; complex numbers by their
+//! real parts, then by their imaginary ones. A line is sorted by
 //! (value, place), so the answer is one, whatever the algorithm. Outputs may not alias sources.
+
+mod radix;
 
 use mica_threads::{Scratch, Task};
 
@@ -76,9 +79,6 @@ fn build(
     {
         return Err(KernelError::new(name, format!("place {at} is not on an axis of {length}")));
     }
-    if source.dtype == Dtype::C64 {
-        return Err(KernelError::new(name, "not defined for complex64"));
-    }
     Ok(Box::new(Sort {
         name,
         dtype: source.dtype,
@@ -150,16 +150,104 @@ fn rank_of(dtype: Dtype, bits: u64) -> u64 {
         Dtype::BF16 => float(bits, 16, 0x7f80),
         Dtype::F32 => float(bits, 32, 0x7f80_0000),
         Dtype::F64 => float(bits, 64, 0x7ff0_0000_0000_0000),
-        Dtype::C64 => 0, // refused
+        Dtype::C64 => {
+            match (float(bits & 0xffff_ffff, 32, 0x7f80_0000), float(bits >> 32, 32, 0x7f80_0000)) {
+                (u64::MAX, _) | (_, u64::MAX) => u64::MAX,
+                (re, im) => re << 32 | im,
+            }
+        }
+    }
+}
+
+/// An unsigned integer that holds the bits of a value.
+trait Bits: Copy + Into<u64> + 'static {
+    fn of(bits: u32) -> Self;
+}
+
+macro_rules! bits {
+    ($($t:ty)*) => { $(
+        impl Bits for $t {
+            #[inline(always)]
+            fn of(bits: u32) -> $t {
+                bits as $t
+            }
+        }
+    )* };
+}
+bits!(u8 u16 u32 u64);
+
+/// Keys of values of at most 32 bits: unsigned integers of their order from which they come back
+/// (NaN without its sign).
+#[derive(Clone, Copy)]
+struct KeyOrder {
+    /// The sign bit; 0 for unsigned integers.
+    sign: u32,
+    /// All bits of the type.
+    mask: u32,
+    /// The bits of +∞; the mask for integers.
+    infinity: u32,
+}
+
+impl KeyOrder {
+    fn new(dtype: Dtype) -> KeyOrder {
+        let mask = u32::MAX >> (32 - 8 * dtype.size().min(4) as u32);
+        let top = mask ^ (mask >> 1);
+        let (sign, infinity) = match dtype {
+            Dtype::F16 => (top, 0x7c00),
+            Dtype::BF16 => (top, 0x7f80),
+            Dtype::F32 => (top, 0x7f80_0000),
+            dtype if dtype.is_signed_integer() => (top, mask),
+            _ => (0, mask),
+        };
+        KeyOrder { sign, mask, infinity }
+    }
+
+    fn is_float(self) -> bool {
+        self.infinity != self.mask
+    }
+
+    fn negative_zero(self) -> u32 {
+        self.zero().wrapping_sub(1)
+    }
+
+    fn zero(self) -> u32 {
+        self.sign
+    }
+
+    #[inline(always)]
+    fn key(self, bits: u32) -> u32 {
+        if !self.is_float() {
+            return bits ^ self.sign;
+        }
+        let magnitude = bits & !self.sign;
+        if bits & self.sign == 0 || magnitude > self.infinity {
+            magnitude | self.sign
+        } else {
+            !bits & self.mask
+        }
+    }
+
+    #[inline(always)]
+    fn value(self, key: u32) -> u32 {
+        if !self.is_float() || key & self.sign != 0 { key ^ self.sign } else { !key & self.mask }
     }
 }
 
 impl Sort {
     /// # Safety
     /// `line` is one of the lines, T an unsigned integer of the type's size.
-    unsafe fn line<T: Copy + Into<u64>>(&self, line: usize, scratch: &Scratch, buffer: *mut u8) {
+    unsafe fn line<T: Bits>(&self, line: usize, scratch: &Scratch, buffer: *mut u8) {
         let size = self.dtype.size() as isize;
         let source = self.source.wrapping_offset(self.source_lines.offset(line) * size);
+        if self.order == SortOrder::Full && self.length >= radix::FROM && size <= 4 {
+            // SAFETY: the caller's.
+            return unsafe {
+                match self.places {
+                    true => self.long_line_places::<T>(line, source, scratch, buffer),
+                    false => self.long_line_values::<T>(line, source, scratch, buffer),
+                }
+            };
+        }
         let ranks = scratch.take::<u64>(self.length);
         let places = scratch.take::<u32>(self.length);
         for start in (0..self.length).step_by(TILE) {
@@ -201,13 +289,107 @@ impl Sort {
         }
     }
 
+    /// The places of a long line of numbers of at most 32 bits: rank and place are one key.
+    ///
+    /// # Safety
+    /// As for [`Sort::line`]; `source` is where the line begins.
+    unsafe fn long_line_places<T: Bits>(
+        &self,
+        line: usize,
+        source: *const u8,
+        scratch: &Scratch,
+        buffer: *mut u8,
+    ) {
+        let keys = scratch.take::<u64>(self.length);
+        // SAFETY: the caller's.
+        unsafe {
+            self.read::<T>(source, buffer, |place, value| {
+                // NaN has a rank past 32 bits; no other value's is as large as what it gets here.
+                let rank = rank_of(self.dtype, value.into()).min(u32::MAX as u64);
+                keys[place] = rank << 32 | place as u64;
+            });
+        }
+        let other = scratch.take::<u64>(self.length);
+        let bits = 8 * self.dtype.size() as u32;
+        let sorted = if radix::sort(keys, other, 32, 32 + bits) { other } else { keys };
+        let out = self.out.cast::<u32>().wrapping_offset(self.out_lines.offset(line));
+        for (i, &key) in sorted.iter().enumerate() {
+            // SAFETY: inside the output's line, this chunk's own.
+            unsafe { *out.offset(i as isize * self.out_stride) = key as u32 }
+        }
+    }
+
+    /// The values of a long line of numbers of at most 32 bits: keys from which the values come
+    /// back, with -0 before 0.
+    ///
+    /// # Safety
+    /// As for [`Sort::line`]; `source` is where the line begins.
+    unsafe fn long_line_values<T: Bits>(
+        &self,
+        line: usize,
+        source: *const u8,
+        scratch: &Scratch,
+        buffer: *mut u8,
+    ) {
+        let keys = scratch.take::<u32>(self.length);
+        let width = 8 * self.dtype.size() as u32;
+        let order = KeyOrder::new(self.dtype);
+        let (mut negative_zeros, mut zeros) = (0, 0);
+        // SAFETY: the caller's.
+        unsafe {
+            self.read::<T>(source, buffer, |place, value| {
+                let key = order.key(Into::<u64>::into(value) as u32);
+                keys[place] = key;
+                negative_zeros += (key == order.negative_zero()) as usize;
+                zeros += (key == order.zero()) as usize;
+            });
+        }
+        let other = scratch.take::<u32>(self.length);
+        let sorted = if radix::sort(keys, other, 0, width) { other } else { keys };
+        if order.is_float() && negative_zeros > 0 && zeros > 0 {
+            // Equal values keep their order.
+            let mut next = sorted.partition_point(|&key| key < order.negative_zero());
+            // SAFETY: the caller's.
+            unsafe {
+                self.read::<T>(source, buffer, |_, value| {
+                    let key = order.key(Into::<u64>::into(value) as u32);
+                    if key == order.negative_zero() || key == order.zero() {
+                        sorted[next] = key;
+                        next += 1;
+                    }
+                });
+            }
+        }
+        let out = self.out.cast::<T>().wrapping_offset(self.out_lines.offset(line));
+        for (i, &key) in sorted.iter().enumerate() {
+            // SAFETY: inside the output's line, this chunk's own.
+            unsafe { *out.offset(i as isize * self.out_stride) = T::of(order.value(key)) }
+        }
+    }
+
+    /// Hands each value of a line on with its place.
+    ///
+    /// # Safety
+    /// As for [`Sort::line`]; `source` is where the line begins.
+    unsafe fn read<T: Bits>(&self, source: *const u8, buffer: *mut u8, mut each: impl FnMut(usize, T)) {
+        for start in (0..self.length).step_by(TILE) {
+            let count = TILE.min(self.length - start);
+            // SAFETY: inside the line; the buffer holds a tile.
+            let values = unsafe {
+                gather_run::<T>(source, &self.source_line, start, count, buffer);
+                std::slice::from_raw_parts(buffer.cast::<T>(), count)
+            };
+            values.iter().enumerate().for_each(|(i, &value)| each(start + i, value));
+        }
+    }
+
     fn lines_a_chunk(&self) -> usize {
         // Sorting costs more than reading: chunks are smaller.
         (CHUNK / 4 / self.length.max(1)).max(1)
     }
 }
 
-unsafe fn sort_line<T: Copy + Into<u64>>(sort: &Sort, line: usize, scratch: &Scratch, buffer: *mut u8) {
+unsafe fn sort_line<T: Bits>(sort: &Sort, line: usize, scratch: &Scratch, buffer: *mut u8) {
     // SAFETY: promised by the caller.
     unsafe { sort.line::<T>(line, scratch, buffer) }
 }

@@ -104,7 +104,10 @@ impl Backend for Cpu {
             Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
             Op::Fused(_) => true,
             Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
-            Op::SliceUpdate { .. } => input == 0 && output == 0,
+            Op::SliceUpdate { .. } | Op::Scatter { .. } | Op::ScatterAlong { .. } => {
+                input == 0 && output == 0
+            }
+            Op::Scan { .. } => input == 0 && output == 0,
             // Parameter, gradient, mean, square → parameter, mean, square.
             Op::AdamW(_) => matches!((input, output), (0, 0) | (2, 1) | (3, 2)),
             _ => false,
@@ -157,6 +160,13 @@ fn lower(step: &Step) -> Result<Lowered> {
         | Op::TakeAlong { .. }
         | Op::ScatterAdd { .. }
         | Op::ScatterAddAlong { .. }
+        | Op::Gather { .. }
+        | Op::Scatter { .. }
+        | Op::ScatterAlong { .. }
+        | Op::Scan { .. }
+        | Op::Sort { .. }
+        | Op::ArgSort { .. }
+        | Op::Bitcast
         | Op::RandomBits { .. }
         | Op::AdamW(_)
         | Op::Fused(_) => elementwise::lower(step),
@@ -180,7 +190,8 @@ fn lower(step: &Step) -> Result<Lowered> {
         | Op::After
         | Op::Transpose(_)
         | Op::Broadcast
-        | Op::Slice { .. } => Err(Error::Kernel("a view of a packed weight was asked for".into())),
+        | Op::Slice { .. }
+        | Op::AsStrided { .. } => Err(Error::Kernel("a view of a packed weight was asked for".into())),
         Op::Custom(_) => Err(Error::Kernel("custom ops are expanded before they run".into())),
     };
     result.map_err(|error| match error {

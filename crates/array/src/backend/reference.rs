@@ -7,7 +7,9 @@
 mod dense;
 mod elementwise;
 mod fused;
+mod indexing;
 mod movement;
+mod order;
 mod products;
 mod region;
 
@@ -73,6 +75,15 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         Op::ScatterAddAlong { axis } => {
             one(movement::scatter_add_along(&input(0)?, &input(1)?, *axis, &out.shape))
         }
+        Op::Gather { axes, slice } => one(indexing::gather(&all()?, axes, slice, &out.shape)),
+        Op::Scatter { op, axes } => one(indexing::scatter(*op, &all()?, axes)),
+        Op::ScatterAlong { op, axis } => one(indexing::scatter_along(*op, &all()?, *axis)),
+        Op::Scan { op, axis, reverse, exclusive } => {
+            one(order::scan(*op, &input(0)?, *axis, *reverse, *exclusive, out.dtype))
+        }
+        Op::Sort { axis, order } => one(order::sort(&input(0)?, *axis, *order)),
+        Op::ArgSort { axis, order } => one(order::argsort(&input(0)?, *axis, *order)),
+        Op::Bitcast => one(input(0)?.bitcast(step.inputs[0].host()?.dtype, out.dtype, &out.shape)?),
         Op::Matmul { .. } => one(products::matmul(&input(0)?, &input(1)?, &out.shape)),
         Op::Linear { .. } => one(products::linear(&input(0)?, &input(1)?, &out.shape, false)),
         Op::LinearTransposed { .. } => one(products::linear(&input(0)?, &input(1)?, &out.shape, true)),
@@ -96,6 +107,7 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         | Op::Transpose(_)
         | Op::Broadcast
         | Op::Slice { .. }
+        | Op::AsStrided { .. }
         | Op::Custom(_) => Err(Error::unsupported(
             step.op.name(),
             "the reference backend runs no such step (views and expansions)",

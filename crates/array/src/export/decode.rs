@@ -3,11 +3,12 @@
 use serde_json::Value as Json;
 use smallvec::{SmallVec, smallvec};
 
+use super::encode::scatter_name;
 use super::{MOST_ELEMENTS, VERSION};
 use crate::array::Inputs;
 use crate::op::{
     AdamWSpec, AttentionSpec, Axes, BinaryOp, CompareOp, ConvSpec, CrossEntropySpec, Op, Precision, ReduceOp,
-    RopeSpec, Scalar, UnaryOp,
+    RopeSpec, Scalar, ScanOp, ScatterOp, UnaryOp,
 };
 use crate::shape::Shape;
 use crate::storage::Spec;
@@ -173,6 +174,14 @@ fn precision(object: &Json) -> Result<Precision> {
     }
 }
 
+fn how(object: &Json) -> Result<ScatterOp> {
+    let name = text(object, "how")?;
+    let all = [ScatterOp::Set, ScatterOp::Add, ScatterOp::Prod, ScatterOp::Max, ScatterOp::Min];
+    all.into_iter()
+        .find(|&op| scatter_name(op) == name)
+        .ok_or_else(|| bad(format!("there is no way to scatter called {name:?}")))
+}
+
 fn constant(entry: &Json, load: &impl Fn(&str) -> Result<Array>) -> Result<Array> {
     if entry.get("tensor").is_some() {
         return load(text(entry, "tensor")?);
@@ -227,6 +236,12 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             return Ok(vec![inputs[0].contiguous()?]);
         }
         return Ok(vec![inputs[0].reduce(op, &signed(&axes)?, true)?]);
+    }
+    let scans = [ScanOp::Sum, ScanOp::Prod, ScanOp::Max, ScanOp::Min, ScanOp::LogSumExp];
+    if let Some(op) = scans.into_iter().find(|op| op.name() == name) {
+        count(1)?;
+        let (reverse, inclusive) = (flag(node, "reverse")?, !flag(node, "exclusive")?);
+        return Ok(vec![inputs[0].scan(op, Some(axis(node)?), reverse, inclusive)?]);
     }
     let (x, y) = (inputs.first(), inputs.get(1));
     let x = || x.ok_or_else(|| bad("takes inputs, got none"));
@@ -310,7 +325,28 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             }
             one(Array::embedding(x()?, y()?, spec.dtype)?)
         }
-        "dequantize" => one(x()?.dequantize()?),
+        "dequantize" => one(x()?.dequantize_to(spec.dtype)?),
+        "gather" => {
+            let indices: Vec<&Array> = inputs.iter().skip(1).collect();
+            one(x()?.gather(&indices, &axes(node)?, &wholes(node, "slice")?)?)
+        }
+        "scatter" => {
+            let indices: Vec<&Array> = inputs.iter().skip(2).collect();
+            one(x()?.scatter(how(node)?, &indices, &axes(node)?, y()?)?)
+        }
+        "put_along_axis" => {
+            count(3)?;
+            one(x()?.scatter_along(how(node)?, y()?, &inputs[2], Some(axis(node)?))?)
+        }
+        "sort" => one(x()?.sort(axis(node)?)?),
+        "argsort" => one(x()?.argsort(axis(node)?)?),
+        "partition" => one(x()?.partition(whole(node, "kth")? as i64, axis(node)?)?),
+        "argpartition" => one(x()?.argpartition(whole(node, "kth")? as i64, axis(node)?)?),
+        "view" => one(x()?.view(spec.dtype)?),
+        "as_strided" => {
+            let step: Vec<i64> = steps(node)?.iter().map(|&step| step as i64).collect();
+            one(x()?.as_strided(shape, &step, whole(node, "offset")?)?)
+        }
         "random_bits" => one(random_bits(x()?, shape, whole(node, "width")?)?),
         _ => fused(name, node, inputs),
     }

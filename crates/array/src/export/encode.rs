@@ -4,7 +4,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{VERSION, spec_to_json};
 use crate::graph::describe;
-use crate::op::{Op, Precision, Scalar};
+use crate::op::{Op, Precision, Scalar, ScatterOp, SortOrder};
 use crate::transforms::{Source, TracedGraph, Value};
 use crate::{Array, Error, Result};
 
@@ -90,6 +90,16 @@ fn precision_name(precision: Precision) -> &'static str {
     }
 }
 
+pub(super) fn scatter_name(op: ScatterOp) -> &'static str {
+    match op {
+        ScatterOp::Set => "set",
+        ScatterOp::Add => "add",
+        ScatterOp::Prod => "prod",
+        ScatterOp::Max => "max",
+        ScatterOp::Min => "min",
+    }
+}
+
 fn scalar(value: Scalar) -> Json {
     match value {
         Scalar::Bool(value) => json!({ "bool": value }),
@@ -117,7 +127,8 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
         | Op::Softmax
         | Op::LogSumExp
         | Op::Embedding
-        | Op::Dequantize => json!({}),
+        | Op::Dequantize
+        | Op::Bitcast => json!({}),
         Op::Full(value) => json!({ "value": scalar(*value) }),
         Op::Arange { start, step } => json!({ "start": start, "step": step }),
         Op::Transpose(order) => json!({ "axes": order.as_slice() }),
@@ -131,6 +142,17 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
         | Op::TakeAlong { axis }
         | Op::ScatterAdd { axis }
         | Op::ScatterAddAlong { axis } => json!({ "axis": axis }),
+        Op::Gather { axes, slice } => json!({ "axes": axes.as_slice(), "slice": slice.as_slice() }),
+        Op::Scatter { op, axes } => json!({ "axes": axes.as_slice(), "how": scatter_name(*op) }),
+        Op::ScatterAlong { op, axis } => json!({ "axis": axis, "how": scatter_name(*op) }),
+        Op::Scan { axis, reverse, exclusive, .. } => {
+            json!({ "axis": axis, "reverse": reverse, "exclusive": exclusive })
+        }
+        Op::Sort { axis, order } | Op::ArgSort { axis, order } => match order {
+            SortOrder::Full => json!({ "axis": axis }),
+            SortOrder::Partition(kth) => json!({ "axis": axis, "kth": kth }),
+        },
+        Op::AsStrided { strides, offset } => json!({ "step": strides.as_slice(), "offset": offset }),
         Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
             json!({ "precision": precision_name(*precision) })
         }

@@ -6,10 +6,11 @@ pub(crate) mod vmap;
 use std::ops;
 use std::panic::Location;
 
+use mica_kernels::elementwise::complex;
 use smallvec::smallvec;
 
 use super::{Grads, Vjp};
-use crate::dtype::promote;
+use crate::dtype::{Complex32, promote};
 use crate::op::{BinaryOp, CompareOp, Op, Scalar, UnaryOp, first_failure};
 use crate::shape::broadcast_shapes;
 use crate::{Array, Dtype, Error, Result};
@@ -57,6 +58,19 @@ macro_rules! int_operand {
 }
 int_operand!(i32 i64 u32 usize);
 
+impl Operand for bool {
+    fn operand(&self, _: Dtype) -> Array {
+        Array::scalar(Scalar::Bool(*self), Dtype::Bool)
+    }
+}
+
+impl Operand for Complex32 {
+    fn operand(&self, _: Dtype) -> Array {
+        let part = |value: f32| Array::full(&[], value as f64, Dtype::F32);
+        Array::complex(&part(self.re), &part(self.im)).expect("two numbers are a complex one")
+    }
+}
+
 fn float_result(dtype: Dtype) -> Dtype {
     if dtype.is_inexact() { dtype } else { Dtype::F32 }
 }
@@ -78,11 +92,16 @@ impl Array {
         if matches!(op, Neg) && self.dtype() == Dtype::Bool {
             return Err(Error::dtype("negative", "a number", self.dtype()));
         }
+        if self.dtype() == Dtype::C64 && op != LogicalNot && complex::unary(op).is_none() {
+            return Err(Error::dtype(op.name(), "real numbers", self.dtype()));
+        }
         let input = match op {
             LogicalNot => self.astype(Dtype::Bool)?,
             _ => self.astype(dtype)?,
         };
-        Ok(Array::lazy(Op::Unary(op), smallvec![input], self.shape(), dtype))
+        let result = Array::lazy(Op::Unary(op), smallvec![input], self.shape(), dtype);
+        // The kernel gives a complex number without imaginary part.
+        if (op, dtype) == (Abs, Dtype::C64) { result.real() } else { Ok(result) }
     }
 
     /// Applies a binary op, with promotion and broadcasting.
@@ -91,9 +110,13 @@ impl Array {
         let rhs = rhs.operand(self.dtype());
         first_failure(&[self, &rhs])?;
         let mut dtype = promote(self.dtype(), rhs.dtype());
+        if dtype == Dtype::C64 && !op.is_logical() && complex::binary(op).is_none() {
+            return Err(Error::dtype(op.name(), "real numbers", dtype));
+        }
         match op {
             Divide | Atan2 | LogAddExp => dtype = float_result(dtype),
             LogicalAnd | LogicalOr => dtype = Dtype::Bool,
+            LeftShift | RightShift if dtype == Dtype::Bool => dtype = Dtype::U8,
             BitwiseAnd | BitwiseOr | BitwiseXor | LeftShift | RightShift if dtype.is_inexact() => {
                 return Err(Error::dtype(op.name(), "integer or bool arrays", dtype));
             }

@@ -2,15 +2,25 @@
 //! their rules for transformations: gradients beside the constructor, tangents in
 //! `<family>/jvp.rs`, batches in `<family>/vmap.rs`. docs/adding-an-op.md is the recipe.
 
+pub mod arrange;
+pub mod assign;
 pub mod create;
 pub mod custom;
+pub mod diagonal;
 pub mod elementwise;
 pub mod fast;
 pub mod index;
+pub mod layout;
 pub mod linear;
+pub mod predicates;
 pub mod random;
 pub mod reduce;
+pub mod scan;
+pub mod select;
 pub mod shape;
+pub mod sort;
+pub mod statistics;
+pub mod windows;
 
 use smallvec::{SmallVec, smallvec};
 
@@ -43,6 +53,13 @@ impl Vjp<'_> {
     /// One gradient for the first input.
     pub fn one(&self, grad: Array) -> Result<Grads> {
         Ok(smallvec![Some(grad)])
+    }
+
+    /// A gradient for the first input and none for the others.
+    pub fn first(&self, grad: Array) -> Result<Grads> {
+        let mut grads = self.none()?;
+        grads[0] = Some(grad);
+        Ok(grads)
     }
 
     /// No gradients at all.

@@ -78,12 +78,18 @@ impl Array {
         let list = normalize_axes("var", axes, self.rank())?;
         let count: usize = list.iter().map(|&axis| self.shape()[axis]).product();
         let centred = self.subtract(self.mean(axes, true)?)?;
+        // Of complex numbers the distances' squares, which are real.
+        let centred = if self.dtype() == Dtype::C64 { centred.abs()? } else { centred };
         centred.square()?.sum(axes, keepdims)?.multiply(1.0 / (count as f64 - ddof as f64))
     }
 
-    fn arg_reduce(&self, max: bool, axis: i32, keepdims: bool) -> Result<Array> {
+    fn arg_reduce(&self, max: bool, axis: Option<i32>, keepdims: bool) -> Result<Array> {
         first_failure(&[self])?;
         let name = if max { "argmax" } else { "argmin" };
+        let Some(axis) = axis else {
+            let index = self.flatten()?.arg_reduce(max, Some(0), false)?;
+            return if keepdims { index.reshape(&vec![1; self.rank()]) } else { Ok(index) };
+        };
         let axis = normalize_axis(name, axis, self.rank())?;
         if self.shape()[axis] == 0 {
             return Err(Error::invalid(name, format!("axis {axis} of {:?} is empty", self.shape())));
@@ -94,14 +100,15 @@ impl Array {
         if keepdims { Ok(full) } else { drop_axes(&full, &smallvec![axis]) }
     }
 
-    /// The index of the largest along an axis; the lowest on ties.
-    pub fn argmax(&self, axis: i32, keepdims: bool) -> Result<Array> {
-        self.arg_reduce(true, axis, keepdims)
+    /// The index of the largest along an axis (of the flattened array without one); the lowest on ties,
+    /// that of the first NaN if there is one.
+    pub fn argmax(&self, axis: impl Into<Option<i32>>, keepdims: bool) -> Result<Array> {
+        self.arg_reduce(true, axis.into(), keepdims)
     }
 
-    /// The index of the smallest along an axis; the lowest on ties.
-    pub fn argmin(&self, axis: i32, keepdims: bool) -> Result<Array> {
-        self.arg_reduce(false, axis, keepdims)
+    /// The index of the smallest, as [`Array::argmax`].
+    pub fn argmin(&self, axis: impl Into<Option<i32>>, keepdims: bool) -> Result<Array> {
+        self.arg_reduce(false, axis.into(), keepdims)
     }
 
     /// eˣ / Σ eˣ along an axis.
@@ -163,7 +170,22 @@ pub(crate) fn reduce_vjp(op: ReduceOp, axes: &Axes, rule: &Vjp) -> Result<Grads>
             let axes: Vec<i32> = axes.iter().map(|&axis| axis as i32).collect();
             rule.one(ct.multiply(extremum_share(x, y, ct.dtype(), &axes)?)?)
         }
-        ReduceOp::Prod => rule.one(ct.multiply(y)?.divide(x)?),
+        ReduceOp::Prod => {
+            // The product of all other elements: of those before and those after. Dividing by the
+            // element itself would fail where it is 0.
+            let kept = (0..x.rank()).filter(|axis| !axes.contains(axis));
+            let order: Vec<i32> = kept.chain(axes.iter().copied()).map(|axis| axis as i32).collect();
+            let moved = x.transpose(&order)?;
+            let mut lines: Vec<i64> = moved.shape().iter().map(|&size| size as i64).collect();
+            let back = lines.clone();
+            lines.truncate(x.rank() - axes.len());
+            lines.push(axes.iter().map(|&axis| x.shape()[axis] as i64).product());
+            let lines = moved.reshape(&lines)?;
+            let others = lines.cumprod(-1, false, false)?.multiply(lines.cumprod(-1, true, false)?)?;
+            let mut inverse = vec![0i32; order.len()];
+            order.iter().enumerate().for_each(|(to, &from)| inverse[from as usize] = to as i32);
+            rule.one(ct.multiply(others.reshape(&back)?.transpose(&inverse)?)?)
+        }
         ReduceOp::All | ReduceOp::Any => rule.none(),
     }
 }

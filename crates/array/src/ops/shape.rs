@@ -44,8 +44,11 @@ impl Array {
         self.reshape_to(&[self.size()])
     }
 
-    /// Merges the dimensions `from ..= to` into one.
+    /// Merges the dimensions `from ..= to` into one; an array without dimensions gets one.
     pub fn flatten_axes(&self, from: i32, to: i32) -> Result<Array> {
+        if self.rank() == 0 {
+            return self.flatten();
+        }
         let from = normalize_axis("flatten", from, self.rank())?;
         let to = normalize_axis("flatten", to, self.rank())?;
         if from > to {
@@ -57,17 +60,19 @@ impl Array {
         self.reshape_to(&shape)
     }
 
-    /// Splits one dimension into several of these sizes.
-    pub fn unflatten(&self, axis: i32, sizes: &[usize]) -> Result<Array> {
+    /// Splits one dimension into several of these sizes, one of which may be −1: what remains.
+    pub fn unflatten(&self, axis: i32, sizes: &[i64]) -> Result<Array> {
         let axis = normalize_axis("unflatten", axis, self.rank())?;
-        if size_of(sizes) != self.shape()[axis] {
-            return Err(Error::invalid(
-                "unflatten",
-                format!("{sizes:?} do not multiply to {}", self.shape()[axis]),
-            ));
+        let size = self.shape()[axis];
+        let known: i64 = sizes.iter().filter(|&&size| size != -1).product();
+        let rest = if known > 0 { size as i64 / known } else { 0 };
+        let free = sizes.iter().filter(|&&size| size == -1).count();
+        let sizes: Shape = sizes.iter().map(|&size| if size == -1 { rest } else { size } as usize).collect();
+        if free > 1 || known < 0 || size_of(&sizes) != size {
+            return Err(Error::invalid("unflatten", format!("{sizes:?} do not multiply to {size}")));
         }
         let mut shape: Shape = self.shape()[..axis].into();
-        shape.extend_from_slice(sizes);
+        shape.extend_from_slice(&sizes);
         shape.extend_from_slice(&self.shape()[axis + 1..]);
         self.reshape_to(&shape)
     }

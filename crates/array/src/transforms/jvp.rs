@@ -112,6 +112,7 @@ fn rule_of(op: &Op, rule: &Jvp) -> Result<Tangents> {
         | Op::Arange { .. }
         | Op::Compare(_)
         | Op::ArgReduce { .. }
+        | Op::ArgSort { .. }
         | Op::RandomBits { .. } => rule.none(),
         Op::Unary(unary) => ops::elementwise::jvp::unary(*unary, rule),
         Op::Binary(binary) => ops::elementwise::jvp::binary(*binary, rule),
@@ -127,6 +128,15 @@ fn rule_of(op: &Op, rule: &Jvp) -> Result<Tangents> {
         Op::LogSumExp => ops::reduce::jvp::logsumexp(rule),
         Op::Take { .. } | Op::TakeAlong { .. } => ops::index::jvp::gathered(op, rule),
         Op::ScatterAdd { .. } | Op::ScatterAddAlong { .. } => ops::index::jvp::scattered(op, rule),
+        Op::Gather { .. } => ops::index::jvp::gathered(op, rule),
+        Op::Scatter { op: how, .. } => ops::index::jvp::joined(op, *how, [0, 1], rule),
+        Op::ScatterAlong { op: how, .. } => ops::index::jvp::joined(op, *how, [0, 2], rule),
+        Op::Scan { op: scan, axis, reverse, exclusive } => {
+            ops::scan::scan_jvp(*scan, *axis, *reverse, *exclusive, rule)
+        }
+        Op::Sort { axis, order } => ops::sort::sort_jvp(*axis, *order, rule),
+        Op::Bitcast => ops::layout::bitcast_jvp(rule),
+        Op::AsStrided { .. } => ops::shape::jvp::moved(op, rule),
         Op::Matmul { precision } => ops::linear::jvp::matmul(*precision, rule),
         Op::Linear { precision } => ops::linear::jvp::linear(*precision, rule),
         Op::LinearTransposed { precision } => ops::linear::jvp::linear_transposed(*precision, rule),

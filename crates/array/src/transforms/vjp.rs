@@ -147,6 +147,7 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         | Op::Arange { .. }
         | Op::Compare(_)
         | Op::ArgReduce { .. }
+        | Op::ArgSort { .. }
         | Op::RandomBits { .. } => rule.none(),
         Op::Unary(unary) => ops::elementwise::unary_vjp(*unary, rule),
         Op::Binary(binary) => ops::elementwise::binary_vjp(*binary, rule),
@@ -165,6 +166,15 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::TakeAlong { axis } => ops::index::take_along_vjp(*axis, rule),
         Op::ScatterAdd { axis } => ops::index::scatter_add_vjp(*axis, rule),
         Op::ScatterAddAlong { axis } => ops::index::scatter_add_along_vjp(*axis, rule),
+        Op::Gather { axes, .. } => ops::index::gather_vjp(axes, rule),
+        Op::Scatter { op, axes } => ops::index::scatter_vjp(*op, axes, rule),
+        Op::ScatterAlong { op, axis } => ops::index::scatter_along_vjp(*op, *axis, rule),
+        Op::Scan { op, axis, reverse, exclusive } => {
+            ops::scan::scan_vjp(*op, *axis, *reverse, *exclusive, rule)
+        }
+        Op::Sort { axis, order } => ops::sort::sort_vjp(*axis, *order, rule),
+        Op::Bitcast => ops::layout::bitcast_vjp(rule),
+        Op::AsStrided { strides, offset } => ops::layout::as_strided_vjp(strides, *offset, rule),
         Op::Matmul { precision } => ops::linear::matmul_vjp(*precision, rule),
         Op::Linear { precision } => ops::linear::linear_vjp(*precision, rule),
         Op::LinearTransposed { precision } => ops::linear::linear_transposed_vjp(*precision, rule),

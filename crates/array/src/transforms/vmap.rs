@@ -281,6 +281,22 @@ fn rule_of(op: &Op, rule: &Vmap) -> Result<Outputs> {
         Op::TakeAlong { axis } => one(rule.build(Op::TakeAlong { axis: axis + 1 }, rule.all()?)?),
         Op::ScatterAdd { axis } => one(ops::index::vmap::scatter_add(*axis, rule)?),
         Op::ScatterAddAlong { axis } => one(rule.build(Op::ScatterAddAlong { axis: axis + 1 }, rule.all()?)?),
+        Op::Gather { axes, slice } => one(ops::index::vmap::gather(axes, slice, rule)?),
+        Op::Scatter { op, axes } => one(ops::index::vmap::scatter(*op, axes, rule)?),
+        Op::ScatterAlong { op, axis } => {
+            one(rule.build(Op::ScatterAlong { op: *op, axis: axis + 1 }, rule.all()?)?)
+        }
+        Op::Scan { op, axis, reverse, exclusive } => {
+            let (reverse, exclusive) = (*reverse, *exclusive);
+            one(rule.build(Op::Scan { op: *op, axis: axis + 1, reverse, exclusive }, rule.all()?)?)
+        }
+        Op::Sort { axis, order } => one(rule.build(Op::Sort { axis: axis + 1, order: *order }, rule.all()?)?),
+        Op::ArgSort { axis, order } => {
+            one(rule.build(Op::ArgSort { axis: axis + 1, order: *order }, rule.all()?)?)
+        }
+        // Of the last axis, which the batch is not, or of single elements.
+        Op::Bitcast => one(rule.build(op.clone(), rule.all()?)?),
+        Op::AsStrided { strides, offset } => one(ops::layout::as_strided_vmap(strides, *offset, rule)?),
         Op::Matmul { precision } => one(ops::linear::vmap::matmul(*precision, rule)?),
         Op::Linear { precision } => one(ops::linear::vmap::linear(*precision, rule)?),
         Op::LinearTransposed { precision } => one(ops::linear::vmap::linear_transposed(*precision, rule)?),
@@ -445,5 +461,5 @@ pub(crate) fn merged(array: &Array) -> Result<Array> {
 
 /// The inverse of [`merged`]: `size` examples, each with a first dimension of `inner`.
 pub(crate) fn unmerged(array: &Array, size: usize, inner: usize) -> Result<Array> {
-    array.unflatten(0, &[size, inner])
+    array.unflatten(0, &[size as i64, inner as i64])
 }

@@ -3,9 +3,9 @@
 use mica_simd::Isa;
 
 use super::lanes::{map2, narrow2};
-use super::math;
 use super::tile::TileOp;
 use super::unary::ops;
+use super::{complex, math};
 use crate::dtype::Dtype;
 use crate::element::Bool8;
 
@@ -61,7 +61,8 @@ pub(crate) fn binary_op(isa: Isa, op: BinaryOp, dtype: Dtype) -> Option<Box<dyn 
         Dtype::I64 => integer_i64(op),
         Dtype::F32 => float32(isa, op),
         Dtype::F64 => float64(op),
-        Dtype::F16 | Dtype::BF16 | Dtype::C64 => None,
+        Dtype::C64 => complex::binary_tile(op),
+        Dtype::F16 | Dtype::BF16 => None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use mica_simd::Isa;
 
+use super::complex;
 use super::lanes::{map2, narrow2};
 use super::tile::TileOp;
 use super::unary::ops;
@@ -53,6 +54,7 @@ pub(crate) fn compare_op(isa: Isa, op: CompareOp, dtype: Dtype) -> Option<Box<dy
             Gt => map2(isa, |a: f32, b: f32| Bool8::from(a > b)),
             Ge => map2(isa, |a: f32, b: f32| Bool8::from(a >= b)),
         },
-        Dtype::F16 | Dtype::BF16 | Dtype::C64 => return None,
+        Dtype::C64 => complex::compare_tile(op),
+        Dtype::F16 | Dtype::BF16 => return None,
     })
 }

@@ -5,11 +5,12 @@
 //! are broadcast to the output's shape. An output may be the same memory as an input if both have
 //! exactly the same layout and element size; it may not overlap an input otherwise.
 //!
-//! `complex64` is refused here except by [`cast`] and [`select`] (and moved by everything that
-//! only moves): its arithmetic is not written yet.
+//! `complex64` has the arithmetic of [`complex`]; the absolute value of a complex number is a
+//! complex number.
 
 mod binary;
 mod compare;
+pub mod complex;
 pub(crate) mod convert;
 mod erf64;
 pub(crate) mod lanes;

@@ -4,7 +4,7 @@ use mica_simd::Isa;
 
 use super::lanes::{map1, narrow1};
 use super::tile::TileOp;
-use super::{erf64, math};
+use super::{complex, erf64, math};
 use crate::dtype::Dtype;
 use crate::element::Bool8;
 
@@ -92,7 +92,8 @@ pub(crate) fn unary_op(isa: Isa, op: UnaryOp, dtype: Dtype) -> Option<Box<dyn Ti
         Dtype::I64 => signed_i64(op),
         Dtype::F32 => float32(isa, op),
         Dtype::F64 => float64(op),
-        Dtype::F16 | Dtype::BF16 | Dtype::C64 => None,
+        Dtype::C64 => complex::unary_tile(op),
+        Dtype::F16 | Dtype::BF16 => None,
     }
 }
 

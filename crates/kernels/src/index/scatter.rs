@@ -9,6 +9,7 @@ use super::{AxisIndex, check_slices, common_shape};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Complex32, Element, round_bf16, with_element};
 use crate::elementwise::tile::{CHUNK, Source, TILE, TILE_BYTES, check_output};
+use crate::elementwise::{BinaryOp, complex::joined};
 use crate::error::KernelError;
 use crate::layout::Linear;
 
@@ -41,7 +42,7 @@ pub fn scatter(
 ) -> Result<Box<dyn Task>, KernelError> {
     const NAME: &str = "scatter";
     let index_shape = common_shape(NAME, indices)?;
-    check_update(NAME, op, &out, &updates)?;
+    check_update(NAME, &out, &updates)?;
     let rank = index_shape.len();
     if updates.shape.len() != rank + out.shape.len() || updates.shape[..rank] != index_shape {
         let message = format!(
@@ -92,7 +93,7 @@ pub fn scatter_along_axis(
     updates: DynView,
 ) -> Result<Box<dyn Task>, KernelError> {
     const NAME: &str = "put_along_axis";
-    check_update(NAME, op, &out, &updates)?;
+    check_update(NAME, &out, &updates)?;
     let place = DynView {
         pointer: out.pointer,
         dtype: out.dtype,
@@ -121,18 +122,10 @@ pub fn scatter_along_axis(
     }))
 }
 
-fn check_update(
-    name: &'static str,
-    op: ScatterOp,
-    out: &DynViewMut,
-    updates: &DynView,
-) -> Result<(), KernelError> {
+fn check_update(name: &'static str, out: &DynViewMut, updates: &DynView) -> Result<(), KernelError> {
     if out.dtype != updates.dtype {
         let message = format!("the output is {}, the updates are {}", out.dtype, updates.dtype);
         return Err(KernelError::new(name, message));
-    }
-    if out.dtype == Dtype::C64 && op != ScatterOp::Set {
-        return Err(KernelError::new(name, format!("{op:?} is not defined for complex64")));
     }
     check_output(name, out)
 }
@@ -498,6 +491,7 @@ joined_floats! {
 joined! {
     Bool8, Bool8, false, |x| x, |x| x, |a, b| Bool8(a.0 | b.0), |a, b| Bool8(a.0 & b.0),
         |a, b| Bool8(a.0 | b.0), |a, b| Bool8(a.0 & b.0);
-    // Set is all that the constructors let through for complex numbers.
-    Complex32, Complex32, false, |x| x, |x| x, |_, b| b, |_, b| b, |_, b| b, |_, b| b;
+    Complex32, Complex32, false, |x| x, |x| x, |a, b| joined(BinaryOp::Add, a, b),
+        |a, b| joined(BinaryOp::Multiply, a, b), |a, b| joined(BinaryOp::Maximum, a, b),
+        |a, b| joined(BinaryOp::Minimum, a, b);
 }

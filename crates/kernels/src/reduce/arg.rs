@@ -5,7 +5,7 @@ use mica_threads::{Scratch, Task};
 use super::Buffers;
 use super::geometry::Geometry;
 use crate::dtype::{Dtype, DynView, DynViewMut};
-use crate::element::{Bool8, Element};
+use crate::element::{Bool8, Complex32, Element};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, check_output, compute_dtype};
 use crate::error::KernelError;
 use crate::layout::Linear;
@@ -75,7 +75,15 @@ pub fn arg_reduce(
         Dtype::I64 => make!(i64, |_| false),
         Dtype::F32 => make!(f32, |x: f32| x.is_nan()),
         Dtype::F64 => make!(f64, |x: f64| x.is_nan()),
-        Dtype::F16 | Dtype::BF16 | Dtype::C64 => {
+        Dtype::C64 => {
+            let less = crate::elementwise::complex::stored_is_less;
+            let nan = |x: Complex32| x.re.is_nan() || x.im.is_nan();
+            let better = move |a: Complex32, b: Complex32| {
+                (nan(a) && !nan(b)) || if max { less(b, a) } else { less(a, b) }
+            };
+            ArgReduce::<Complex32, _>::boxed(name, geometry, &source, &out, better)
+        }
+        Dtype::F16 | Dtype::BF16 => {
             return Err(KernelError::new(name, format!("not defined for {}", source.dtype)));
         }
     })

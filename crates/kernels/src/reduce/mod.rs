@@ -28,8 +28,9 @@ use geometry::Geometry;
 pub use softmax::{logsumexp, softmax};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
-use crate::element::{Bool8, Element};
+use crate::element::{Bool8, Complex32, Element};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, TILE_BYTES, check_output};
+use crate::elementwise::{BinaryOp, complex};
 use crate::error::KernelError;
 use crate::layout::Linear;
 
@@ -175,9 +176,20 @@ pub fn reduce(
         Dtype::I64 => integer!(i64),
         Dtype::F32 => float!(f32),
         Dtype::F64 => float!(f64),
-        Dtype::F16 | Dtype::BF16 | Dtype::C64 => {
-            Err(KernelError::new(name, format!("not defined for {}", source.dtype)))
+        Dtype::C64 => {
+            use complex::{binary, stored};
+            let number = |re, im| Complex32 { re, im };
+            let (joined, start) = match op {
+                ReduceOp::Sum => (BinaryOp::Add, number(0.0, 0.0)),
+                ReduceOp::Prod => (BinaryOp::Multiply, number(1.0, 0.0)),
+                ReduceOp::Max => (BinaryOp::Maximum, number(f32::NEG_INFINITY, f32::NEG_INFINITY)),
+                ReduceOp::Min => (BinaryOp::Minimum, number(f32::INFINITY, f32::INFINITY)),
+                ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
+            };
+            let join = stored(binary(joined).expect("complex numbers have it"));
+            Ok(Reduce::<Complex32, _>::boxed(name, geometry, &source, &out, start, join))
         }
+        Dtype::F16 | Dtype::BF16 => Err(KernelError::new(name, format!("not defined for {}", source.dtype))),
     }
 }
 

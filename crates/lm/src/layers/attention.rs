@@ -137,7 +137,7 @@ impl Attention {
     ) -> Result<Array> {
         let shape = &self.shape;
         let heads = |y: Array, count: usize, norm: &Option<RmsNorm>| -> Result<Array> {
-            let y = y.unflatten(-1, &[count, shape.head_dim])?;
+            let y = y.unflatten(-1, &[count as i64, shape.head_dim as i64])?;
             match norm {
                 Some(norm) => norm.forward(&y),
                 None => Ok(y),

@@ -3,13 +3,14 @@
 use mica_kernels::index::{self, ScatterOp};
 use mica_kernels::optimizer::{self, AdamWOptions, AdamWParameter};
 use mica_kernels::reduce::ArgReduceOp;
-use mica_kernels::{DynView, DynViewMut, copy, elementwise, random, reduce};
+use mica_kernels::scan::{self, ScanOptions};
+use mica_kernels::{DynView, DynViewMut, copy, elementwise, random, reduce, sort};
 use mica_threads::Task;
 use smallvec::SmallVec;
 
 use super::{Lowered, input, output};
 use crate::backend::Step;
-use crate::op::{AdamWSpec, Op, Scalar};
+use crate::op::{AdamWSpec, Axes, Op, Scalar};
 use crate::transforms::Region;
 use crate::{Dtype, Result};
 
@@ -82,6 +83,43 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
                 index::scatter_along_axis(ScatterOp::Add, out, *axis, input(step, 0)?, input(step, 1)?)?;
             return Ok(Lowered::Tasks(vec![zero, add]));
         }
+        Op::Gather { axes, slice } => {
+            index::gather(input(step, 0)?, &index_views(step, axes, 1)?, slice, out)?
+        }
+        Op::Scatter { op, axes } => {
+            let indices = index_views(step, axes, 2)?;
+            let updates = input(step, 1)?;
+            return onto_base(step, out, |out| Ok(index::scatter(*op, out, &indices, updates)?));
+        }
+        Op::ScatterAlong { op, axis } => {
+            let (indices, updates) = (input(step, 1)?, input(step, 2)?);
+            return onto_base(step, out, |out| {
+                Ok(index::scatter_along_axis(*op, out, *axis, indices, updates)?)
+            });
+        }
+        Op::Scan { op, axis, reverse, exclusive } => {
+            let options = ScanOptions { reverse: *reverse, exclusive: *exclusive };
+            scan::scan(*op, options, input(step, 0)?, *axis, out)?
+        }
+        Op::Sort { axis, order } => sort::sort(input(step, 0)?, *axis, *order, out)?,
+        Op::ArgSort { axis, order } => sort::argsort(input(step, 0)?, *axis, *order, out)?,
+        Op::Bitcast => {
+            // Only contiguous inputs that start at an odd place come here: others are views.
+            let (source, count) = (input(step, 0)?, step.outputs[0].host()?.bytes());
+            let source = DynView {
+                pointer: source.pointer,
+                dtype: Dtype::U8,
+                shape: [count][..].into(),
+                strides: [1][..].into(),
+            };
+            let target = DynViewMut {
+                pointer: out.pointer,
+                dtype: Dtype::U8,
+                shape: [count][..].into(),
+                strides: [1][..].into(),
+            };
+            copy::copy(source, target)?
+        }
         Op::ArgReduce { max, axis } => {
             let op = if *max { ArgReduceOp::ArgMax } else { ArgReduceOp::ArgMin };
             reduce::arg_reduce(op, input(step, 0)?, *axis, out)?
@@ -93,6 +131,26 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         _ => return Ok(super::by_reference(step)),
     };
     Ok(task.into())
+}
+
+/// The index arrays from input `first` on, each with its axis.
+fn index_views(step: &Step, axes: &Axes, first: usize) -> Result<Vec<(usize, DynView)>> {
+    axes.iter().enumerate().map(|(index, &axis)| Ok((axis, input(step, first + index)?))).collect()
+}
+
+/// An update of the first input, which is copied first unless the output has its memory.
+fn onto_base(
+    step: &Step,
+    out: DynViewMut,
+    update: impl FnOnce(DynViewMut) -> Result<Box<dyn Task>>,
+) -> Result<Lowered> {
+    let base = input(step, 0)?;
+    let mut tasks = Vec::with_capacity(2);
+    if base.pointer != out.pointer.cast_const() {
+        tasks.push(copy::copy(base, out.clone())?);
+    }
+    tasks.push(update(out)?);
+    Ok(Lowered::Tasks(tasks))
 }
 
 /// A region's program; outputs that nobody asked for are left out of it.

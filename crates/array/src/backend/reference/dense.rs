@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use mica_kernels::ViewMut;
+use mica_kernels::elementwise::complex::Pair;
 use mica_kernels::gemm::{FloatType, FloatViewMut, FloatWeight};
 use mica_kernels::quant::{QuantWeight, ScaleVec};
 use mica_kernels::view::contiguous_strides;
@@ -11,11 +12,12 @@ use crate::op::Scalar;
 use crate::shape::{Shape, size_of};
 use crate::{Dtype, Error, PackedWeight, Result};
 
-/// Values of a float or an integer (or bool) array.
+/// Values of a float, an integer (or bool) or a complex array.
 #[derive(Clone, Debug)]
 pub(super) enum Values {
     Float(Vec<f64>),
     Int(Vec<i128>),
+    Complex(Vec<Pair>),
 }
 
 #[derive(Clone, Debug)]
@@ -33,6 +35,11 @@ impl Dense {
     pub fn ints(shape: &[usize], values: Vec<i128>) -> Dense {
         debug_assert_eq!(size_of(shape), values.len());
         Dense { shape: shape.into(), values: Values::Int(values) }
+    }
+
+    pub fn complex(shape: &[usize], values: Vec<Pair>) -> Dense {
+        debug_assert_eq!(size_of(shape), values.len());
+        Dense { shape: shape.into(), values: Values::Complex(values) }
     }
 
     pub fn filled(shape: &[usize], dtype: Dtype, value: Scalar) -> Dense {
@@ -63,6 +70,14 @@ impl Dense {
         match &self.values {
             Values::Float(values) => values[index],
             Values::Int(values) => values[index] as f64,
+            Values::Complex(values) => values[index].0,
+        }
+    }
+
+    pub fn pair(&self, index: usize) -> Pair {
+        match &self.values {
+            Values::Complex(values) => values[index],
+            _ => (self.at(index), 0.0),
         }
     }
 
@@ -70,6 +85,20 @@ impl Dense {
         match &self.values {
             Values::Float(values) => values[index] as i128,
             Values::Int(values) => values[index],
+            Values::Complex(values) => values[index].0 as i128,
+        }
+    }
+
+    pub fn is_complex(&self) -> bool {
+        matches!(self.values, Values::Complex(_))
+    }
+
+    /// Whether the value is not zero.
+    pub fn truth(&self, index: usize) -> bool {
+        match &self.values {
+            Values::Float(values) => values[index] != 0.0,
+            Values::Int(values) => values[index] != 0,
+            Values::Complex(values) => values[index] != (0.0, 0.0),
         }
     }
 
@@ -82,6 +111,7 @@ impl Dense {
         match &self.values {
             Values::Float(values) => Dense::floats(shape, places.map(|place| values[place]).collect()),
             Values::Int(values) => Dense::ints(shape, places.map(|place| values[place]).collect()),
+            Values::Complex(values) => Dense::complex(shape, places.map(|place| values[place]).collect()),
         }
     }
 
@@ -96,6 +126,20 @@ impl Dense {
         };
         self.store(&view)?;
         Dense::load(&Operand::Host(view))
+    }
+
+    /// The bytes that the values of type `from` are, as values of type `to`.
+    pub fn bitcast(&self, from: Dtype, to: Dtype, shape: &[usize]) -> Result<Dense> {
+        let mut bytes = vec![0u64; (self.size() * from.size()).div_ceil(8)];
+        let view = |dtype: Dtype, shape: &[usize], pointer: *mut u64| HostView {
+            pointer: pointer.cast(),
+            shape: shape.into(),
+            strides: contiguous_strides(shape).as_slice().into(),
+            dtype,
+        };
+        let pointer = bytes.as_mut_ptr();
+        self.store(&view(from, &self.shape, pointer))?;
+        Dense::load(&Operand::Host(view(to, shape, pointer)))
     }
 
     pub fn load(operand: &Operand) -> Result<Dense> {
@@ -129,7 +173,7 @@ impl Dense {
             Dtype::BF16 => Values::Float(read!(u16, |bits| bf16::from_bits(bits).to_f64())),
             Dtype::F32 => Values::Float(read!(f32, f64::from)),
             Dtype::F64 => Values::Float(read!(f64, |value| value)),
-            Dtype::C64 => return Err(Error::unsupported("reference", "complex64 has no reference yet")),
+            Dtype::C64 => Values::Complex(read!([f32; 2], |[re, im]: [f32; 2]| (re as f64, im as f64))),
         };
         Ok(Dense { shape: view.shape.clone(), values })
     }
@@ -152,11 +196,12 @@ impl Dense {
                 write!($t, |index| match &self.values {
                     Values::Float(values) => values[index] as $t,
                     Values::Int(values) => values[index] as $t,
+                    Values::Complex(_) => self.at(index) as $t,
                 })
             };
         }
         match view.dtype {
-            Dtype::Bool => write!(u8, |index| (self.at(index) != 0.0) as u8),
+            Dtype::Bool => write!(u8, |index| self.truth(index) as u8),
             Dtype::U8 => integer!(u8),
             Dtype::U16 => integer!(u16),
             Dtype::U32 => integer!(u32),
@@ -169,7 +214,10 @@ impl Dense {
             Dtype::BF16 => write!(u16, |index| bf16::from_f64(self.at(index)).to_bits()),
             Dtype::F32 => write!(f32, |index| self.at(index) as f32),
             Dtype::F64 => write!(f64, |index| self.at(index)),
-            Dtype::C64 => return Err(Error::unsupported("reference", "complex64 has no reference yet")),
+            Dtype::C64 => write!([f32; 2], |index| {
+                let (re, im) = self.pair(index);
+                [re as f32, im as f32]
+            }),
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! Elementwise ops, reductions, random bits, the optimizer step.
 
+use mica_kernels::elementwise::complex;
+
 use super::dense::{Dense, Values, ravel, unravel};
 use crate::Dtype;
 use crate::op::{AdamWSpec, BinaryOp, CompareOp, ReduceOp, UnaryOp};
@@ -19,6 +21,13 @@ pub(super) fn unary(op: UnaryOp, x: &Dense) -> Dense {
             LogicalNot => return int(|v| (v == 0) as i128),
             _ => {}
         }
+    }
+    if let Values::Complex(values) = &x.values {
+        return match (op, complex::unary(op)) {
+            (LogicalNot, _) => Dense::ints(&x.shape, (0..x.size()).map(|i| !x.truth(i) as i128).collect()),
+            (_, Some(f)) => Dense::complex(&x.shape, values.iter().map(|&value| f(value)).collect()),
+            (_, None) => Dense::complex(&x.shape, vec![(f64::NAN, f64::NAN); x.size()]),
+        };
     }
     let f: fn(f64) -> f64 = match op {
         Abs => f64::abs,
@@ -128,15 +137,26 @@ fn erf_inverse(y: f64) -> f64 {
 
 pub(super) fn binary(op: BinaryOp, a: &Dense, b: &Dense, dtype: Dtype) -> Dense {
     use BinaryOp::*;
+    if dtype == Dtype::C64 {
+        let f = complex::binary(op).unwrap_or(|_, _| (f64::NAN, f64::NAN));
+        return Dense::complex(&a.shape, (0..a.size()).map(|i| f(a.pair(i), b.pair(i))).collect());
+    }
+    if matches!(op, LogicalAnd | LogicalOr) {
+        let f = |i: usize| match op {
+            LogicalAnd => a.truth(i) && b.truth(i),
+            _ => a.truth(i) || b.truth(i),
+        };
+        return Dense::ints(&a.shape, (0..a.size()).map(|i| f(i) as i128).collect());
+    }
     if !dtype.is_float() {
         let f = |x: i128, y: i128| match op {
             Add => x + y,
             Subtract => x - y,
             Multiply => x.wrapping_mul(y),
             Divide | FloorDivide if y == 0 => 0,
-            // As MLX: integers divide towards zero.
-            Divide | FloorDivide => x / y,
-            Remainder if y == 0 => 0,
+            Divide => x / y,
+            FloorDivide => x / y - (x % y != 0 && (x < 0) != (y < 0)) as i128,
+            Remainder if y == 0 => x,
             Remainder => {
                 let r = x % y;
                 if r != 0 && (r < 0) != (y < 0) { r + y } else { r }
@@ -155,7 +175,13 @@ pub(super) fn binary(op: BinaryOp, a: &Dense, b: &Dense, dtype: Dtype) -> Dense 
         };
         return Dense::ints(&a.shape, (0..a.size()).map(|i| f(a.int(i), b.int(i))).collect());
     }
-    let f = |x: f64, y: f64| match op {
+    Dense::floats(&a.shape, (0..a.size()).map(|i| join_floats(op, a.at(i), b.at(i))).collect())
+}
+
+/// A binary op on two floats.
+pub(super) fn join_floats(op: BinaryOp, x: f64, y: f64) -> f64 {
+    use BinaryOp::*;
+    match op {
         Add => x + y,
         Subtract => x - y,
         Multiply => x * y,
@@ -188,15 +214,22 @@ pub(super) fn binary(op: BinaryOp, a: &Dense, b: &Dense, dtype: Dtype) -> Dense 
         LogicalAnd => (x != 0.0 && y != 0.0) as u8 as f64,
         LogicalOr => (x != 0.0 || y != 0.0) as u8 as f64,
         BitwiseAnd | BitwiseOr | BitwiseXor | LeftShift | RightShift => f64::NAN,
-    };
-    Dense::floats(&a.shape, (0..a.size()).map(|i| f(a.at(i), b.at(i))).collect())
+    }
 }
 
 fn power(base: i128, exponent: i128) -> i128 {
     if exponent < 0 {
         return 0;
     }
-    (0..exponent.min(128)).fold(1i128, |product, _| product.wrapping_mul(base))
+    let (mut base, mut exponent, mut product) = (base, exponent, 1i128);
+    while exponent != 0 {
+        if exponent & 1 != 0 {
+            product = product.wrapping_mul(base);
+        }
+        exponent >>= 1;
+        base = base.wrapping_mul(base);
+    }
+    product
 }
 
 pub(super) fn compare(op: CompareOp, a: &Dense, b: &Dense) -> Dense {
@@ -211,6 +244,7 @@ pub(super) fn compare(op: CompareOp, a: &Dense, b: &Dense) -> Dense {
     let values = (0..a.size())
         .map(|i| match (&a.values, &b.values) {
             (Values::Int(x), Values::Int(y)) => holds(Some(x[i].cmp(&y[i]))) as i128,
+            (Values::Complex(x), Values::Complex(y)) => complex::compare(op)(x[i], y[i]) as i128,
             _ => holds(a.at(i).partial_cmp(&b.at(i))) as i128,
         })
         .collect();
@@ -218,11 +252,12 @@ pub(super) fn compare(op: CompareOp, a: &Dense, b: &Dense) -> Dense {
 }
 
 pub(super) fn select(condition: &Dense, a: &Dense, b: &Dense) -> Dense {
-    let pick = |i: usize| if condition.at(i) != 0.0 { a } else { b };
+    let pick = |i: usize| if condition.truth(i) { a } else { b };
     match (&a.values, &b.values) {
         (Values::Int(_), Values::Int(_)) => {
             Dense::ints(&a.shape, (0..a.size()).map(|i| pick(i).int(i)).collect())
         }
+        (Values::Complex(_), _) => Dense::complex(&a.shape, (0..a.size()).map(|i| pick(i).pair(i)).collect()),
         _ => Dense::floats(&a.shape, (0..a.size()).map(|i| pick(i).at(i)).collect()),
     }
 }
@@ -257,6 +292,22 @@ pub(super) fn reduce(op: ReduceOp, x: &Dense, axes: &[usize], shape: &[usize]) -
         }
         return Dense::ints(shape, result);
     }
+    if let Values::Complex(values) = &x.values {
+        let (joined, start) = match op {
+            ReduceOp::Prod => (BinaryOp::Multiply, (1.0, 0.0)),
+            ReduceOp::Max => (BinaryOp::Maximum, (f64::NEG_INFINITY, f64::NEG_INFINITY)),
+            ReduceOp::Min => (BinaryOp::Minimum, (f64::INFINITY, f64::INFINITY)),
+            // Truth is asked of bools alone: the constructor casts.
+            ReduceOp::Sum | ReduceOp::All | ReduceOp::Any => (BinaryOp::Add, (0.0, 0.0)),
+        };
+        let join = complex::binary(joined).expect("complex numbers have it");
+        let mut result = vec![start; count];
+        for (i, &value) in values.iter().enumerate() {
+            let slot = &mut result[target(i)];
+            *slot = join(*slot, value);
+        }
+        return Dense::complex(shape, result);
+    }
     let start = match op {
         ReduceOp::Sum | ReduceOp::Any => 0.0,
         ReduceOp::Prod | ReduceOp::All => 1.0,
@@ -281,19 +332,32 @@ pub(super) fn reduce(op: ReduceOp, x: &Dense, axes: &[usize], shape: &[usize]) -
     Dense::floats(shape, result)
 }
 
+/// The first of the largest or smallest; of the first NaN if there is one.
 pub(super) fn arg_reduce(max: bool, x: &Dense, axis: usize, shape: &[usize]) -> Dense {
-    let mut best: Vec<Option<(f64, i128)>> = vec![None; size_of(shape)];
+    let nan = |i: usize| x.pair(i).0.is_nan() || x.pair(i).1.is_nan();
+    let beats = |new: usize, held: usize| match &x.values {
+        Values::Int(values) => {
+            if max {
+                values[new] > values[held]
+            } else {
+                values[new] < values[held]
+            }
+        }
+        _ if nan(new) || nan(held) => nan(new) && !nan(held),
+        _ if max => complex::is_less(x.pair(held), x.pair(new)),
+        _ => complex::is_less(x.pair(new), x.pair(held)),
+    };
+    let mut best: Vec<Option<usize>> = vec![None; size_of(shape)];
     for i in 0..x.size() {
         let mut index = unravel(i, &x.shape);
-        let at = index[axis] as i128;
         index[axis] = 0;
         let slot = &mut best[ravel(&index, shape)];
-        let value = x.at(i);
-        if slot.is_none_or(|(held, _)| if max { value > held } else { value < held }) {
-            *slot = Some((value, at));
+        if slot.is_none_or(|held| beats(i, held)) {
+            *slot = Some(i);
         }
     }
-    Dense::ints(shape, best.into_iter().map(|slot| slot.map_or(0, |(_, at)| at)).collect())
+    let place = |i: usize| unravel(i, &x.shape)[axis] as i128;
+    Dense::ints(shape, best.into_iter().map(|slot| slot.map_or(0, place)).collect())
 }
 
 pub(super) fn softmax(x: &Dense) -> Dense {

@@ -119,7 +119,7 @@ fn rope(spec: &RopeSpec, inputs: &[Array]) -> Result<Array> {
     };
     let turned = x.narrow(-1, 0, spec.dims)?;
     let turned = if spec.traditional {
-        let pairs = turned.unflatten(-1, &[half, 2])?;
+        let pairs = turned.unflatten(-1, &[half as i64, 2])?;
         let side = |index: usize| pairs.narrow(-1, index, index + 1)?.squeeze(&[-1]);
         Array::stack(&turn(&side(0)?, &side(1)?)?, -1)?.flatten_axes(-2, -1)?
     } else {

@@ -16,7 +16,7 @@ pub(crate) fn matmul(precision: Precision, rule: &Vmap) -> Result<Array> {
     }
     let (a, b) = (&rule.inputs[0], &rule.inputs[1]);
     let rows = a.flatten_axes(0, 1)?;
-    rows.matmul_with(b, precision)?.unflatten(0, &a.shape()[..2])
+    rows.matmul_with(b, precision)?.unflatten(0, &[a.shape()[0] as i64, a.shape()[1] as i64])
 }
 
 /// Both as [batch, rows, width] and [batch, out, in], for a weight that differs.

@@ -5,7 +5,7 @@
 
 use smallvec::SmallVec;
 
-use crate::op::Op;
+use crate::op::{Op, SortOrder};
 use crate::shape::broadcast_shapes;
 use crate::transforms::TracedGraph;
 use crate::{Error, Result, Shape};
@@ -24,6 +24,9 @@ pub(super) fn infer(op: &Op, inputs: &[&[usize]]) -> Result<Shape> {
         | Op::After
         | Op::Contiguous
         | Op::Softmax
+        | Op::Scan { .. }
+        | Op::Sort { order: SortOrder::Full, .. }
+        | Op::ArgSort { order: SortOrder::Full, .. }
         | Op::RmsNorm { .. }
         | Op::LayerNorm { .. } => first(),
         Op::Binary(_) | Op::Compare(_) | Op::Select => {

@@ -216,6 +216,13 @@ fn is_same(a: &Op, b: &Op) -> bool {
         | (Op::TakeAlong { axis: a }, Op::TakeAlong { axis: b })
         | (Op::ScatterAdd { axis: a }, Op::ScatterAdd { axis: b })
         | (Op::ScatterAddAlong { axis: a }, Op::ScatterAddAlong { axis: b }) => a == b,
+        (Op::Sort { axis: a, order: x }, Op::Sort { axis: b, order: y })
+        | (Op::ArgSort { axis: a, order: x }, Op::ArgSort { axis: b, order: y }) => a == b && x == y,
+        (Op::Bitcast, Op::Bitcast) => true,
+        (Op::AsStrided { strides: a, offset: x }, Op::AsStrided { strides: b, offset: y }) => {
+            a == b && x == y
+        }
+        (Op::Gather { axes: a, slice: x }, Op::Gather { axes: b, slice: y }) => a == b && x == y,
         (Op::Reduce { op: a, axes: x }, Op::Reduce { op: b, axes: y }) => a == b && x == y,
         (Op::ArgReduce { max: a, axis: x }, Op::ArgReduce { max: b, axis: y }) => a == b && x == y,
         (Op::Matmul { precision: a }, Op::Matmul { precision: b })
