@@ -4,12 +4,16 @@
 //! name, so that weights can be loaded, saved, trained, frozen and counted. The crate does no I/O:
 //! it hands out and takes named arrays, which `mica_array::files` writes and reads.
 //!
+//! New here? [`guide`] is an introduction to lazy arrays and to this crate.
+//!
 //! What a forward pass needs besides its inputs is in a [`Context`]: the precision of products, and
 //! random numbers while training. New layers take their numbers from [`Keys`], the sequence that
 //! MLX's global state goes through.
 
 pub mod activations;
 mod context;
+#[doc = include_str!("../docs/guide.md")]
+pub mod guide {}
 pub mod init;
 mod layers;
 pub mod losses;
