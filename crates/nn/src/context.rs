@@ -1,36 +1,72 @@
-//! What a forward pass needs to know besides its inputs.
+//! What a forward pass needs to know besides its inputs, and where random numbers come from.
 
 use std::cell::RefCell;
 
 use mica_array::{Array, Dtype, Precision, Result, random};
 
-/// How to compute a forward pass.
+/// Keys for random numbers, one after another: the sequence of MLX's global state.
+///
+/// After `mlx.core.random.seed(s)`, the n-th draw there has the key that `Keys::new(s)` gives n-th.
+#[derive(Debug, Clone)]
+pub struct Keys {
+    key: Array,
+}
+
+impl Keys {
+    /// The sequence of a seed.
+    pub fn new(seed: u64) -> Result<Keys> {
+        Ok(Keys { key: random::key(seed)? })
+    }
+
+    /// The sequence that starts at a key.
+    pub fn from_key(key: Array) -> Keys {
+        Keys { key }
+    }
+
+    /// The next key.
+    pub fn draw(&mut self) -> Result<Array> {
+        let keys = random::split(&self.key, 2)?;
+        self.key = keys.narrow(0, 0, 1)?.reshape(&[2])?;
+        keys.narrow(0, 1, 2)?.reshape(&[2])
+    }
+}
+
+/// How to compute a forward pass. A context for training is what MLX's `module.train()` is, the
+/// default what `module.eval()` is: dropout and batch norm look at it.
 #[derive(Debug, Default)]
 pub struct Context {
     /// Of the products.
     pub precision: Precision,
-    /// The key of the next random numbers, while training with dropout.
-    key: Option<RefCell<Array>>,
+    /// Where random numbers come from, while training.
+    keys: Option<RefCell<Keys>>,
 }
 
 impl Context {
     /// Without randomness.
     pub fn new(precision: Precision) -> Context {
-        Context { precision, key: None }
+        Context { precision, keys: None }
     }
 
     /// For a training step: dropout draws from this key.
     pub fn training(precision: Precision, key: Array) -> Context {
-        Context { precision, key: Some(RefCell::new(key)) }
+        Context { precision, keys: Some(RefCell::new(Keys::from_key(key))) }
+    }
+
+    /// Whether this is a training step.
+    pub fn is_training(&self) -> bool {
+        self.keys.is_some()
     }
 
     /// Zeroes values with probability `rate` and scales the others up; only while training.
     pub fn dropout(&self, x: &Array, rate: f32) -> Result<Array> {
-        let Some(key) = self.key.as_ref().filter(|_| rate > 0.0) else { return Ok(x.clone()) };
-        let keys = random::split(&key.borrow(), 2)?;
-        let draw = keys.narrow(0, 1, 2)?.reshape(&[2])?;
-        *key.borrow_mut() = keys.narrow(0, 0, 1)?.reshape(&[2])?;
-        let keep = random::bernoulli(1.0 - rate, x.shape(), &draw)?;
+        self.dropout_shaped(x, rate, x.shape())
+    }
+
+    /// [`Context::dropout`] with one draw for all that `shape` broadcasts to.
+    pub(crate) fn dropout_shaped(&self, x: &Array, rate: f32, shape: &[usize]) -> Result<Array> {
+        let Some(keys) = self.keys.as_ref().filter(|_| rate > 0.0) else { return Ok(x.clone()) };
+        let key = keys.borrow_mut().draw()?;
+        let keep = random::bernoulli(1.0 - rate, shape, &key)?;
         x.multiply(keep.astype(Dtype::F32)?.multiply(1.0 / (1.0 - rate))?.astype(x.dtype())?)
     }
 }

@@ -1,17 +1,58 @@
-//! The module tree: parameters by name.
+//! The module tree: parameters and modules by name.
 
-use mica_array::{Array, Error, Result};
+use mica_array::{Error, Result};
+
+use crate::{Parameter, Quantization};
+
+/// What a walk over a module comes by.
+pub enum Item<'a> {
+    /// A parameter.
+    Parameter(&'a Parameter),
+    /// A module, before what is in it.
+    Module(&'a dyn Module),
+}
+
+/// What a walk over a module comes by, to be changed.
+pub enum ItemMut<'a> {
+    /// A parameter.
+    Parameter(&'a mut Parameter),
+    /// A module, before what is in it.
+    Module(&'a mut dyn Module),
+}
 
 /// Something with named parameters.
 ///
 /// Names are joined with dots, as in `model.layers.0.self_attn.q_proj.weight`; list items are
-/// their index. [`module!`](crate::module) writes the implementation of a struct.
+/// their index. [`module!`](crate::module!) writes the implementation of a struct, and the
+/// functions of this crate ([`parameters`](crate::parameters()), [`freeze`](crate::freeze()),
+/// [`quantize`](crate::quantize()) and so on) are what is done with a tree.
 pub trait Module {
-    /// Shows every parameter with its full name.
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array));
+    /// Shows itself and everything in it, with full names.
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>));
 
-    /// Lends every parameter with its full name.
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array));
+    /// Lends itself and everything in it, with full names.
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>));
+
+    /// What it is, as `Linear`: the name of its type.
+    fn kind(&self) -> &'static str {
+        let path = std::any::type_name::<Self>();
+        let plain = path.split('<').next().unwrap_or(path);
+        plain.rsplit("::").next().unwrap_or(plain)
+    }
+
+    /// Whether [`Module::quantize`] works.
+    fn can_quantize(&self) -> bool {
+        false
+    }
+
+    /// Replaces its own weight by a quantized one.
+    ///
+    /// # Errors
+    /// If it has none that can be quantized, or the format does not fit its shape.
+    fn quantize(&mut self, _: Quantization) -> Result<()> {
+        let message = format!("a module of type {} has no weight that can be quantized", self.kind());
+        Err(Error::Unsupported { op: "quantize", message: message.into() })
+    }
 }
 
 /// `name.field`, or `field` at the root.
@@ -23,24 +64,24 @@ pub fn join(name: &str, field: &str) -> String {
     }
 }
 
-impl Module for Array {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
-        see(name, self);
+impl Module for Parameter {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+        see(name, Item::Parameter(self));
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
-        see(name, self);
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        see(name, ItemMut::Parameter(self));
     }
 }
 
 impl<M: Module> Module for Option<M> {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
         if let Some(module) = self {
             module.visit(name, see);
         }
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
         if let Some(module) = self {
             module.visit_mut(name, see);
         }
@@ -48,23 +89,35 @@ impl<M: Module> Module for Option<M> {
 }
 
 impl<M: Module + ?Sized> Module for Box<M> {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
         (**self).visit(name, see);
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
         (**self).visit_mut(name, see);
+    }
+
+    fn kind(&self) -> &'static str {
+        (**self).kind()
+    }
+
+    fn can_quantize(&self) -> bool {
+        (**self).can_quantize()
+    }
+
+    fn quantize(&mut self, quantization: Quantization) -> Result<()> {
+        (**self).quantize(quantization)
     }
 }
 
 impl<M: Module> Module for Vec<M> {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
         for (index, module) in self.iter().enumerate() {
             module.visit(&join(name, &index.to_string()), see);
         }
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
         for (index, module) in self.iter_mut().enumerate() {
             module.visit_mut(&join(name, &index.to_string()), see);
         }
@@ -75,64 +128,27 @@ impl<M: Module> Module for Vec<M> {
 /// has in files where it differs (`""` for a field whose own fields stand at this level).
 ///
 /// ```
-/// use mica_array::Array;
-/// struct Norm { weight: Array, eps: f32 }
-/// mica_nn::module!(Norm { weight });
+/// use mica_nn::{Linear, Parameter};
+/// struct Scaled { scale: Parameter, inner: Linear, times: f32 }
+/// mica_nn::module!(Scaled { scale, inner as "proj" });
 /// ```
 #[macro_export]
 macro_rules! module {
-    ($type:ty { $($field:ident $(as $name:literal)?),* $(,)? }) => {
+    ($type:ty { $($field:ident $(as $name:literal)?),* $(,)? } $($own:tt)*) => {
         impl $crate::Module for $type {
-            fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &mica_array::Array)) {
+            fn visit(&self, name: &str, see: &mut dyn FnMut(&str, $crate::Item<'_>)) {
+                see(name, $crate::Item::Module(self));
                 $( $crate::Module::visit(&self.$field, &$crate::join(name, $crate::module!(@name $field $($name)?)), see); )*
             }
 
-            fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut mica_array::Array)) {
+            fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, $crate::ItemMut<'_>)) {
+                see(name, $crate::ItemMut::Module(self));
                 $( $crate::Module::visit_mut(&mut self.$field, &$crate::join(name, $crate::module!(@name $field $($name)?)), see); )*
             }
+
+            $($own)*
         }
     };
     (@name $field:ident) => { stringify!($field) };
     (@name $field:ident $name:literal) => { $name };
-}
-
-/// All parameters with their names, in the order of the tree.
-pub fn parameters<M: Module + ?Sized>(module: &M) -> Vec<(String, Array)> {
-    let mut list = Vec::new();
-    module.visit("", &mut |name, array| list.push((name.to_string(), array.clone())));
-    list
-}
-
-/// Replaces parameters by name.
-///
-/// # Errors
-/// If a name does not exist in the module, or a shape differs. Nothing is replaced then.
-pub fn set_parameters<M: Module + ?Sized>(module: &mut M, values: &[(String, Array)]) -> Result<()> {
-    let mut wanted: std::collections::HashMap<&str, &Array> =
-        values.iter().map(|(name, array)| (name.as_str(), array)).collect();
-    let mut mismatch = None;
-    module.visit("", &mut |name, array| {
-        if let Some(value) = wanted.get(name)
-            && value.shape() != array.shape()
-        {
-            mismatch.get_or_insert(format!(
-                "{name} has the shape {:?}, got {:?}",
-                array.shape(),
-                value.shape()
-            ));
-        }
-        wanted.remove(name);
-    });
-    let unknown = wanted.keys().next().map(|name| format!("there is no parameter {name}"));
-    if let Some(message) = unknown.or(mismatch) {
-        return Err(Error::Invalid { op: "set_parameters", message: message.into() });
-    }
-    let wanted: std::collections::HashMap<&str, &Array> =
-        values.iter().map(|(name, array)| (name.as_str(), array)).collect();
-    module.visit_mut("", &mut |name, array| {
-        if let Some(value) = wanted.get(name) {
-            *array = (*value).clone();
-        }
-    });
-    Ok(())
 }

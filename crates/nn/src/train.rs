@@ -1,9 +1,9 @@
 //! Gradients by parameter name.
 
-use mica_array::transforms::{Grads, value_and_grad_many};
+use mica_array::transforms::{self, Grads, value_and_grad_many};
 use mica_array::{Array, Error, Result};
 
-use crate::{Module, parameters, set_parameters};
+use crate::{Module, parameters, set_parameters, trainable_parameters};
 
 /// Runs `f` on the module with some parameters replaced, and puts the old ones back.
 pub fn with_parameters<M: Module + ?Sized, R>(
@@ -44,4 +44,35 @@ pub fn gradients<M: Module + ?Sized>(
         },
         &primals,
     )
+}
+
+/// The value of `f`, and its gradients by the name of each parameter that learns.
+///
+/// ```
+/// use mica_array::{Array, Dtype};
+/// use mica_nn::{Context, Keys, Layer, Linear, losses::{Reduction, mse_loss}, value_and_grad};
+///
+/// let mut model = Linear::new(3, 1, true, &mut Keys::new(0)?)?;
+/// let (x, y) = (Array::ones(&[4, 3], Dtype::F32), Array::zeros(&[4, 1], Dtype::F32));
+/// let (loss, grads) = value_and_grad(&mut model, |model| {
+///     mse_loss(&model.forward(&x, &Context::default())?, &y, Reduction::Mean)
+/// })?;
+/// assert!(loss.item::<f32>()? > 0.0);
+/// assert_eq!(grads.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["weight", "bias"]);
+/// # Ok::<(), mica_array::Error>(())
+/// ```
+pub fn value_and_grad<M: Module + ?Sized>(
+    module: &mut M,
+    f: impl FnOnce(&M) -> Result<Array>,
+) -> Result<(Array, Vec<(String, Array)>)> {
+    let names: Vec<String> = trainable_parameters(module).into_iter().map(|(name, _)| name).collect();
+    let Grads { mut value, grads } = gradients(module, &names, |module| Ok(vec![f(module)?]))?;
+    Ok((value.remove(0), names.into_iter().zip(grads).collect()))
+}
+
+/// `f` of an array, such that nothing in it is kept for the gradient: the backward pass computes
+/// it again. Parameters that `f` reads get their gradients all the same.
+pub fn checkpoint(f: impl FnOnce(&Array) -> Result<Array>, x: &Array) -> Result<Array> {
+    let outputs = transforms::checkpoint(|inputs| Ok(vec![f(&inputs[0])?]), std::slice::from_ref(x))?;
+    Ok(outputs.into_iter().next().expect("one output was given"))
 }

@@ -7,6 +7,7 @@
 
 use std::f64::consts::PI;
 
+pub use mica_nn::optim::Schedule as Mlx;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -126,152 +127,102 @@ impl Decay {
     }
 }
 
-/// mlx's schedules (`mlx.optimizers.schedulers`), by its names and arguments.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[allow(missing_docs)] // arguments are named as in mlx
-pub enum Mlx {
-    ExponentialDecay { init: f64, decay_rate: f64 },
-    StepDecay { init: f64, decay_rate: f64, step_size: u64 },
-    CosineDecay { init: f64, decay_steps: u64, end: f64 },
-    LinearSchedule { init: f64, end: f64, steps: u64 },
-    JoinSchedules { schedules: Vec<Mlx>, boundaries: Vec<u64> },
+/// Reads mlx-lm's `lr_schedule`: `{name, arguments: […], warmup, warmup_init}`.
+///
+/// Of `join_schedules`, the arguments are a list of such objects and a list of boundaries.
+pub fn mlx_from_config(config: &Value) -> Result<Mlx> {
+    let fail = |cause: String| Error::Config(format!("lr_schedule: {cause}"));
+    let Value::Object(map) = config else {
+        return Err(fail("expected {name, arguments, warmup, warmup_init}".into()));
+    };
+    const KEYS: [&str; 4] = ["name", "arguments", "warmup", "warmup_init"];
+    if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        return Err(fail(format!("unknown key \"{key}\"; known are {}", KEYS.join(", "))));
+    }
+    let name = map.get("name").and_then(Value::as_str).ok_or_else(|| fail("\"name\" is missing".into()))?;
+    let arguments = match map.get("arguments") {
+        Some(Value::Array(list)) => list.as_slice(),
+        _ => return Err(fail(format!("\"arguments\" of {name} must be a list"))),
+    };
+    let main = mlx_named(name, arguments).map_err(fail)?;
+    let number = |key: &str| match map.get(key) {
+        None | Some(Value::Null) => Ok(0.0),
+        Some(value) => value
+            .as_f64()
+            .filter(|x| *x >= 0.0)
+            .ok_or_else(|| fail(format!("\"{key}\" must be a number from 0"))),
+    };
+    let (warmup, warmup_init) = (number("warmup")?, number("warmup_init")?);
+    if warmup == 0.0 {
+        return Ok(main);
+    }
+    if warmup.fract() != 0.0 {
+        return Err(fail("\"warmup\" is a number of steps and must be whole".into()));
+    }
+    let steps = warmup as u64;
+    let rise = Mlx::LinearSchedule { init: warmup_init, end: main.init(), steps };
+    // mlx-lm joins one step after the warm-up, so that the peak is reached before the decay starts.
+    Ok(Mlx::JoinSchedules { schedules: vec![rise, main], boundaries: vec![steps + 1] })
 }
 
-impl Mlx {
-    fn at(&self, step: u64) -> f64 {
-        match self {
-            Mlx::ExponentialDecay { init, decay_rate } => init * decay_rate.powf(step as f64),
-            Mlx::StepDecay { init, decay_rate, step_size } => {
-                init * decay_rate.powf((step / step_size) as f64)
-            }
-            Mlx::CosineDecay { init, decay_steps, end } => {
-                let step = step.min(*decay_steps) as f64;
-                end + 0.5 * (1.0 + (PI / *decay_steps as f64 * step).cos()) * (init - end)
-            }
-            Mlx::LinearSchedule { init, end, steps } => {
-                step.min(*steps) as f64 * ((end - init) / *steps as f64) + init
-            }
-            Mlx::JoinSchedules { schedules, boundaries } => {
-                // As mlx: each schedule counts from its own boundary, which is absolute.
-                let reached = boundaries.iter().filter(|&&boundary| step >= boundary).count();
-                let start = if reached == 0 { 0 } else { boundaries[reached - 1] };
-                schedules[reached].at(step - start)
-            }
+fn mlx_named(name: &str, arguments: &[Value]) -> Result<Mlx, String> {
+    let signature = match name {
+        "exponential_decay" => "init, decay_rate",
+        "step_decay" => "init, decay_rate, step_size",
+        "cosine_decay" => "init, decay_steps, end=0",
+        "linear_schedule" => "init, end, steps",
+        "join_schedules" => "[schedule, …], [boundary, …]",
+        _ => {
+            return Err(format!(
+                "unknown schedule \"{name}\"; known are cosine_decay, linear_schedule, exponential_decay, \
+                 step_decay, join_schedules"
+            ));
         }
+    };
+    let wrong = |what: &str| format!("{name}({signature}): {what}");
+    if name == "join_schedules" {
+        return mlx_join(arguments).map_err(|cause| wrong(&cause));
     }
+    let expected = signature.split(", ").count();
+    let fewest = expected - usize::from(signature.contains('='));
+    if !(fewest..=expected).contains(&arguments.len()) {
+        return Err(wrong(&format!("{} arguments given", arguments.len())));
+    }
+    let float = |i: usize| {
+        let value = arguments[i].as_f64().filter(|x| x.is_finite());
+        value.ok_or_else(|| wrong(&format!("argument {} is no number", i + 1)))
+    };
+    let steps = |i: usize| {
+        let value = float(i)?;
+        let whole = value >= 1.0 && value.fract() == 0.0;
+        whole
+            .then_some(value as u64)
+            .ok_or_else(|| wrong(&format!("argument {} must be a whole number from 1", i + 1)))
+    };
+    Ok(match name {
+        "exponential_decay" => Mlx::ExponentialDecay { init: float(0)?, decay_rate: float(1)? },
+        "step_decay" => Mlx::StepDecay { init: float(0)?, decay_rate: float(1)?, step_size: steps(2)? },
+        "cosine_decay" => {
+            let end = if arguments.len() == 3 { float(2)? } else { 0.0 };
+            Mlx::CosineDecay { init: float(0)?, decay_steps: steps(1)?, end }
+        }
+        _ => Mlx::LinearSchedule { init: float(0)?, end: float(1)?, steps: steps(2)? },
+    })
+}
 
-    /// The highest rate, which is where warm-up leads: the first argument.
-    fn init(&self) -> f64 {
-        match self {
-            Mlx::ExponentialDecay { init, .. }
-            | Mlx::StepDecay { init, .. }
-            | Mlx::CosineDecay { init, .. }
-            | Mlx::LinearSchedule { init, .. } => *init,
-            Mlx::JoinSchedules { schedules, .. } => schedules.first().map_or(0.0, Mlx::init),
-        }
+fn mlx_join(arguments: &[Value]) -> Result<Mlx, String> {
+    let [Value::Array(schedules), Value::Array(boundaries)] = arguments else {
+        return Err("expected two lists".into());
+    };
+    if schedules.is_empty() || schedules.len() != boundaries.len() + 1 {
+        return Err("there must be one boundary less than schedules".into());
     }
-
-    /// Reads mlx-lm's `lr_schedule`: `{name, arguments: […], warmup, warmup_init}`.
-    ///
-    /// Of `join_schedules`, the arguments are a list of such objects and a list of boundaries.
-    pub fn from_config(config: &Value) -> Result<Mlx> {
-        let fail = |cause: String| Error::Config(format!("lr_schedule: {cause}"));
-        let Value::Object(map) = config else {
-            return Err(fail("expected {name, arguments, warmup, warmup_init}".into()));
-        };
-        const KEYS: [&str; 4] = ["name", "arguments", "warmup", "warmup_init"];
-        if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
-            return Err(fail(format!("unknown key \"{key}\"; known are {}", KEYS.join(", "))));
-        }
-        let name =
-            map.get("name").and_then(Value::as_str).ok_or_else(|| fail("\"name\" is missing".into()))?;
-        let arguments = match map.get("arguments") {
-            Some(Value::Array(list)) => list.as_slice(),
-            _ => return Err(fail(format!("\"arguments\" of {name} must be a list"))),
-        };
-        let main = Mlx::named(name, arguments).map_err(fail)?;
-        let number = |key: &str| match map.get(key) {
-            None | Some(Value::Null) => Ok(0.0),
-            Some(value) => value
-                .as_f64()
-                .filter(|x| *x >= 0.0)
-                .ok_or_else(|| fail(format!("\"{key}\" must be a number from 0"))),
-        };
-        let (warmup, warmup_init) = (number("warmup")?, number("warmup_init")?);
-        if warmup == 0.0 {
-            return Ok(main);
-        }
-        if warmup.fract() != 0.0 {
-            return Err(fail("\"warmup\" is a number of steps and must be whole".into()));
-        }
-        let steps = warmup as u64;
-        let rise = Mlx::LinearSchedule { init: warmup_init, end: main.init(), steps };
-        // mlx-lm joins one step after the warm-up, so that the peak is reached before the decay starts.
-        Ok(Mlx::JoinSchedules { schedules: vec![rise, main], boundaries: vec![steps + 1] })
-    }
-
-    fn named(name: &str, arguments: &[Value]) -> Result<Mlx, String> {
-        let signature = match name {
-            "exponential_decay" => "init, decay_rate",
-            "step_decay" => "init, decay_rate, step_size",
-            "cosine_decay" => "init, decay_steps, end=0",
-            "linear_schedule" => "init, end, steps",
-            "join_schedules" => "[schedule, …], [boundary, …]",
-            _ => {
-                return Err(format!(
-                    "unknown schedule \"{name}\"; known are cosine_decay, linear_schedule, exponential_decay, \
-                     step_decay, join_schedules"
-                ));
-            }
-        };
-        let wrong = |what: &str| format!("{name}({signature}): {what}");
-        if name == "join_schedules" {
-            return Mlx::join(arguments).map_err(|cause| wrong(&cause));
-        }
-        let expected = signature.split(", ").count();
-        let fewest = expected - usize::from(signature.contains('='));
-        if !(fewest..=expected).contains(&arguments.len()) {
-            return Err(wrong(&format!("{} arguments given", arguments.len())));
-        }
-        let float = |i: usize| {
-            let value = arguments[i].as_f64().filter(|x| x.is_finite());
-            value.ok_or_else(|| wrong(&format!("argument {} is no number", i + 1)))
-        };
-        let steps = |i: usize| {
-            let value = float(i)?;
-            let whole = value >= 1.0 && value.fract() == 0.0;
-            whole
-                .then_some(value as u64)
-                .ok_or_else(|| wrong(&format!("argument {} must be a whole number from 1", i + 1)))
-        };
-        Ok(match name {
-            "exponential_decay" => Mlx::ExponentialDecay { init: float(0)?, decay_rate: float(1)? },
-            "step_decay" => Mlx::StepDecay { init: float(0)?, decay_rate: float(1)?, step_size: steps(2)? },
-            "cosine_decay" => {
-                let end = if arguments.len() == 3 { float(2)? } else { 0.0 };
-                Mlx::CosineDecay { init: float(0)?, decay_steps: steps(1)?, end }
-            }
-            _ => Mlx::LinearSchedule { init: float(0)?, end: float(1)?, steps: steps(2)? },
-        })
-    }
-
-    fn join(arguments: &[Value]) -> Result<Mlx, String> {
-        let [Value::Array(schedules), Value::Array(boundaries)] = arguments else {
-            return Err("expected two lists".into());
-        };
-        if schedules.is_empty() || schedules.len() != boundaries.len() + 1 {
-            return Err("there must be one boundary less than schedules".into());
-        }
-        let schedules: Vec<Mlx> = schedules
-            .iter()
-            .map(|s| Mlx::from_config(s).map_err(|e| e.to_string()))
-            .collect::<Result<_, _>>()?;
-        let boundaries: Option<Vec<u64>> = boundaries.iter().map(Value::as_u64).collect();
-        let boundaries =
-            boundaries.filter(|list| list.is_sorted()).ok_or("boundaries must be rising whole numbers")?;
-        Ok(Mlx::JoinSchedules { schedules, boundaries })
-    }
+    let schedules: Vec<Mlx> =
+        schedules.iter().map(|s| mlx_from_config(s).map_err(|e| e.to_string())).collect::<Result<_, _>>()?;
+    let boundaries: Option<Vec<u64>> = boundaries.iter().map(Value::as_u64).collect();
+    let boundaries =
+        boundaries.filter(|list| list.is_sorted()).ok_or("boundaries must be rising whole numbers")?;
+    Ok(Mlx::JoinSchedules { schedules, boundaries })
 }
 
 #[cfg(test)]
@@ -367,7 +318,7 @@ mod tests {
             ),
         ];
         for (name, config, points) in cases {
-            let schedule = Schedule::Mlx(Mlx::from_config(config).unwrap());
+            let schedule = Schedule::Mlx(mlx_from_config(config).unwrap());
             for &(step, rate) in *points {
                 let got = schedule.at(step);
                 assert!((got - rate).abs() < 1e-9, "{name} at {step}: {got}, expected {rate}");
@@ -396,7 +347,7 @@ mod tests {
             ("boundaries", json!({"name": "join_schedules", "arguments": [[], []]}), "one boundary less"),
         ];
         for (name, config, part) in cases {
-            let error = Mlx::from_config(&config).expect_err(name).to_string();
+            let error = mlx_from_config(&config).expect_err(name).to_string();
             assert!(error.contains(part), "{name}: {error}");
         }
     }

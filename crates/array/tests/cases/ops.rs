@@ -1,7 +1,9 @@
 //! One case per op and form: what gradients, tangents, batches and compiled functions are tested
 //! on. A new op gets a line here and is tested everywhere.
 
-use mica_array::op::{AdamWSpec, AttentionSpec, BinaryOp, CrossEntropySpec, Precision, RopeSpec, UnaryOp};
+use mica_array::op::{
+    AdamWSpec, AttentionSpec, BinaryOp, CrossEntropySpec, Precision, RopeSpec, ScatterOp, UnaryOp,
+};
 use mica_array::{Array, Dtype, Result, random};
 
 use super::random as numbers;
@@ -205,6 +207,35 @@ pub fn op_cases() -> Vec<OpCase> {
             |y: &[Array]| y[0].take_along_axis(&x[1], 1)?.multiply(&x[0])?.square()?.sum(&[], false);
         mica_array::transforms::grad(weighted, &[x[0].cos()?])
     });
+    let places = ints(&[1, 0, 2, 1], &[4, 1]);
+    add("gather", vec![normal(&[3, 4, 2], 210), places.clone(), ints(&[2, 0], &[2])], |x| {
+        one(x[0].square()?.gather(&[&x[1], &x[2]], &[0, 1], &[1, 2, 2])?)
+    });
+    let updates = normal(&[4, 2, 1, 2, 2], 211);
+    let several = vec![normal(&[3, 4, 2], 212), updates, places.clone(), ints(&[2, 0], &[2])];
+    add("scatter by adding", several.clone(), |x| {
+        one(x[0].sin()?.scatter(ScatterOp::Add, &[&x[2], &x[3]], &[0, 1], &x[1].square()?)?)
+    });
+    let single_places = vec![normal(&[3, 4], 213), normal(&[2, 1, 4], 214), ints(&[2, 0], &[2])];
+    add("scatter by setting", single_places, |x| {
+        one(x[0].sin()?.scatter(ScatterOp::Set, &[&x[2]], &[0], &x[1].square()?)?)
+    });
+    add(
+        "put_along_axis",
+        vec![normal(&[2, 4], 215), ints(&[3, 0, 1, 2], &[2, 2]), normal(&[2, 2], 216)],
+        |x| one(x[0].sin()?.put_along_axis(&x[1], &x[2].square()?, 1)?),
+    );
+    add("cumsum", vec![normal(&[2, 4], 217)], |x| {
+        Ok(vec![x[0].square()?.cumsum(1, false, true)?, x[0].square()?.cumsum(0, true, false)?])
+    });
+    add("cumprod", vec![positive(&[2, 4], 218)], |x| one(x[0].cumprod(1, true, true)?));
+    add("logcumsumexp", vec![normal(&[2, 4], 219)], |x| {
+        Ok(vec![x[0].logcumsumexp(1, false, true)?, x[0].logcumsumexp(1, true, true)?])
+    });
+    add("sort", vec![normal(&[3, 4], 220)], |x| Ok(vec![x[0].square()?.sort(1)?, x[0].sin()?.sort(0)?]));
+    add("as_strided", vec![normal(&[3, 4], 221)], |x| {
+        one(x[0].square()?.as_strided(&[2, 3, 2], &[4, 2, 1], 1)?)
+    });
     add("matmul", vec![normal(&[2, 3], 106), normal(&[3, 4], 107)], |x| one(x[0].matmul(&x[1])?));
     add("matmul of batches", vec![normal(&[2, 2, 3], 108), normal(&[2, 3, 2], 109)], |x| {
         one(x[0].matmul(&x[1])?)
@@ -321,6 +352,9 @@ pub fn op_cases() -> Vec<OpCase> {
     };
     constant("comparisons", vec![normal(&[2, 3], 200), normal(&[3], 201)], |x| {
         Ok(vec![x[0].less(&x[1])?, x[0].equal(&x[1])?, x[0].greater_equal(&x[1])?])
+    });
+    constant("argsort and extremes", vec![normal(&[3, 4], 205)], |x| {
+        Ok(vec![x[0].argsort(1)?, x[0].cummax(1, false, true)?, x[0].cummin(0, true, true)?])
     });
     constant("logic", vec![bools(&[2, 3], 202), bools(&[3], 203)], |x| {
         Ok(vec![x[0].logical_and(&x[1])?, x[0].logical_or(&x[1])?, x[0].logical_not()?])

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mica_array::kv::PagedSpec;
 use mica_array::op::AttentionSpec;
 use mica_array::{Array, Precision, Result};
-use mica_nn::{Context, Linear, Module, RmsNorm, join};
+use mica_nn::{Context, Item, ItemMut, Layer, Linear, Module, RmsNorm, join};
 
 use crate::cache::Cache;
 use crate::layers::rope::Rope;
@@ -64,7 +64,8 @@ pub struct Attention {
 }
 
 impl Module for Attention {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+        see(name, Item::Module(self));
         self.q.visit(&join(name, "q_proj"), see);
         self.k.visit(&join(name, "k_proj"), see);
         self.v.visit(&join(name, "v_proj"), see);
@@ -73,7 +74,8 @@ impl Module for Attention {
         self.k_norm.visit(&join(name, self.names.k_norm), see);
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        see(name, ItemMut::Module(self));
         self.q.visit_mut(&join(name, "q_proj"), see);
         self.k.visit_mut(&join(name, "k_proj"), see);
         self.v.visit_mut(&join(name, "v_proj"), see);
@@ -99,7 +101,7 @@ impl Attention {
                 .head_norm
                 .map(|eps| {
                     let weight = source.tensor(&format!("{path}.{field}.weight"), &[shape.head_dim])?;
-                    Ok(RmsNorm { weight, eps })
+                    Ok(RmsNorm::from_array(weight, eps))
                 })
                 .transpose()
         };
@@ -139,7 +141,7 @@ impl Attention {
         let heads = |y: Array, count: usize, norm: &Option<RmsNorm>| -> Result<Array> {
             let y = y.unflatten(-1, &[count as i64, shape.head_dim as i64])?;
             match norm {
-                Some(norm) => norm.forward(&y),
+                Some(norm) => norm.forward(&y, context),
                 None => Ok(y),
             }
         };

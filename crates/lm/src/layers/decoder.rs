@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mica_array::kv::KvSpec;
 use mica_array::{Array, Dtype, Result};
-use mica_nn::{Context, Embedding, Linear, Module, RmsNorm, join, module};
+use mica_nn::{Context, Embedding, Layer, Linear, Module, RmsNorm, join, module};
 
 use crate::cache::Cache;
 use crate::config::RopeConfig;
@@ -67,15 +67,13 @@ impl Decoder {
     pub fn new(spec: DecoderSpec, source: &mut dyn Source) -> crate::Result<Decoder> {
         let info = spec.info;
         let norm = |source: &mut dyn Source, name: String| -> crate::Result<RmsNorm> {
-            Ok(RmsNorm {
-                weight: source.tensor(&format!("{name}.weight"), &[info.hidden])?,
-                eps: spec.norm_eps,
-            })
+            let weight = source.tensor(&format!("{name}.weight"), &[info.hidden])?;
+            Ok(RmsNorm::from_array(weight, spec.norm_eps))
         };
         let head_dim = spec.attention.first().map_or(0, |shape| shape.head_dim);
         let rope = Arc::new(Rope::new(&spec.rope, head_dim, info.max_positions)?);
         let embed_tokens =
-            Embedding { weight: source.weight("model.embed_tokens", info.vocabulary, info.hidden)? };
+            Embedding { weight: source.weight("model.embed_tokens", info.vocabulary, info.hidden)?.into() };
         let mut layers = Vec::with_capacity(spec.attention.len());
         for (index, shape) in spec.attention.into_iter().enumerate() {
             let path = format!("model.layers.{index}");
@@ -115,8 +113,9 @@ impl Block {
         cache: Option<&mut Cache>,
         context: &Context,
     ) -> Result<Array> {
-        let h = x.add(self.self_attn.forward(&self.input_layernorm.forward(x)?, input, cache, context)?)?;
-        h.add(self.mlp.forward(&self.post_attention_layernorm.forward(&h)?, context)?)
+        let normed = self.input_layernorm.forward(x, context)?;
+        let h = x.add(self.self_attn.forward(&normed, input, cache, context)?)?;
+        h.add(self.mlp.forward(&self.post_attention_layernorm.forward(&h, context)?, context)?)
     }
 }
 
@@ -126,11 +125,11 @@ impl LanguageModel for Decoder {
     }
 
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, context: &Context) -> Result<Array> {
-        let mut x = self.model.embed_tokens.forward(&input.tokens)?;
+        let mut x = self.model.embed_tokens.rows(&input.tokens, Dtype::F32)?;
         for layer in &self.model.layers {
             x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
         }
-        self.model.norm.forward(&x)
+        self.model.norm.forward(&x, context)
     }
 
     fn head(&self) -> &Array {

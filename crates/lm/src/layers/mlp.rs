@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use mica_array::transforms::{Compiled, compile};
 use mica_array::{Array, Result};
-use mica_nn::{Context, Linear, Module, join};
+use mica_nn::{Context, Item, ItemMut, Layer, Linear, Module, join};
 
 use crate::weights::{Source, linear};
 
@@ -79,13 +79,15 @@ pub struct Mlp {
 }
 
 impl Module for Mlp {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+        see(name, Item::Module(self));
         self.gate.visit(&join(name, self.names.gate), see);
         self.up.visit(&join(name, self.names.up), see);
         self.down.visit(&join(name, self.names.down), see);
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        see(name, ItemMut::Module(self));
         self.gate.visit_mut(&join(name, self.names.gate), see);
         self.up.visit_mut(&join(name, self.names.up), see);
         self.down.visit_mut(&join(name, self.names.down), see);

@@ -1,7 +1,7 @@
 //! LFM2's operator: a gated causal convolution over a few positions.
 
 use mica_array::{Array, Result};
-use mica_nn::{Context, Linear, join, module};
+use mica_nn::{Context, Layer, Linear, Parameter, join, module};
 
 use crate::cache::Cache;
 use crate::models::Input;
@@ -22,9 +22,9 @@ module!(ShortConv { conv, in_proj, out_proj });
 #[derive(Debug)]
 struct Taps {
     /// [channels, taps]
-    weight: Array,
+    weight: Parameter,
     /// [channels]
-    bias: Option<Array>,
+    bias: Option<Parameter>,
 }
 
 module!(Taps { weight, bias });
@@ -44,7 +44,10 @@ impl ShortConv {
         let bias_taps =
             if bias { Some(source.tensor(&format!("{path}.conv.bias"), &[hidden])?) } else { None };
         Ok(ShortConv {
-            conv: Taps { weight: weight.reshape(&[hidden as i64, taps as i64])?, bias: bias_taps },
+            conv: Taps {
+                weight: weight.reshape(&[hidden as i64, taps as i64])?.into(),
+                bias: bias_taps.map(Parameter::from),
+            },
             in_proj: linear(source, &join(path, "in_proj"), 3 * hidden, hidden, bias)?,
             out_proj: linear(source, &join(path, "out_proj"), hidden, hidden, bias)?,
             cache_layer,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mica_array::kv::KvSpec;
 use mica_array::{Array, Dtype};
-use mica_nn::{Context, Embedding, Linear, Module, RmsNorm, join, module};
+use mica_nn::{Context, Embedding, Layer, Linear, Module, RmsNorm, join, module};
 
 use super::reader::Reader;
 use super::{Input, LanguageModel, ModelInfo};
@@ -77,9 +77,10 @@ pub(super) fn build(config: &Reader, source: &mut dyn Source) -> Result<Box<dyn 
     };
     let rope = Arc::new(Rope::new(&config.rope(1_000_000.0)?, head_dim, info.max_positions)?);
     let norm = |source: &mut dyn Source, name: &str| -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: source.tensor(&format!("{name}.weight"), &[hidden])?, eps })
+        Ok(RmsNorm::from_array(source.tensor(&format!("{name}.weight"), &[hidden])?, eps))
     };
-    let embed_tokens = Embedding { weight: source.weight("model.embed_tokens", info.vocabulary, hidden)? };
+    let embed_tokens =
+        Embedding { weight: source.weight("model.embed_tokens", info.vocabulary, hidden)?.into() };
     let (mut layers, mut attention_layers, mut conv_layers) = (Vec::new(), 0, 0);
     for (index, is_attention) in attention_flags(config)?.into_iter().enumerate() {
         let path = format!("model.layers.{index}");
@@ -164,14 +165,14 @@ impl Block {
         cache: Option<&mut Cache>,
         context: &Context,
     ) -> mica_array::Result<Array> {
-        let normed = self.operator_norm.forward(x)?;
+        let normed = self.operator_norm.forward(x, context)?;
         let mixed = match (&self.self_attn, &self.conv) {
             (Some(attention), _) => attention.forward(&normed, input, cache, context)?,
             (None, Some(conv)) => conv.forward(&normed, input, cache, context)?,
             (None, None) => unreachable!("`build` gives every block an operator"),
         };
         let h = x.add(mixed)?;
-        h.add(self.feed_forward.forward(&self.ffn_norm.forward(&h)?, context)?)
+        h.add(self.feed_forward.forward(&self.ffn_norm.forward(&h, context)?, context)?)
     }
 }
 
@@ -186,11 +187,11 @@ impl LanguageModel for Lfm2 {
         mut cache: Option<&mut Cache>,
         context: &Context,
     ) -> mica_array::Result<Array> {
-        let mut x = self.model.embed_tokens.forward(&input.tokens)?;
+        let mut x = self.model.embed_tokens.rows(&input.tokens, Dtype::F32)?;
         for layer in &self.model.layers {
             x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
         }
-        self.model.embedding_norm.forward(&x)
+        self.model.embedding_norm.forward(&x, context)
     }
 
     fn head(&self) -> &Array {

@@ -35,7 +35,7 @@ pub trait Source {
 pub fn linear(source: &mut dyn Source, path: &str, out: usize, inputs: usize, bias: bool) -> Result<Linear> {
     let weight = source.weight(path, out, inputs)?;
     let bias = if bias { Some(source.tensor(&format!("{path}.bias"), &[out])?) } else { None };
-    Ok(Linear::new(weight, bias))
+    Ok(Linear::from_arrays(weight, bias))
 }
 
 /// The output head, unless it is the embedding. A head in the file wins over `tie_word_embeddings`.

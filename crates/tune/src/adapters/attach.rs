@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use mica_array::{Array, Dtype, random};
 use mica_lm::models::LanguageModel;
-use mica_nn::{Adapter, Linear, parameters};
+use mica_nn::{Adapter, Linear, Parameter, parameters};
 
 use super::keys::matching;
 use super::names::TensorName;
@@ -86,10 +86,15 @@ fn start(linear: &Linear, config: &AdapterConfig, dora: bool, seed: u64) -> Resu
     let a = random::uniform(-bound, bound, &[inputs, config.rank], Dtype::F32, &random::key(seed)?)?;
     let b = Array::zeros(&[config.rank, out], Dtype::F32);
     let magnitude = if dora { Some(row_lengths(linear)?) } else { None };
-    let adapter = Adapter { a, b, scale: config.scale as f32, dropout: config.dropout as f32, magnitude };
-    let all: Vec<Array> = [&adapter.a, &adapter.b].into_iter().chain(&adapter.magnitude).cloned().collect();
+    let all: Vec<Array> = [&a, &b].into_iter().chain(&magnitude).cloned().collect();
     mica_array::eval(&all)?;
-    Ok(adapter)
+    Ok(Adapter {
+        a: a.into(),
+        b: b.into(),
+        scale: config.scale as f32,
+        dropout: config.dropout as f32,
+        magnitude: magnitude.map(Parameter::from),
+    })
 }
 
 /// ‖row‖₂ of the base weight: [out] f32.

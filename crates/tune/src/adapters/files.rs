@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use mica_array::files::{load_safetensors, safetensors_writer};
 use mica_array::{Array, Dtype};
 use mica_lm::models::LanguageModel;
-use mica_nn::{Adapter, Linear, parameters, set_parameters};
+use mica_nn::{Adapter, Linear, Parameter, parameters, set_parameters};
 
 use super::attach::full_name;
 use super::config::AdapterSettings;
@@ -144,7 +144,7 @@ fn fitting(
     {
         return Err(format!("{:?} magnitudes for {out} outputs", magnitude.shape()));
     }
-    let f32 = |array: Array| array.astype(Dtype::F32).map_err(|error| error.to_string());
+    let f32 = |array: Array| array.astype(Dtype::F32).map(Parameter::from).map_err(|error| error.to_string());
     let flat = |array: Array| array.reshape(&[-1]).map_err(|error| error.to_string());
     Ok(Adapter {
         a: f32(a)?,

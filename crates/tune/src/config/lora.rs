@@ -12,7 +12,7 @@ use super::train::{batches, layers, lengths};
 use crate::data::batch::Gather;
 use crate::data::format::Columns;
 use crate::data::sample::Rules;
-use crate::schedule::{Decay, Mlx};
+use crate::schedule::{Decay, mlx_from_config};
 use crate::{Error, Result};
 
 /// The keys of mlx-lm's LoRA configuration; what is `None` was not given.
@@ -135,7 +135,7 @@ impl LoraConfig {
                             .into(),
                     );
                 }
-                Rate::Mlx(Mlx::from_config(config)?)
+                Rate::Mlx(mlx_from_config(config)?)
             }
         };
         let micro = self.batch_size.unwrap_or(4);

@@ -11,7 +11,7 @@ use super::run::{AdapterConfig, Duration, FineTune, Method, ModelFacts, Rate, Ru
 use crate::data::batch::{Gather, Lengths};
 use crate::data::format::Columns;
 use crate::data::sample::{Learn, Rules};
-use crate::schedule::{Decay, Mlx};
+use crate::schedule::{Decay, mlx_from_config};
 use crate::{Error, Result};
 
 /// The keys of `mica train`; what is `None` was not given.
@@ -244,7 +244,7 @@ impl TrainConfig {
                         "lr_schedule with arguments holds rate and warm-up itself; leave out learning_rate, warmup_steps and warmup_ratio".into(),
                     ));
                 }
-                return Ok(Rate::Mlx(Mlx::from_config(config)?));
+                return Ok(Rate::Mlx(mlx_from_config(config)?));
             }
             Some(Value::Object(map)) => typed(map.clone(), "lr_schedule")?,
             Some(other) => {

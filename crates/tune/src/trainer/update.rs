@@ -2,8 +2,8 @@
 
 use mica_array::{Array, Dtype, Precision, memory, random};
 use mica_lm::models::LanguageModel;
-use mica_nn::optim::{AdamW, AdamWConfig};
-use mica_nn::{Context, Module, gradients, parameters, set_parameters};
+use mica_nn::optim::{AdamWConfig, FusedAdamW};
+use mica_nn::{Context, Item, ItemMut, Module, gradients, parameters, set_parameters};
 
 use crate::data::batch::Batch;
 use crate::methods::Method;
@@ -34,7 +34,7 @@ pub struct Update {
     /// Last layer first: the order in which gradients come into being, so that each is consumed at once.
     names: Vec<String>,
     settings: UpdateSettings,
-    optimizer: AdamW,
+    optimizer: FusedAdamW,
 }
 
 /// What a step came to.
@@ -52,11 +52,11 @@ pub struct Stepped {
 struct Tree<'a>(&'a mut dyn LanguageModel);
 
 impl Module for Tree<'_> {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, &Array)) {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
         self.0.as_module().visit(name, see);
     }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, &mut Array)) {
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
         self.0.as_module_mut().visit_mut(name, see);
     }
 }
@@ -78,7 +78,7 @@ impl Update {
                 ordered.len()
             )));
         }
-        Ok(Update { names: ordered, settings, optimizer: AdamW::new(settings.optimizer) })
+        Ok(Update { names: ordered, settings, optimizer: FusedAdamW::new(settings.optimizer) })
     }
 
     /// The names of the trained parameters, last layer first.
@@ -87,12 +87,12 @@ impl Update {
     }
 
     /// The optimizer, whose state a checkpoint holds.
-    pub fn optimizer(&self) -> &AdamW {
+    pub fn optimizer(&self) -> &FusedAdamW {
         &self.optimizer
     }
 
     /// The optimizer, to restore it.
-    pub fn optimizer_mut(&mut self) -> &mut AdamW {
+    pub fn optimizer_mut(&mut self) -> &mut FusedAdamW {
         &mut self.optimizer
     }
 
@@ -155,7 +155,7 @@ impl Update {
         let mut twin = Update {
             names: self.names.clone(),
             settings: self.settings,
-            optimizer: AdamW::new(self.settings.optimizer),
+            optimizer: FusedAdamW::new(self.settings.optimizer),
         };
         let unread = |_: &[Array], _: &[Array], tokens| Ok(Stepped { tokens, ..Stepped::default() });
         let (result, rehearsal) = memory::rehearse(|| {

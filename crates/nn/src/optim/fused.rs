@@ -1,11 +1,11 @@
-//! AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay.
+//! AdamW (Loshchilov & Hutter 2019) for trainers: moments in f32, clipping and update in one pass.
 
 use std::collections::BTreeMap;
 
 use mica_array::op::AdamWSpec;
 use mica_array::{Array, Dtype, Error, Result};
 
-/// Settings of [`AdamW`].
+/// Settings of [`FusedAdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
     /// Decay of the mean.
@@ -28,16 +28,16 @@ impl Default for AdamWConfig {
 
 /// The optimizer with its moments, f32, by parameter name.
 #[derive(Debug, Clone)]
-pub struct AdamW {
+pub struct FusedAdamW {
     config: AdamWConfig,
     step: u32,
     moments: BTreeMap<String, (Array, Array)>,
 }
 
-impl AdamW {
+impl FusedAdamW {
     /// Without moments yet.
-    pub fn new(config: AdamWConfig) -> AdamW {
-        AdamW { config, step: 0, moments: BTreeMap::new() }
+    pub fn new(config: AdamWConfig) -> FusedAdamW {
+        FusedAdamW { config, step: 0, moments: BTreeMap::new() }
     }
 
     /// Steps taken.
@@ -91,7 +91,7 @@ impl AdamW {
             .collect()
     }
 
-    /// Takes back what [`AdamW::state`] and [`AdamW::step_count`] gave.
+    /// Takes back what [`FusedAdamW::state`] and [`FusedAdamW::step_count`] gave.
     pub fn restore(&mut self, step: u32, state: Vec<(String, Array)>) -> Result<()> {
         let mut parts: BTreeMap<String, Array> = state.into_iter().collect();
         let names: Vec<String> =
