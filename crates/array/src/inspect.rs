@@ -76,9 +76,9 @@ mod tests {
     fn shared_memory_counts_once() {
         let x = Array::arange(0.0, 1000.0, 1.0, Dtype::F32).unwrap();
         let view = x.narrow(0, 10, 20).unwrap();
-        assert!(buffer_bytes(&[view.clone()]).is_err());
+        assert!(buffer_bytes(std::slice::from_ref(&view)).is_err());
         crate::eval(&[x.clone(), view.clone()]).unwrap();
-        let one = buffer_bytes(&[x.clone()]).unwrap();
+        let one = buffer_bytes(std::slice::from_ref(&x)).unwrap();
         assert!(one >= 4000);
         assert_eq!(buffer_bytes(&[x, view]).unwrap(), one);
     }

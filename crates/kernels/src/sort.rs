@@ -447,9 +447,6 @@ mod tests {
             [(&[1][..], 0), (&[50], 0), (&[5000], 0), (&[30, 20], 1), (&[30, 20], 0), (&[3, 9, 40], 1)]
         {
             for dtype in Dtype::ALL {
-                if dtype == Dtype::C64 {
-                    continue;
-                }
                 let a = Laid::random(dtype, shape, Layout::Contiguous, &mut rng);
                 let mut values = a.values();
                 if dtype.is_float() {

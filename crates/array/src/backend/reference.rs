@@ -14,8 +14,8 @@ mod products;
 mod region;
 
 use super::{Backend, Operand, Plan, Step};
-use crate::op::Op;
-use crate::{Error, Result};
+use crate::op::{Op, UnaryOp};
+use crate::{Dtype, Error, Result};
 
 use dense::Dense;
 
@@ -56,6 +56,10 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         Op::Arange { start, step } => {
             let values = (0..out.shape[0]).map(|i| start + i as f64 * step).collect();
             one(Dense::floats(&out.shape, values))
+        }
+        // Of a bool the one bit that it has.
+        Op::Unary(UnaryOp::BitwiseInvert) if out.dtype == Dtype::Bool => {
+            one(elementwise::unary(UnaryOp::LogicalNot, &input(0)?))
         }
         Op::Unary(op) => one(elementwise::unary(*op, &input(0)?)),
         Op::Binary(op) => one(elementwise::binary(*op, &input(0)?, &input(1)?, out.dtype)),

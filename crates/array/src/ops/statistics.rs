@@ -28,8 +28,9 @@ impl Array {
         match list.as_slice() {
             [axis] if axis + 1 == self.rank() => self.softmax(-1),
             _ => {
-                let top = self.max(axes, true)?.stop_gradient()?;
-                let exp = self.subtract(top)?.exp()?;
+                // Unsigned integers have no differences below zero.
+                let x = if self.dtype().is_inexact() { self.clone() } else { self.astype(Dtype::F32)? };
+                let exp = x.subtract(x.max(axes, true)?.stop_gradient()?)?.exp()?;
                 exp.divide(exp.sum(axes, true)?)?.astype(self.dtype())
             }
         }

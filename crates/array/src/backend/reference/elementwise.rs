@@ -208,7 +208,7 @@ pub(super) fn join_floats(op: BinaryOp, x: f64, y: f64) -> f64 {
         }
         Atan2 => x.atan2(y),
         LogAddExp => {
-            let top = x.max(y);
+            let top = if x.is_nan() || y.is_nan() { f64::NAN } else { x.max(y) };
             if top.is_infinite() { top } else { top + ((x - top).exp() + (y - top).exp()).ln() }
         }
         LogicalAnd => (x != 0.0 && y != 0.0) as u8 as f64,
@@ -379,7 +379,9 @@ pub(super) fn logsumexp(x: &Dense, shape: &[usize]) -> Dense {
         .map(|row| {
             let values = (0..width).map(|i| x.at(row * width + i));
             let top = values.clone().fold(f64::NEG_INFINITY, f64::max);
-            if top.is_infinite() {
+            if values.clone().any(f64::is_nan) {
+                f64::NAN
+            } else if top.is_infinite() {
                 top
             } else {
                 top + values.map(|value| (value - top).exp()).sum::<f64>().ln()
