@@ -310,7 +310,12 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             }
             one(Array::embedding(x()?, y()?, spec.dtype)?)
         }
-        "dequantize" => one(x()?.dequantize()?),
+        "dequantize" => {
+            if !spec.dtype.is_float() {
+                return Err(bad(format!("gives floats, not {}", spec.dtype)));
+            }
+            one(x()?.dequantize_to(spec.dtype)?)
+        }
         "random_bits" => one(random_bits(x()?, shape, whole(node, "width")?)?),
         _ => fused(name, node, inputs),
     }
