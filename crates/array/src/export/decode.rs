@@ -325,7 +325,12 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             }
             one(Array::embedding(x()?, y()?, spec.dtype)?)
         }
-        "dequantize" => one(x()?.dequantize_to(spec.dtype)?),
+        "dequantize" => {
+            if !spec.dtype.is_float() {
+                return Err(bad(format!("gives floats, not {}", spec.dtype)));
+            }
+            one(x()?.dequantize_to(spec.dtype)?)
+        }
         "gather" => {
             let indices: Vec<&Array> = inputs.iter().skip(1).collect();
             one(x()?.gather(&indices, &axes(node)?, &wholes(node, "slice")?)?)

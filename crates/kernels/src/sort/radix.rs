@@ -1,8 +1,8 @@
 //! Radix sort of long lines: least significant digit first, so stable. Its passes over memory do
 //! not depend on the values but for digits that are all equal, which are skipped.
 //!
-//! Comparing sorts of n numbers read each about log₂ n times; at four million 32-bit numbers three
-//! passes of 11 bits are ten times faster.
+//! Comparing sorts of n numbers read each about log₂ n times, which is 22 for four million; here 32-bit
+//! numbers are read in three passes of 11 bits.
 
 /// Bits of a digit: 2,048 counters of four bytes stay in the L1 cache beside the lines that are
 /// written.
