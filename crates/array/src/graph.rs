@@ -14,6 +14,7 @@
 //! # Ok::<(), mica_array::Error>(())
 //! ```
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
@@ -73,8 +74,8 @@ impl Graph {
                     Some(child) => stack.push((child, 0)),
                     None => {
                         let (array, _) = stack.pop().expect("the loop looks at the last one");
-                        if !places.contains_key(&array.id()) {
-                            places.insert(array.id(), graph.nodes.len());
+                        if let Entry::Vacant(place) = places.entry(array.id()) {
+                            place.insert(graph.nodes.len());
                             graph.nodes.push(GraphNode::of(&array, &places));
                         }
                     }

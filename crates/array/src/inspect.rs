@@ -49,11 +49,13 @@ pub fn buffer_bytes(arrays: &[Array]) -> Result<usize> {
     let mut bytes = 0;
     for array in arrays {
         let storage = match &*array.node().state() {
-            State::Ready(storage) => storage[array.output()].clone(),
+            State::Ready(storage) => Some(storage[array.output()].clone()),
             State::Failed(error) => return Err(error.clone()),
-            State::Lazy { .. } => {
-                return Err(Error::invalid("buffer_bytes", format!("{array:?} must be evaluated first")));
-            }
+            State::Lazy { .. } => None,
+        };
+        // Printing an array looks at its state, which is free again here.
+        let Some(storage) = storage else {
+            return Err(Error::invalid("buffer_bytes", format!("{array:?} must be evaluated first")));
         };
         let (block, size) = match &storage {
             Storage::Host(host) => (host.buffer.pointer() as usize, host.buffer.bytes()),
