@@ -494,4 +494,10 @@ fn custom_rules_that_do_not_fit_are_errors() {
     let f = custom_function(|x| Ok(x.to_vec())).with_vmap(|x, _| Ok((x.to_vec(), vec![])));
     let error = vmap(|x| f.call(x), &x, &[Some(0)], &[Some(0)]).unwrap_err();
     assert!(error.to_string().contains("1 outputs and 0 axes"), "{error}");
+    let f = custom_function(|x| Ok(x.to_vec())).with_vmap(|_, _| {
+        let other = Array::zeros(&[5], Dtype::F32);
+        Ok((vec![other], vec![Some(0)]))
+    });
+    let error = vmap(|x| f.call(x), &x, &[Some(0)], &[Some(0)]).unwrap_err();
+    assert!(error.to_string().contains("one of 2 examples"), "{error}");
 }

@@ -233,11 +233,14 @@ fn map_node(
     for (output, mapped) in outputs.iter().enumerate() {
         let Some(mapped) = mapped else { continue };
         let spec = node.node().spec(output);
-        let example = if mapped.batched { &mapped.array.shape()[1..] } else { mapped.array.shape() };
-        if example != spec.shape.as_slice() || mapped.array.dtype() != spec.dtype {
+        let (shape, lead) = (mapped.array.shape(), mapped.batched as usize);
+        let fits = shape.len() == lead + spec.shape.len()
+            && shape[lead..] == *spec.shape
+            && shape[..lead].iter().all(|&count| count == size);
+        if !fits || mapped.array.dtype() != spec.dtype {
             return Err(Error::invalid(
                 "vmap",
-                format!("{} gave {:?} where one example gives {spec:?}", op.name(), mapped.array),
+                format!("{} gave {:?} where one of {size} examples gives {spec:?}", op.name(), mapped.array),
             ));
         }
     }
