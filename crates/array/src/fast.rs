@@ -1,25 +1,260 @@
 //! MLX's fused functions, in MLX's layout `[batch, heads, length, head_dim]`.
 
-use crate::op::{AttentionSpec, Precision};
-use crate::{Array, Result};
+use smallvec::SmallVec;
 
-/// softmax(q · kᵀ · scale) · v for q [batch, heads, queries, head_dim] and k, v
-/// [batch, kv_heads, keys, head_dim].
+use crate::op::{AttentionSpec, Precision, RopeSpec, Scalar, first_failure};
+use crate::shape::{Shape, broadcast_shapes};
+use crate::{Array, Dtype, Error, Result, promote};
+
+fn float(op: &'static str, x: &Array) -> Result<()> {
+    first_failure(&[x])?;
+    if !x.dtype().is_float() || x.rank() == 0 {
+        return Err(Error::invalid(
+            op,
+            format!("needs an array of a float dtype and one dimension or more, got {x:?}"),
+        ));
+    }
+    Ok(())
+}
+
+/// x / √(mean(x²) + eps) · weight over the last axis; without a weight, times one.
+pub fn rms_norm(x: &Array, weight: Option<&Array>, eps: f32) -> Result<Array> {
+    float("rms_norm", x)?;
+    match weight {
+        Some(weight) => {
+            let dtype = promote(x.dtype(), weight.dtype());
+            x.astype(dtype)?.rms_norm(&weight.astype(dtype)?, eps)
+        }
+        None => x.rms_norm(&Array::ones(&[x.dim(-1)], x.dtype()).contiguous()?, eps),
+    }
+}
+
+/// (x − mean) / √(var + eps) · weight + bias over the last axis; what is not given is one or zero.
+pub fn layer_norm(x: &Array, weight: Option<&Array>, bias: Option<&Array>, eps: f32) -> Result<Array> {
+    float("layer_norm", x)?;
+    let dtype = [weight, bias].iter().flatten().fold(x.dtype(), |dtype, array| promote(dtype, array.dtype()));
+    let constant = |value: f64| Array::full(&[x.dim(-1)], value, dtype);
+    let weight = weight.map_or_else(|| constant(1.0).contiguous(), |weight| weight.astype(dtype))?;
+    let bias = bias.map_or_else(|| constant(0.0).contiguous(), |bias| bias.astype(dtype))?;
+    x.astype(dtype)?.layer_norm(&weight, &bias, eps)
+}
+
+/// −log softmax(logits)[target] over the last axis: logits [.., classes], integer targets [..]. Computed in
+/// the logits' dtype, given as f32.
+pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
+    float("cross_entropy", logits)?;
+    if targets.shape() != &logits.shape()[..logits.rank() - 1] || !targets.dtype().is_integer() {
+        return Err(Error::invalid(
+            "cross_entropy",
+            format!("needs integer targets {:?}, got {targets:?}", &logits.shape()[..logits.rank() - 1]),
+        ));
+    }
+    let score = logits.take_along_axis(&targets.expand_dims(&[-1])?, -1)?.squeeze(&[-1])?;
+    logits.logsumexp(-1, false)?.subtract(score)?.astype(Dtype::F32)
+}
+
+/// Where the angles of [`rope`] come from.
+#[derive(Clone, Copy, Debug)]
+pub enum RopeBase<'a> {
+    /// Dimension pair i turns by position · base^(−2i / dims).
+    Base(f32),
+    /// Pair i turns by position / freqs[i].
+    Freqs(&'a Array),
+}
+
+/// Rotary positions of x [batch, .., length, head_dim]: the first `dims` of the last axis turn.
+///
+/// `offset` is the position of the first row: one number, or an integer array of one or one per batch
+/// entry. Positions are multiplied by `scale`. `traditional` pairs neighbours instead of halves.
+pub fn rope(
+    x: &Array,
+    dims: usize,
+    traditional: bool,
+    base: RopeBase,
+    scale: f32,
+    offset: RopeOffset,
+) -> Result<Array> {
+    const NAME: &str = "rope";
+    float(NAME, x)?;
+    let fits = x.rank() >= 3 && dims > 0 && dims.is_multiple_of(2) && dims <= x.dim(-1);
+    if !fits {
+        return Err(Error::invalid(
+            NAME,
+            format!(
+                "needs [batch, .., length, head_dim] and an even number of dims up to head_dim, got {x:?} and {dims}"
+            ),
+        ));
+    }
+    let frequencies = match base {
+        RopeBase::Base(base) => {
+            let step = (base as f64).ln() / (dims / 2) as f64;
+            let values: Vec<f32> =
+                (0..dims / 2).map(|i| ((-(i as f64) * step).exp() * scale as f64) as f32).collect();
+            Array::from_slice(&values, &[dims / 2])?
+        }
+        RopeBase::Freqs(freqs) if freqs.shape() == [dims / 2] => {
+            Array::scalar(Scalar::Float(scale as f64), Dtype::F32).divide(freqs.astype(Dtype::F32)?)?
+        }
+        RopeBase::Freqs(freqs) => {
+            return Err(Error::invalid(NAME, format!("freqs should be [{}], got {freqs:?}", dims / 2)));
+        }
+    };
+    let (batch, length, width) = (x.dim(0), x.dim(-2), x.dim(-1));
+    let rows = Array::arange(0.0, length as f64, 1.0, Dtype::I32)?.expand_dims(&[0])?;
+    let positions = match offset {
+        RopeOffset::At(offset) => rows.add(Array::scalar(Scalar::Int(offset.into()), Dtype::I32))?,
+        RopeOffset::Each(offset) => {
+            if !offset.dtype().is_integer() || (offset.size() != 1 && offset.shape() != [batch]) {
+                return Err(Error::invalid(
+                    NAME,
+                    format!("offsets are one integer or one per batch entry ({batch}), got {offset:?}"),
+                ));
+            }
+            offset.astype(Dtype::I32)?.reshape(&[-1, 1])?.add(rows)?
+        }
+    };
+    let positions = positions.broadcast_to(&[batch, length])?.contiguous()?;
+    // [batch, heads, length, width] → [batch, length, heads, width] and back.
+    let heads: usize = x.shape()[1..x.rank() - 2].iter().product();
+    let four = x.reshape(&[batch as i64, heads as i64, length as i64, width as i64])?.swap_axes(1, 2)?;
+    let spec = RopeSpec { dims, traditional, inverse: false, scale: 1.0 };
+    let turned = four.rope(&positions, &frequencies, spec)?.swap_axes(1, 2)?;
+    turned.reshape(&x.shape().iter().map(|&size| size as i64).collect::<SmallVec<[i64; 4]>>())
+}
+
+/// The position of the first row.
+#[derive(Clone, Copy, Debug)]
+pub enum RopeOffset<'a> {
+    /// The same everywhere.
+    At(i32),
+    /// An integer array: one, or one per batch entry.
+    Each(&'a Array),
+}
+
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum AttentionMask<'a> {
+    /// All.
+    #[default]
+    None,
+    /// Those up to its own place, the last query's being the last key.
+    Causal,
+    /// Bool: those where it holds. Float: added to the scores. Broadcasts to [batch, heads, queries, keys].
+    Array(&'a Array),
+}
+
+/// softmax(q · kᵀ · scale + mask) · v for q [batch, heads, queries, head_dim] and k, v
+/// [batch, kv_heads, keys, head_dim]; kv_heads divides heads.
+///
+/// `sinks` [heads] are scores of one more key per head that has no value. Without an array as mask,
+/// sinks, or values of another width, scores are never stored.
 pub fn scaled_dot_product_attention(
     q: &Array,
     k: &Array,
     v: &Array,
     scale: f32,
-    causal: bool,
+    mask: AttentionMask,
+    sinks: Option<&Array>,
 ) -> Result<Array> {
-    let spec = AttentionSpec {
-        scale,
-        causal,
-        window: None,
-        softcap: None,
-        key_start: false,
-        precision: Precision::Exact,
+    const NAME: &str = "scaled_dot_product_attention";
+    first_failure(&[q, k, v])?;
+    let dtype = promote(promote(q.dtype(), k.dtype()), v.dtype());
+    let fits = q.rank() == 4
+        && k.rank() == 4
+        && v.rank() == 4
+        && dtype.is_float()
+        && k.shape()[..3] == v.shape()[..3]
+        && q.dim(0) == k.dim(0)
+        && q.dim(3) == k.dim(3)
+        && k.dim(1) > 0
+        && q.dim(1).is_multiple_of(k.dim(1));
+    if !fits {
+        return Err(Error::invalid(
+            NAME,
+            format!(
+                "needs q [batch, heads, queries, head_dim] and k, v [batch, kv_heads, keys, …] of a float dtype, got {q:?}, {k:?}, {v:?}"
+            ),
+        ));
+    }
+    let (q, k, v) = (q.astype(dtype)?, k.astype(dtype)?, v.astype(dtype)?);
+    let causal = matches!(mask, AttentionMask::Causal);
+    let fused = sinks.is_none()
+        && !matches!(mask, AttentionMask::Array(_))
+        && v.dim(3) == k.dim(3)
+        && dtype != Dtype::F64
+        && (!causal || q.dim(2) <= k.dim(2));
+    if fused {
+        let spec = AttentionSpec {
+            scale,
+            causal,
+            window: None,
+            softcap: None,
+            key_start: false,
+            precision: Precision::Exact,
+        };
+        let time_first = |x: &Array| x.swap_axes(1, 2);
+        return time_first(&q)?.attention(&time_first(&k)?, &time_first(&v)?, None, spec)?.swap_axes(1, 2);
+    }
+    // Scores in f32 at least; heads that share keys stand together: [batch, kv_heads, group, …].
+    let wide = promote(dtype, Dtype::F32);
+    let (batch, heads, queries) = (q.dim(0), q.dim(1), q.dim(2));
+    let (shared, keys) = (k.dim(1), k.dim(2));
+    let group = heads / shared;
+    let split = |x: &Array, inner: usize| {
+        let rest = [x.dim(2) as i64, x.dim(3) as i64];
+        x.astype(wide)?.reshape(&[batch as i64, shared as i64, inner as i64, rest[0], rest[1]])
     };
-    let time_first = |x: &Array| x.swap_axes(1, 2);
-    time_first(q)?.attention(&time_first(k)?, &time_first(v)?, None, spec)?.swap_axes(1, 2)
+    let scores = split(&q, group)?.multiply(scale)?.matmul(&split(&k, 1)?.swap_axes(-1, -2)?)?;
+    let grouped = |x: &Array| -> Result<Array> {
+        let full: Shape = [batch, heads, queries, keys][..].into();
+        if broadcast_shapes(NAME, x.shape(), &full)? != full {
+            return Err(Error::shapes(NAME, &x.shape().into(), &full));
+        }
+        x.broadcast_to(&full)?.reshape(&[
+            batch as i64,
+            shared as i64,
+            group as i64,
+            queries as i64,
+            keys as i64,
+        ])
+    };
+    let hidden = Array::scalar(Scalar::Float(f64::NEG_INFINITY), wide);
+    let scores = match mask {
+        AttentionMask::None => scores,
+        AttentionMask::Causal => {
+            let count = |size: usize| Array::arange(0.0, size as f64, 1.0, Dtype::I32);
+            let shift = Array::scalar(Scalar::Int(keys as i64 - queries as i64), Dtype::I32);
+            let seen = count(queries)?.add(shift)?.expand_dims(&[1])?.greater_equal(count(keys)?)?;
+            Array::select(&seen, &scores, &hidden)?
+        }
+        AttentionMask::Array(mask) if mask.dtype() == Dtype::Bool => {
+            Array::select(&grouped(mask)?, &scores, &hidden)?
+        }
+        AttentionMask::Array(mask) if promote(mask.dtype(), dtype) == dtype => {
+            scores.add(grouped(&mask.astype(wide)?)?)?
+        }
+        AttentionMask::Array(mask) => {
+            return Err(Error::dtype(
+                NAME,
+                &format!("a mask that is bool or promotes to {dtype}"),
+                mask.dtype(),
+            ));
+        }
+    };
+    let weights = match sinks {
+        None => scores.softmax(-1)?,
+        Some(sinks) => {
+            if sinks.shape() != [heads] {
+                return Err(Error::invalid(NAME, format!("sinks should be [{heads}], got {sinks:?}")));
+            }
+            let each = sinks.astype(wide)?.reshape(&[1, shared as i64, group as i64, 1, 1])?;
+            let mut column: Shape = scores.shape().into();
+            *column.last_mut().expect("scores have five dimensions") = 1;
+            let all = Array::concatenate(&[each.broadcast_to(&column)?, scores], -1)?.softmax(-1)?;
+            all.narrow(-1, 1, keys + 1)?
+        }
+    };
+    let out = weights.matmul(&split(&v, 1)?)?;
+    let shape = [batch as i64, heads as i64, queries as i64, v.dim(3) as i64];
+    out.reshape(&shape)?.astype(dtype)
 }

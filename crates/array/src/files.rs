@@ -1,4 +1,7 @@
-//! Arrays in files: safetensors and npy.
+//! Arrays in files: safetensors, npy, npz and GGUF.
+
+mod gguf;
+mod numpy;
 
 use std::path::Path;
 
@@ -6,6 +9,10 @@ use mica_io::DType;
 use mica_io::safetensors::{SafeTensors, TensorInfo, Writer};
 
 use crate::{Array, Dtype, Error, Result};
+
+pub use gguf::{GgufContent, load_gguf, save_gguf};
+pub use mica_io::gguf::Value as GgufValue;
+pub use numpy::{load_npy, load_npz, save_npy, save_npz};
 
 /// The dtype of arrays that hold what files call so, if mica can compute with it.
 pub fn dtype_from_file(dtype: DType) -> Option<Dtype> {
@@ -100,4 +107,28 @@ pub fn safetensors_writer(arrays: &[(String, Array)], metadata: &[(&str, &str)])
         });
     }
     Ok(writer)
+}
+
+/// What [`load`] found.
+#[derive(Clone, Debug)]
+pub enum Loaded {
+    /// Of a `.npy` file.
+    Array(Array),
+    /// Of the other kinds, with their names, in the file's order.
+    Arrays(Vec<(String, Array)>),
+}
+
+/// Reads a file of the kind that its name's end says: npy, npz, safetensors or gguf.
+pub fn load(path: impl AsRef<Path>) -> Result<Loaded> {
+    let path = path.as_ref();
+    match path.extension().and_then(|end| end.to_str()) {
+        Some("npy") => Ok(Loaded::Array(load_npy(path)?)),
+        Some("npz") => Ok(Loaded::Arrays(load_npz(path)?)),
+        Some("safetensors") => Ok(Loaded::Arrays(load_safetensors(path)?)),
+        Some("gguf") => Ok(Loaded::Arrays(load_gguf(path)?.0)),
+        _ => Err(Error::invalid(
+            "load",
+            format!("{} should end in .npy, .npz, .safetensors or .gguf", path.display()),
+        )),
+    }
 }

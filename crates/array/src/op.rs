@@ -15,7 +15,11 @@ pub use mica_kernels::reduce::ReduceOp;
 pub use mica_kernels::scan::ScanOp;
 pub use mica_kernels::sort::SortOrder;
 
+pub use crate::ops::conv::ConvNd;
 use crate::ops::custom::CustomOp;
+pub use crate::ops::fft::FftSpec;
+pub use crate::ops::linalg::LinalgOp;
+pub use crate::ops::quantized::CodecOp;
 use crate::transforms::Region;
 use crate::{Array, Result, Shape, Strides};
 
@@ -234,6 +238,24 @@ pub enum Op {
     AdamW(AdamWSpec),
     /// Elementwise ops as one, made by [`crate::transforms::compile`].
     Fused(Arc<Region>),
+    /// Convolution over any number of spatial dimensions: inputs x [N, …, C], weight [O, …, C / groups].
+    Conv(Arc<ConvNd>),
+    /// Fourier transform along one axis.
+    Fft(FftSpec),
+    /// A decomposition of the matrices in the last two dimensions.
+    Linalg(LinalgOp),
+    /// Walsh-Hadamard transform of the last axis, times a number.
+    Hadamard {
+        /// The number.
+        scale: f32,
+    },
+    /// Products of the matrices that indices name: inputs a [A, m, k], b [B, k, n], indices of `a` and
+    /// of `b` (both u32, of one shape); output [indices, m, n].
+    GatherMatmul,
+    /// One product per segment of the inner dimension: inputs a [m, k], b [k, n], segments [.., 2] u32.
+    SegmentedMatmul,
+    /// Number formats of quantized weights.
+    Codec(CodecOp),
     /// A function with rules of its own.
     Custom(Arc<dyn CustomOp>),
 }
@@ -428,6 +450,13 @@ impl Op {
             Op::LinearCrossEntropy(_) => "linear_cross_entropy",
             Op::AdamW(_) => "adamw",
             Op::Fused(_) => "fused",
+            Op::Conv(_) => "conv",
+            Op::Fft(spec) => spec.name(),
+            Op::Linalg(op) => op.name(),
+            Op::Hadamard { .. } => "hadamard_transform",
+            Op::GatherMatmul => "gather_mm",
+            Op::SegmentedMatmul => "segmented_mm",
+            Op::Codec(op) => op.name(),
             Op::Custom(custom) => custom.name(),
         }
     }

@@ -4,10 +4,15 @@
 //! Kernels that need temporary memory say how much; all steps share one workspace, because their
 //! tasks run one after another.
 
+mod complex;
+mod conv;
 mod elementwise;
+mod fft;
 mod fused;
+mod gathered;
 mod loss;
 mod products;
+mod strided;
 
 use std::sync::Mutex;
 use std::time::Instant;
@@ -81,9 +86,7 @@ impl Backend for Cpu {
             *workspace = Some(Buffer::new(needed, false)?);
         }
         let pointer = workspace.as_ref().expect("made above").pointer();
-        let run = |tasks: &[Box<dyn Task>]| {
-            self.pool.run(tasks).map_err(|panic| Error::Kernel(panic.to_string().into()))
-        };
+        let run = |tasks: &[Box<dyn Task>]| self.pool.run(tasks).map_err(told);
         let mut tasks = Vec::with_capacity(lowered.len());
         for (step, lowered) in plan.steps.iter().zip(lowered) {
             match lowered {
@@ -112,6 +115,15 @@ impl Backend for Cpu {
             Op::AdamW(_) => matches!((input, output), (0, 0) | (2, 1) | (3, 2)),
             _ => false,
         }
+    }
+}
+
+/// What a task could not do. Steps that fail because of their data (a singular matrix) panic with the
+/// message of an error, `[op] …`; that is no defect and comes back as what it says.
+fn told(panic: mica_threads::TaskPanic) -> Error {
+    match panic.message.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+        Some((_, message)) => Error::invalid(panic.task, message),
+        None => Error::Kernel(panic.to_string().into()),
     }
 }
 
@@ -185,6 +197,13 @@ fn lower(step: &Step) -> Result<Lowered> {
         | Op::PagedAttention(_)
         | Op::ShortConv(_)
         | Op::ShortConvVjp(_) => fused::lower(step),
+        Op::Conv(spec) => conv::lower(spec, step),
+        Op::Fft(spec) => fft::lower(spec, step),
+        Op::Linalg(op) => Ok(gathered::decomposition(*op, step)),
+        Op::Hadamard { scale } => gathered::hadamard(*scale, step),
+        Op::GatherMatmul => gathered::gather_matmul(step),
+        Op::SegmentedMatmul => gathered::segmented_matmul(step),
+        Op::Codec(op) => Ok(gathered::codec(*op, step)),
         Op::Tracer(_)
         | Op::StopGradient
         | Op::After
@@ -211,13 +230,13 @@ fn output(step: &Step, index: usize) -> Result<mica_kernels::DynViewMut> {
 
 /// A step that has no kernel runs as the reference does: right, but slow and on one thread.
 fn by_reference(step: &Step) -> Lowered {
-    let step = step.clone();
+    let (name, step) = (step.op.name(), step.clone());
     let run = move |_: usize, _: &mut mica_threads::Scratch| {
         if let Err(error) = super::reference::run_step(&step) {
             panic!("{error}");
         }
     };
-    let task: Box<dyn Task> = Box::new(mica_threads::FnTask::new("reference", 1, run));
+    let task: Box<dyn Task> = Box::new(mica_threads::FnTask::new(name, 1, run));
     task.into()
 }
 

@@ -4,10 +4,15 @@
 //! rounds once, when a result is stored; kernels that round in between agree within their dtype's
 //! tolerance.
 
+pub(super) mod complex;
+mod conv;
 mod dense;
 mod elementwise;
+mod fft;
 mod fused;
+pub(super) mod gathered;
 mod indexing;
+pub(super) mod linalg;
 mod movement;
 mod order;
 mod products;
@@ -36,6 +41,16 @@ impl Backend for Reference {
 pub(crate) fn run_step(step: &Step) -> Result<()> {
     if let Op::PagedAttention(paged) = &step.op {
         return fused::paged_attention(paged, step);
+    }
+    match &step.op {
+        _ if complex::takes(step) => return complex::run(step),
+        Op::Fft(spec) => return fft::run(spec, step),
+        Op::Linalg(op) => return linalg::run(*op, step),
+        Op::Codec(op) => {
+            return (0..gathered::codec_pieces(*op, step))
+                .try_for_each(|piece| gathered::codec(*op, step, piece));
+        }
+        _ => {}
     }
     let outputs = compute(step)?;
     for (operand, value) in step.outputs.iter().zip(outputs) {
@@ -103,8 +118,15 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         Op::ShortConv(spec) => Ok(fused::short_conv(*spec, &all()?)),
         Op::ShortConvVjp(spec) => Ok(fused::short_conv_vjp(*spec, &all()?)),
         Op::AdamW(spec) => Ok(elementwise::adamw(spec, &all()?)),
+        Op::Conv(spec) => one(conv::conv(spec, &input(0)?, &input(1)?, &out.shape)),
+        Op::Hadamard { scale } => one(gathered::hadamard(*scale, &input(0)?)),
+        Op::GatherMatmul => one(gathered::gather_matmul(&all()?, &out.shape)?),
+        Op::SegmentedMatmul => one(gathered::segmented_matmul(&all()?, &out.shape)),
         Op::Fused(fused) => region::region(fused, step),
         Op::PagedAttention(_)
+        | Op::Fft(_)
+        | Op::Linalg(_)
+        | Op::Codec(_)
         | Op::Tracer(_)
         | Op::StopGradient
         | Op::After

@@ -189,6 +189,18 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
         Op::Tracer(_) | Op::Fused(_) | Op::Custom(_) => {
             return Err(Error::Kernel(format!("{} should have been opened", describe(op)).into()));
         }
+        Op::Conv(_)
+        | Op::Fft(_)
+        | Op::Linalg(_)
+        | Op::Hadamard { .. }
+        | Op::GatherMatmul
+        | Op::SegmentedMatmul
+        | Op::Codec(_) => {
+            return Err(Error::unsupported(
+                "export_function",
+                format!("the file format has no {} yet", op.name()),
+            ));
+        }
         Op::PagedAttention(_) => {
             return Err(Error::unsupported(
                 "export_function",

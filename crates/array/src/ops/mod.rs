@@ -4,15 +4,22 @@
 
 pub mod arrange;
 pub mod assign;
+pub mod complex;
+pub mod conv;
 pub mod create;
 pub mod custom;
 pub mod diagonal;
+pub mod einsum;
 pub mod elementwise;
 pub mod fast;
+pub mod fft;
 pub mod index;
 pub mod layout;
+pub mod linalg;
 pub mod linear;
 pub mod predicates;
+pub mod products;
+pub mod quantized;
 pub mod random;
 pub mod reduce;
 pub mod scan;
@@ -20,6 +27,7 @@ pub mod select;
 pub mod shape;
 pub mod sort;
 pub mod statistics;
+pub mod stft;
 pub mod windows;
 
 use smallvec::{SmallVec, smallvec};

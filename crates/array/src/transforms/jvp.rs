@@ -154,6 +154,10 @@ fn rule_of(op: &Op, rule: &Jvp) -> Result<Tangents> {
         | Op::AdamW(_) => ops::fast::definition::jvp(op, rule),
         Op::Fused(region) => region.jvp(rule),
         Op::Custom(custom) => ops::custom::custom_jvp(custom.as_ref(), rule),
+        Op::Conv(_) | Op::GatherMatmul | Op::SegmentedMatmul => ops::products::bilinear_jvp(op, rule),
+        Op::Fft(_) | Op::Hadamard { .. } => ops::products::linear_jvp(op, rule),
+        Op::Linalg(op) => ops::linalg::linalg_jvp(*op, rule),
+        Op::Codec(op) => ops::quantized::codec_jvp(*op, rule),
         Op::PagedAttention(_) => Err(Error::unsupported(
             op.name(),
             "appends to a store, so it has no tangent: attend over arrays with attention",

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::dependents::{Stops, dependents};
 use crate::array::State;
-use crate::op::{Op, TraceGuard, TraceScope};
+use crate::op::{Op, TraceGuard, TraceScope, UnaryOp};
 use crate::ops::{self, Vjp};
 use crate::{Array, Error, Result};
 
@@ -149,8 +149,10 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         | Op::ArgReduce { .. }
         | Op::ArgSort { .. }
         | Op::RandomBits { .. } => rule.none(),
-        Op::Unary(unary) => ops::elementwise::unary_vjp(*unary, rule),
-        Op::Binary(binary) => ops::elementwise::binary_vjp(*binary, rule),
+        // The absolute value has no complex derivative: its rule is an adjoint as it stands.
+        Op::Unary(unary @ UnaryOp::Abs) => ops::elementwise::unary_vjp(*unary, rule),
+        Op::Unary(unary) => ops::complex::adjoint(rule, |rule| ops::elementwise::unary_vjp(*unary, rule)),
+        Op::Binary(binary) => ops::complex::adjoint(rule, |rule| ops::elementwise::binary_vjp(*binary, rule)),
         Op::Select => ops::elementwise::select_vjp(rule),
         Op::Cast => ops::elementwise::cast_vjp(rule),
         Op::Reshape => ops::shape::reshape_vjp(rule),
@@ -159,9 +161,11 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::Slice { start, step } => ops::shape::slice_vjp(start, step, rule),
         Op::SliceUpdate { start, step } => ops::shape::slice_update_vjp(start, step, rule),
         Op::Concatenate { axis } => ops::shape::concatenate_vjp(*axis, rule),
-        Op::Reduce { op, axes } => ops::reduce::reduce_vjp(*op, axes, rule),
-        Op::Softmax => ops::reduce::softmax_vjp(rule),
-        Op::LogSumExp => ops::reduce::logsumexp_vjp(rule),
+        Op::Reduce { op, axes } => {
+            ops::complex::adjoint(rule, |rule| ops::reduce::reduce_vjp(*op, axes, rule))
+        }
+        Op::Softmax => ops::complex::adjoint(rule, ops::reduce::softmax_vjp),
+        Op::LogSumExp => ops::complex::adjoint(rule, ops::reduce::logsumexp_vjp),
         Op::Take { axis } => ops::index::take_vjp(*axis, rule),
         Op::TakeAlong { axis } => ops::index::take_along_vjp(*axis, rule),
         Op::ScatterAdd { axis } => ops::index::scatter_add_vjp(*axis, rule),
@@ -175,7 +179,9 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::Sort { axis, order } => ops::sort::sort_vjp(*axis, *order, rule),
         Op::Bitcast => ops::layout::bitcast_vjp(rule),
         Op::AsStrided { strides, offset } => ops::layout::as_strided_vjp(strides, *offset, rule),
-        Op::Matmul { precision } => ops::linear::matmul_vjp(*precision, rule),
+        Op::Matmul { precision } => {
+            ops::complex::adjoint(rule, |rule| ops::linear::matmul_vjp(*precision, rule))
+        }
         Op::Linear { precision } => ops::linear::linear_vjp(*precision, rule),
         Op::LinearTransposed { precision } => ops::linear::linear_transposed_vjp(*precision, rule),
         Op::Embedding => ops::linear::embedding_vjp(rule),
@@ -187,6 +193,13 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::ShortConv(spec) => ops::fast::short_conv_vjp(spec, rule),
         Op::LinearCrossEntropy(_) => ops::fast::linear_cross_entropy_vjp(op, rule),
         Op::Fused(region) => region.vjp(rule),
+        Op::Conv(spec) => ops::conv::conv_vjp(spec, rule),
+        Op::Fft(spec) => ops::fft::fft_vjp(spec, rule),
+        Op::Linalg(op) => ops::linalg::linalg_vjp(*op, rule),
+        Op::Hadamard { scale } => ops::products::hadamard_vjp(*scale, rule),
+        Op::GatherMatmul => ops::products::gather_matmul_vjp(rule),
+        Op::SegmentedMatmul => ops::products::segmented_matmul_vjp(rule),
+        Op::Codec(op) => ops::quantized::codec_vjp(*op, rule),
         Op::Custom(custom) => ops::custom::custom_vjp(custom.as_ref(), rule),
         Op::RmsNormVjp { .. } | Op::AttentionVjp(_) | Op::ShortConvVjp(_) | Op::AdamW(_) => {
             ops::fast::definition::vjp(op, rule)

@@ -319,11 +319,48 @@ fn rule_of(op: &Op, rule: &Vmap) -> Result<Outputs> {
         Op::AdamW(_) => ops::fast::vmap::adamw(op, rule),
         Op::Fused(region) => Ok(ops::elementwise::vmap::fused(region, rule)?),
         Op::Custom(custom) => map_custom(custom, rule),
+        // Whatever comes before the last dimensions is a batch to them, and axes count one more.
+        Op::Hadamard { .. } => one(rule.build(op.clone(), rule.all()?)?),
+        Op::Fft(spec) => {
+            let spec = ops::fft::FftSpec { axis: spec.axis + 1, ..*spec };
+            one(rule.build(Op::Fft(spec), rule.all()?)?)
+        }
+        Op::Linalg(_) | Op::Codec(_) => several(op, rule),
+        Op::Conv(spec) => one(ops::conv::conv_vmap(spec, rule)?),
+        Op::GatherMatmul => one(ops::products::gather_matmul_vmap(rule)?),
+        Op::SegmentedMatmul => one(ops::products::segmented_matmul_vmap(rule)?),
         Op::PagedAttention(_) => Err(Error::unsupported(
             op.name(),
             "appends to a store, so it can't be mapped: attend over arrays with attention",
         )),
     }
+}
+
+/// An op with several outputs to which leading dimensions are a batch.
+fn several(op: &Op, rule: &Vmap) -> Result<Outputs> {
+    let node = rule.node.node();
+    // Scales have as many dimensions as the words; one number for the whole array has fewer.
+    let global = |at: usize| matches!(op, Op::Codec(_)) && rule.example(at).len() < rule.example(0).len();
+    if (0..rule.inputs.len()).any(|at| rule.batched[at] && global(at)) {
+        return Err(Error::unsupported(op.name(), "a global scale that differs between examples"));
+    }
+    let specs: Vec<Spec> = (0..node.outputs())
+        .map(|output| Spec::new(rule.with_batch(&node.spec(output).shape), node.spec(output).dtype))
+        .collect();
+    let inputs = (0..rule.inputs.len())
+        .map(|at| match op {
+            Op::Codec(_) if global(at) => Ok(rule.inputs[at].clone()),
+            Op::Codec(_) => rule.full(at)?.contiguous(),
+            _ => rule.full(at),
+        })
+        .collect::<Result<_>>()?;
+    let first = match specs.as_slice() {
+        [spec] => Array::lazy(op.clone(), inputs, spec.shape.clone(), spec.dtype),
+        _ => Array::lazy_many(op.clone(), inputs, specs),
+    };
+    Ok((0..node.outputs())
+        .map(|output| node.wants(output).then(|| Mapped { array: first.sibling(output), batched: true }))
+        .collect())
 }
 
 fn map_custom(custom: &Arc<dyn CustomOp>, rule: &Vmap) -> Result<Outputs> {

@@ -233,8 +233,8 @@ fn plain_linear(
 
 fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
     let (a, b, out) = (step.inputs[0].host()?, step.inputs[1].host()?, step.outputs[0].host()?);
-    if a.dtype == Dtype::F64 {
-        return Ok(by_reference(step));
+    if a.dtype == Dtype::C64 {
+        return super::complex::matmul(step);
     }
     product(a, b, out, precision, false)
 }
@@ -247,12 +247,48 @@ pub(super) fn product(
     precision: Precision,
     accumulate: bool,
 ) -> Result<Lowered> {
+    if a.dtype == Dtype::F64 && !accumulate {
+        return product_f64(a, b, out);
+    }
     let mut spec = GemmSpec::new(read(a)?, read(b)?, write(out)?);
     if accumulate {
         spec.epilogue = gemm::Epilogue::accumulate();
     }
     spec.precision = float_precision(precision);
     Ok(lowered(Gemm::plan(&spec)?))
+}
+
+/// In f64, a task per matrix of a batch whose leading dimensions are more than one.
+fn product_f64(a: &HostView, b: &HostView, out: &HostView) -> Result<Lowered> {
+    let lead = out.shape.len() - 2;
+    let kept = lead.min(1);
+    let outer = &out.shape[..lead - kept];
+    let mut tasks: Vec<Box<dyn Task>> = Vec::new();
+    for entry in 0..outer.iter().product() {
+        let index = super::strided::unravel(entry, outer);
+        let part = |view: &HostView| {
+            let pointer = view.pointer.cast::<f64>().wrapping_offset(super::strided::offset(view, &index));
+            let (mut shape, mut strides) =
+                (view.shape[lead - kept..].to_vec(), view.strides[lead - kept..].to_vec());
+            if kept == 0 {
+                shape.insert(0, 1);
+                strides.insert(0, 0);
+            }
+            (pointer, shape, strides)
+        };
+        let ((a, a_shape, a_strides), (b, b_shape, b_strides)) = (part(a), part(b));
+        let (o, shape, strides) = part(out);
+        // SAFETY: entries of live views; the output's are written by this step alone.
+        let (a, b, o) = unsafe {
+            (
+                View::from_raw(a, &a_shape, &a_strides),
+                View::from_raw(b, &b_shape, &b_strides),
+                ViewMut::from_raw(o, &shape, &strides),
+            )
+        };
+        tasks.push(Box::new(gemm::MatmulTask::<f64>::new(a, b, o)?));
+    }
+    Ok(Lowered::Tasks(tasks))
 }
 
 /// Rows of a packed weight by ids that are known only when the task runs.

@@ -1,0 +1,106 @@
+//! Fourier transforms, a group of lines per chunk.
+
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use num_complex::Complex32;
+use realfft::RealFftPlanner;
+use rustfft::FftPlanner;
+
+use super::Lowered;
+use super::strided::{line_start, task};
+use crate::backend::{HostView, Step};
+use crate::ops::fft::{FftKind, FftSpec};
+use crate::{Error, Result};
+
+/// Elements per chunk: a chunk should cost much more than handing it out.
+const CHUNK: usize = 1 << 14;
+
+/// Twiddle factors are kept from call to call.
+static COMPLEX: LazyLock<Mutex<FftPlanner<f32>>> = LazyLock::new(|| Mutex::new(FftPlanner::new()));
+static REAL: LazyLock<Mutex<RealFftPlanner<f32>>> = LazyLock::new(|| Mutex::new(RealFftPlanner::new()));
+
+pub(super) fn lower(spec: &FftSpec, step: &Step) -> Result<Lowered> {
+    let (x, out) = (step.inputs[0].host()?.clone(), step.outputs[0].host()?.clone());
+    let (axis, scale, name) = (spec.axis, spec.scale, spec.name());
+    let (have, gives) = (x.shape[axis], out.shape[axis]);
+    let lines = x.shape.iter().product::<usize>() / have.max(1);
+    let per_chunk = (CHUNK / have.max(gives).max(1)).max(1);
+    let chunks = lines.div_ceil(per_chunk);
+    let range = move |chunk: usize| chunk * per_chunk..lines.min((chunk + 1) * per_chunk);
+    Ok(match spec.kind {
+        FftKind::Forward | FftKind::Backward => {
+            let mut planner = COMPLEX.lock().map_err(poisoned)?;
+            let plan = match spec.kind {
+                FftKind::Forward => planner.plan_fft_forward(have),
+                _ => planner.plan_fft_inverse(have),
+            };
+            task(name, chunks, move |chunk, _| {
+                let mut line = vec![Complex32::ZERO; have];
+                let mut work = vec![Complex32::ZERO; plan.get_inplace_scratch_len()];
+                for at in range(chunk) {
+                    gather(&x, axis, at, &mut line);
+                    plan.process_with_scratch(&mut line, &mut work);
+                    line.iter_mut().for_each(|z| *z *= scale);
+                    scatter(&out, axis, at, &line);
+                }
+            })
+            .into()
+        }
+        FftKind::RealForward => {
+            let plan = REAL.lock().map_err(poisoned)?.plan_fft_forward(have);
+            task(name, chunks, move |chunk, _| {
+                let (mut line, mut spectrum) = (plan.make_input_vec(), plan.make_output_vec());
+                let mut work = plan.make_scratch_vec();
+                for at in range(chunk) {
+                    gather(&x, axis, at, &mut line);
+                    plan.process_with_scratch(&mut line, &mut spectrum, &mut work)
+                        .expect("the buffers are the plan's own");
+                    spectrum.iter_mut().for_each(|z| *z *= scale);
+                    scatter(&out, axis, at, &spectrum);
+                }
+            })
+            .into()
+        }
+        FftKind::RealBackward => {
+            let plan = REAL.lock().map_err(poisoned)?.plan_fft_inverse(gives);
+            task(name, chunks, move |chunk, _| {
+                let (mut spectrum, mut line) = (plan.make_input_vec(), plan.make_output_vec());
+                let mut work = plan.make_scratch_vec();
+                for at in range(chunk) {
+                    gather(&x, axis, at, &mut spectrum);
+                    // These do not count, and the plan refuses others.
+                    spectrum[0].im = 0.0;
+                    if gives.is_multiple_of(2) {
+                        spectrum[gives / 2].im = 0.0;
+                    }
+                    plan.process_with_scratch(&mut spectrum, &mut line, &mut work)
+                        .expect("the buffers are the plan's own, the ends are real");
+                    line.iter_mut().for_each(|value| *value *= scale);
+                    scatter(&out, axis, at, &line);
+                }
+            })
+            .into()
+        }
+    })
+}
+
+fn poisoned<T>(_: PoisonError<T>) -> Error {
+    Error::Kernel("an earlier Fourier transform failed".into())
+}
+
+/// Copies a line of the view, whose elements are of type T.
+fn gather<T: Copy>(view: &HostView, axis: usize, line: usize, into: &mut [T]) {
+    let (start, stride) = (line_start(view, axis, line).cast::<T>(), view.strides[axis]);
+    for (i, value) in into.iter_mut().enumerate() {
+        // SAFETY: inside the view, which has been computed.
+        *value = unsafe { start.wrapping_offset(i as isize * stride).read() };
+    }
+}
+
+fn scatter<T: Copy>(view: &HostView, axis: usize, line: usize, from: &[T]) {
+    let (start, stride) = (line_start(view, axis, line).cast::<T>(), view.strides[axis]);
+    for (i, value) in from.iter().enumerate() {
+        // SAFETY: inside the output; lines of different chunks are disjoint.
+        unsafe { start.wrapping_offset(i as isize * stride).write(*value) };
+    }
+}

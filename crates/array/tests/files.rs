@@ -1,0 +1,135 @@
+//! Arrays through files of every kind, and what cannot be written or read.
+
+use mica_array::files::{self, GgufValue, Loaded};
+use mica_array::{Array, Complex32, Dtype};
+
+fn bytes(array: &Array) -> (Dtype, Vec<usize>, Vec<u8>) {
+    (array.dtype(), array.shape().to_vec(), array.with_bytes(<[u8]>::to_vec).unwrap())
+}
+
+fn samples() -> Vec<(String, Array)> {
+    let f32s = Array::from_slice(&[1.5f32, -2.0, f32::INFINITY, 0.0, 3.25, -0.0], &[2, 3]).unwrap();
+    let mut list = vec![
+        ("strided".to_string(), f32s.transpose(&[]).unwrap()),
+        ("scalar".to_string(), Array::from_slice(&[7i64], &[]).unwrap()),
+        ("empty".to_string(), Array::from_slice::<f32>(&[], &[0, 4]).unwrap()),
+        ("complex".to_string(), Array::from_slice(&[Complex32 { re: 1.0, im: -2.0 }], &[1]).unwrap()),
+    ];
+    for dtype in [
+        Dtype::Bool,
+        Dtype::U8,
+        Dtype::U16,
+        Dtype::U32,
+        Dtype::U64,
+        Dtype::I8,
+        Dtype::I16,
+        Dtype::I32,
+        Dtype::F16,
+        Dtype::F64,
+    ] {
+        list.push((
+            format!("{dtype}"),
+            Array::from_slice(&[0i32, 1, 1], &[3]).unwrap().astype(dtype).unwrap(),
+        ));
+    }
+    list
+}
+
+#[test]
+fn what_was_saved_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let arrays = samples();
+    for (name, array) in &arrays {
+        let path = folder.path().join(format!("{name}.npy"));
+        files::save_npy(&path, array).unwrap();
+        let Loaded::Array(back) = files::load(&path).unwrap() else { panic!("{name}: several arrays") };
+        assert_eq!(bytes(&back), bytes(array), "{name}.npy");
+    }
+    let check = |kind: &str, back: Loaded, arrays: &[(String, Array)]| {
+        let Loaded::Arrays(back) = back else { panic!("{kind}: one array") };
+        assert_eq!(back.len(), arrays.len(), "{kind}");
+        for (name, array) in arrays {
+            let (_, found) =
+                back.iter().find(|(other, _)| other == name).unwrap_or_else(|| panic!("{kind}: no {name}"));
+            assert_eq!(bytes(found), bytes(array), "{kind}: {name}");
+        }
+    };
+    let path = folder.path().join("all.npz");
+    files::save_npz(&path, &arrays).unwrap();
+    check("npz", files::load(&path).unwrap(), &arrays);
+    let path = folder.path().join("all.safetensors");
+    files::save_safetensors(&path, &arrays, &[("made by", "a test")]).unwrap();
+    check("safetensors", files::load(&path).unwrap(), &arrays);
+    let known: Vec<(String, Array)> = arrays
+        .into_iter()
+        .filter(|(name, array)| {
+            let signed = array.dtype().is_float() || array.dtype().is_signed_integer();
+            signed && name != "empty"
+        })
+        .collect();
+    let path = folder.path().join("all.gguf");
+    let metadata =
+        vec![("general.name".to_string(), GgufValue::from("a test")), ("n".to_string(), GgufValue::U32(3))];
+    files::save_gguf(&path, &known, &metadata).unwrap();
+    check("gguf", files::load(&path).unwrap(), &known);
+    assert_eq!(files::load_gguf(&path).unwrap().1, metadata);
+}
+
+#[test]
+fn blocks_of_gguf_become_affine_arrays() {
+    use mica_array::quantized::{Format, QuantizedArray};
+    use mica_io::gguf::{BlockType, GgufWriter};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks.gguf");
+    let scale = half::f16::from_f32(0.5).to_le_bytes();
+    let minimum = half::f16::from_f32(-3.0).to_le_bytes();
+    // Codes 0..16 in the low nibbles, 15..-1 in the high ones; 64 values are two blocks.
+    let nibbles: Vec<u8> = (0..16u8).map(|i| i | (15 - i) << 4).collect();
+    let signed: Vec<u8> = (0..32i8).map(|i| (i - 16) as u8).collect();
+    let q4_0 = [&scale[..], &nibbles, &scale, &nibbles].concat();
+    let q4_1 = [&scale[..], &minimum, &nibbles].concat();
+    let q8_0 = [&scale[..], &signed].concat();
+    let mut writer = GgufWriter::new();
+    writer.tensor("a.weight", BlockType::Q4_0, &[1, 64], &q4_0);
+    writer.tensor("b.weight", BlockType::Q4_1, &[1, 32], &q4_1);
+    writer.tensor("c.weight", BlockType::Q8_0, &[1, 32], &q8_0);
+    writer.write(&path).unwrap();
+    let (arrays, _) = files::load_gguf(&path).unwrap();
+    let find =
+        |name: &str| arrays.iter().find(|(other, _)| other == name).expect("all parts are there").1.clone();
+    let codes: Vec<f32> = (0..32).map(|i| if i < 16 { i as f32 } else { (31 - i) as f32 }).collect();
+    for (name, bits, expected) in [
+        ("a", 4, codes.iter().chain(&codes).map(|c| 0.5 * (c - 8.0)).collect::<Vec<f32>>()),
+        ("b", 4, codes.iter().map(|c| 0.5 * c - 3.0).collect()),
+        ("c", 8, (0..32).map(|i| 0.5 * (i as f32 - 16.0)).collect()),
+    ] {
+        let format = Format::new(Default::default(), Some(bits), Some(32)).unwrap();
+        let parts = ["weight", "scales", "biases"].map(|part| find(&format!("{name}.{part}")));
+        let [words, scales, biases] = parts;
+        let array = QuantizedArray::new(words, scales, Some(biases), format, None).unwrap();
+        let values = array.dequantize(Some(Dtype::F32)).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(values, expected, "{name}");
+    }
+}
+
+#[test]
+fn what_a_kind_does_not_have_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let bf16 = Array::from_slice(&[1f32], &[1]).unwrap().astype(Dtype::BF16).unwrap();
+    let u32s = Array::from_slice(&[1u32], &[1]).unwrap();
+    let broken = path("broken.npy");
+    std::fs::write(&broken, b"no array").unwrap();
+    let cases = [
+        ("bf16 in npy", files::save_npy(path("a.npy"), &bf16).unwrap_err(), "bf16"),
+        ("u32 in gguf", files::save_gguf(path("a.gguf"), &[("x".into(), u32s)], &[]).unwrap_err(), "uint32"),
+        ("another end", files::load(path("a.bin")).unwrap_err(), ".safetensors"),
+        ("a broken file", files::load(&broken).unwrap_err(), "broken.npy"),
+        ("no file", files::load(path("none.npz")).unwrap_err(), "none.npz"),
+    ];
+    for (name, error, expected) in cases {
+        let text = error.to_string().to_lowercase();
+        assert!(text.contains(expected), "{name}: {text}");
+    }
+    assert!(!path("a.npy").exists(), "nothing is left of what was refused");
+}
