@@ -1,5 +1,6 @@
 //! Attention of several heads, with projections around it.
 
+use mica_array::fast::AttentionMask;
 use mica_array::{Array, Dtype, Result, fast};
 
 use super::invalid;
@@ -74,10 +75,8 @@ impl MultiHeadAttention {
         let k = heads(&self.key_proj, keys)?;
         let v = heads(&self.value_proj, values)?;
         let scale = (1.0 / q.dim(-1) as f64).sqrt() as f32;
-        let out = match mask {
-            None if k.shape() == v.shape() => fast::scaled_dot_product_attention(&q, &k, &v, scale, false)?,
-            _ => masked(&q, &k, &v, scale, mask)?,
-        };
+        let mask = mask.map_or(AttentionMask::None, AttentionMask::Array);
+        let out = fast::scaled_dot_product_attention(&q, &k, &v, scale, mask, None)?;
         self.out_proj.forward(&out.swap_axes(1, 2)?.flatten_axes(-2, -1)?, context)
     }
 
@@ -95,17 +94,4 @@ impl MultiHeadAttention {
         let places = Array::arange(0.0, length as f64, 1.0, Dtype::I32)?;
         places.expand_dims(&[1])?.less(&places)?.astype(dtype)?.multiply(lowest)
     }
-}
-
-fn masked(q: &Array, k: &Array, v: &Array, scale: f32, mask: Option<&Array>) -> Result<Array> {
-    let scores = q.multiply(scale)?.matmul(&k.swap_axes(-1, -2)?)?;
-    let scores = match mask {
-        None => scores,
-        Some(mask) if mask.dtype() == Dtype::Bool => {
-            let lowest = Array::full(&[], f64::NEG_INFINITY, scores.dtype());
-            Array::select(mask, &scores, lowest)?
-        }
-        Some(mask) => scores.add(mask.astype(scores.dtype())?)?,
-    };
-    scores.softmax(-1)?.matmul(v)
 }
