@@ -192,7 +192,7 @@ pub fn lu(a: &Array) -> Result<(Array, Array, Array)> {
 fn triangle(a: &Array, upper: bool) -> Result<Array> {
     let (rows, columns) = places(a.dim(-2), a.dim(-1))?;
     let keep = if upper { columns.greater_equal(&rows)? } else { columns.less(&rows)? };
-    Array::select(&keep, a, &Array::scalar(Scalar::Float(0.0), a.dtype()))
+    Array::select(&keep, a, Array::scalar(Scalar::Float(0.0), a.dtype()))
 }
 
 /// Row numbers [m, 1] and column numbers [1, n].
@@ -256,7 +256,7 @@ pub fn pinv(a: &Array) -> Result<Array> {
     let epsilon = if s.dtype() == Dtype::F64 { f64::EPSILON } else { f32::EPSILON as f64 };
     let cutoff = s.max(&[-1], true)?.multiply(10.0 * m.max(n) as f64 * epsilon)?;
     let inverse =
-        Array::select(&s.greater(&cutoff)?, &s.reciprocal()?, &Array::scalar(Scalar::Float(0.0), s.dtype()))?;
+        Array::select(&s.greater(&cutoff)?, &s.reciprocal()?, Array::scalar(Scalar::Float(0.0), s.dtype()))?;
     let v = vt.narrow(-2, 0, k)?.conjugate()?.swap_axes(-1, -2)?;
     let ut = u.narrow(-1, 0, k)?.conjugate()?.swap_axes(-1, -2)?;
     v.matmul(&inverse.expand_dims(&[-1])?.multiply(&ut)?)

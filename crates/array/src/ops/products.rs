@@ -289,7 +289,7 @@ fn masked(x: &Array, mask: Option<&Array>, block: usize) -> Result<Array> {
     let mask = spread.broadcast_to(&wide)?.reshape(&merged)?;
     let mask = mask.narrow(-2, 0, rows)?.narrow(-1, 0, columns)?;
     if mask.dtype() == Dtype::Bool {
-        return Array::select(&mask, x, &Array::scalar(crate::op::Scalar::Float(0.0), x.dtype()));
+        return Array::select(&mask, x, Array::scalar(crate::op::Scalar::Float(0.0), x.dtype()));
     }
     x.multiply(mask.astype(x.dtype())?)
 }

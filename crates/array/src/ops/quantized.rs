@@ -219,7 +219,10 @@ impl QuantizedArray {
         first_failure(&[&words, &scales])?;
         check_global(NAME, format, global_scale.as_ref())?;
         let bad = |message: String| Err(Error::invalid(NAME, message));
-        if words.dtype() != Dtype::U32 || words.rank() == 0 || words.dim(-1) * 32 % format.bits() != 0 {
+        if words.dtype() != Dtype::U32
+            || words.rank() == 0
+            || !(words.dim(-1) * 32).is_multiple_of(format.bits())
+        {
             return bad(format!(
                 "words should be uint32 [.., values · {} / 32], got {words:?}",
                 format.bits()

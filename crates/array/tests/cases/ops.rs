@@ -88,6 +88,7 @@ macro_rules! binary_cases {
     )* };
 }
 
+#[expect(clippy::vec_init_then_push, reason = "the macros push, a case each")]
 pub fn op_cases() -> Vec<OpCase> {
     let mut cases = Vec::new();
     unary_cases! { cases,

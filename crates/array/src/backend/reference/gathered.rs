@@ -56,7 +56,7 @@ pub(super) fn hadamard(scale: f32, x: &Dense) -> Dense {
     let power = n / m;
     let sign = |i: usize, j: usize| {
         let block = !factor.is_empty() && factor[i / power] >> (j / power) & 1 == 1;
-        let inner = (i % power & j % power).count_ones() % 2 == 1;
+        let inner = ((i % power) & (j % power)).count_ones() % 2 == 1;
         if block != inner { -1.0 } else { 1.0 }
     };
     let mut result = Vec::with_capacity(x.size());
