@@ -145,7 +145,9 @@ pub fn selu(x: &Array) -> Result<Array> {
 
 /// max(x, 0) + alpha · min(x, 0) with a learned alpha.
 pub fn prelu(x: &Array, alpha: &Array) -> Result<Array> {
-    x.maximum(0)?.add(alpha.multiply(x.minimum(0)?)?)
+    // The gradient at 0 goes to the second operand, as in MLX.
+    let zero = Array::full(&[], 0.0, x.dtype());
+    zero.maximum(x)?.add(alpha.multiply(zero.minimum(x)?)?)
 }
 
 /// x · tanh(softplus(x))

@@ -251,11 +251,12 @@ pub(crate) fn layer_norm_vjp(eps: f32, rule: &Vjp) -> Result<Grads> {
 }
 
 pub(crate) fn rope_vjp(spec: &RopeSpec, rule: &Vjp) -> Result<Grads> {
-    if rule.needs[2] {
-        return definition::vjp(&Op::Rope(spec.clone()), rule);
-    }
+    let mut grads =
+        if rule.needs[2] { definition::vjp(&Op::Rope(spec.clone()), rule)? } else { rule.none()? };
+    // The same whether the frequencies' is asked for or not: a checkpoint asks for those of all it captured.
     let back = RopeSpec { inverse: !spec.inverse, ..spec.clone() };
-    Ok(smallvec![Some(rule.cotangent().rope(&rule.inputs[1], &rule.inputs[2], back)?), None, None])
+    grads[0] = Some(rule.cotangent().rope(&rule.inputs[1], &rule.inputs[2], back)?);
+    Ok(grads)
 }
 
 pub(crate) fn attention_vjp(spec: &AttentionSpec, rule: &Vjp) -> Result<Grads> {

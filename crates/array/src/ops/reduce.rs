@@ -113,6 +113,10 @@ impl Array {
 
     /// eˣ / Σ eˣ along an axis.
     pub fn softmax(&self, axis: i32) -> Result<Array> {
+        if self.dtype() == Dtype::C64 {
+            let powers = self.subtract(self.max(&[axis], true)?)?.exp()?;
+            return powers.divide(powers.sum(&[axis], true)?);
+        }
         along_last("softmax", self, axis, |x| {
             Ok(Array::lazy(Op::Softmax, smallvec![x.clone()], x.shape(), x.dtype()))
         })
@@ -120,6 +124,11 @@ impl Array {
 
     /// log Σ eˣ along an axis.
     pub fn logsumexp(&self, axis: i32, keepdims: bool) -> Result<Array> {
+        if self.dtype() == Dtype::C64 {
+            let largest = self.max(&[axis], true)?;
+            let sum = self.subtract(&largest)?.exp()?.sum(&[axis], true)?.log()?.add(&largest)?;
+            return if keepdims { Ok(sum) } else { sum.squeeze(&[axis]) };
+        }
         let full = along_last("logsumexp", self, axis, |x| {
             let mut kept: Shape = x.shape().into();
             *kept.last_mut().expect("has the axis") = 1;

@@ -4,9 +4,16 @@
 use super::{binary_vjp, unary_vjp};
 use crate::op::{BinaryOp, UnaryOp};
 use crate::ops::{Jvp, Tangents, Vjp};
-use crate::{Array, Result};
+use crate::{Array, Dtype, Result};
 
 pub(crate) fn unary(op: UnaryOp, rule: &Jvp) -> Result<Tangents> {
+    if op == UnaryOp::Abs && rule.output.dtype() == Dtype::C64 {
+        // Not analytic: d|z| = Re(conj(z / |z|) dz).
+        return rule.linear(0, |tangent| {
+            let along = rule.inputs[0].sign()?.conjugate()?.multiply(tangent)?;
+            along.real()?.astype(Dtype::C64)
+        });
+    }
     let pushed = Vjp { inputs: rule.inputs, output: rule.output, cotangents: rule.tangents, needs: &[true] };
     let mut parts = unary_vjp(op, &pushed)?;
     rule.sum_of(parts.iter_mut().map(Option::take))
