@@ -80,7 +80,7 @@ impl Array {
         *shape.last_mut().expect("rank is not 0") = weight.dim(0);
         let y = Array::lazy(
             Op::Linear { precision },
-            smallvec![self.contiguous()?, weight.clone()],
+            smallvec![self.dense()?, weight.clone()],
             shape,
             self.dtype(),
         );

@@ -6,9 +6,11 @@ pub(crate) mod vmap;
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Vjp};
+use crate::array::State;
 use crate::dtype::promote;
 use crate::op::{Axes, Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size_of};
+use crate::storage::Storage;
 use crate::{Array, Error, Result};
 
 impl Array {
@@ -275,6 +277,26 @@ impl Array {
     /// This array, not computed before `other` is.
     pub(crate) fn after(&self, other: &Array) -> Array {
         Array::lazy(Op::After, smallvec![self.clone(), other.clone()], self.shape(), self.dtype())
+    }
+
+    /// [`Array::contiguous`] for a kernel that needs it; no node where it shows already that there are no gaps.
+    pub(crate) fn dense(&self) -> Result<Array> {
+        let mut array = self.clone();
+        let is_dense = loop {
+            let before = match &*array.node().state() {
+                // These have gaps where their input has some.
+                State::Lazy { op: Op::StopGradient | Op::After | Op::Reshape, inputs } => inputs[0].clone(),
+                // A tracer stands for inputs of later calls too, which may have gaps.
+                State::Lazy { op, .. } => break !op.is_view() && !matches!(op, Op::Bitcast),
+                State::Ready(storage) => match &storage[array.output()] {
+                    Storage::Host(host) => break host.is_contiguous(array.shape()),
+                    Storage::Packed(_) | Storage::Absent => break true,
+                },
+                State::Failed(_) => break true,
+            };
+            array = before;
+        };
+        if is_dense { Ok(self.clone()) } else { self.contiguous() }
     }
 
     /// The same values, row-major without gaps.
