@@ -1,7 +1,7 @@
 //! The array handle and the graph node behind it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use smallvec::{SmallVec, smallvec};
@@ -33,6 +33,8 @@ pub(crate) struct Node {
     pub(crate) mark: AtomicU64,
     /// One bit per output to which a handle was made; others need not be computed.
     wanted: AtomicU32,
+    /// Whether the state is [`State::Failed`]: asked whenever a node is built on this one.
+    failed: AtomicBool,
 }
 
 pub(crate) enum State {
@@ -49,10 +51,27 @@ impl Node {
         Arc::new(Node {
             first,
             more,
+            failed: AtomicBool::new(matches!(state, State::Failed(_))),
             state: Mutex::new(state),
             mark: AtomicU64::new(0),
             wanted: AtomicU32::new(1),
         })
+    }
+
+    pub(crate) fn fail(&self, error: Error) {
+        *self.state() = State::Failed(error);
+        self.failed.store(true, Ordering::Release);
+    }
+
+    /// The error, if computing this failed.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        if !self.failed.load(Ordering::Acquire) {
+            return None;
+        }
+        match &*self.state() {
+            State::Failed(error) => Some(error.clone()),
+            _ => None,
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

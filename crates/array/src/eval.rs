@@ -38,6 +38,8 @@ struct Engine {
     epoch: u64,
     /// Marks nodes that the present walk has seen.
     walk: u64,
+    /// The memory of the last plan's steps, for the next one's.
+    steps: Vec<Step>,
 }
 
 static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
@@ -49,7 +51,7 @@ thread_local! {
 fn engine() -> MutexGuard<'static, Option<Engine>> {
     let mut engine = ENGINE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if engine.is_none() {
-        *engine = Some(Engine { backend: Box::new(Cpu::new(default_threads())), epoch: 1, walk: 0 });
+        *engine = Some(Engine { backend: Box::new(Cpu::new(default_threads())), epoch: 1, walk: 0, steps: Vec::new() });
     }
     engine
 }
@@ -177,17 +179,30 @@ impl Engine {
 
     /// The nodes to compute, inputs first.
     fn order(&mut self, roots: &[Array]) -> Result<Vec<NodePointer>> {
+        /// A node before its inputs, and after them.
+        enum Visit {
+            Enter(NodePointer),
+            Leave(NodePointer),
+        }
         self.walk += 1;
-        let walk = self.walk;
         let mut order = Vec::new();
-        // (node, next input to visit)
-        let mut stack: Vec<(NodePointer, usize)> = Vec::new();
-        let enter = |array: &Array, stack: &mut Vec<(NodePointer, usize)>| -> Result<()> {
-            let node = array.node();
-            if node.mark.load(Ordering::Relaxed) == walk {
-                return Ok(());
+        let mut stack: Vec<Visit> =
+            roots.iter().rev().map(|root| Visit::Enter(NodePointer::of(root))).collect();
+        while let Some(visit) = stack.pop() {
+            let pointer = match visit {
+                Visit::Enter(pointer) => pointer,
+                Visit::Leave(pointer) => {
+                    order.push(pointer);
+                    continue;
+                }
+            };
+            // SAFETY: the roots, and the inputs of nodes that the roots keep alive, are alive; nothing
+            // is detached during the walk, and what a custom op is replaced by is entered at once.
+            let node = unsafe { pointer.get() };
+            if node.mark.load(Ordering::Relaxed) == self.walk {
+                continue;
             }
-            node.mark.store(walk, Ordering::Relaxed);
+            node.mark.store(self.walk, Ordering::Relaxed);
             expand(node)?;
             match &*node.state() {
                 State::Ready(_) => {}
@@ -195,27 +210,10 @@ impl Engine {
                 State::Lazy { op: Op::Tracer(scope), .. } if scope.is_active() => {
                     return Err(Error::Tracing { op: "eval" });
                 }
-                State::Lazy { .. } => stack.push((NodePointer::of(array), 0)),
-            }
-            Ok(())
-        };
-        for root in roots {
-            enter(root, &mut stack)?;
-            while let Some((pointer, next)) = stack.last_mut() {
-                // SAFETY: on the stack are ancestors of nodes that the roots keep alive; nothing
-                // is detached during the walk.
-                let node = unsafe { pointer.get() };
-                let child = match &*node.state() {
-                    State::Lazy { inputs, .. } => inputs.get(*next).cloned(),
-                    _ => None,
-                };
-                *next += 1;
-                match child {
-                    Some(child) => enter(&child, &mut stack)?,
-                    None => {
-                        order.push(*pointer);
-                        stack.pop();
-                    }
+                State::Lazy { inputs, .. } => {
+                    stack.push(Visit::Leave(pointer));
+                    // The first input on top: it is entered first.
+                    stack.extend(inputs.iter().rev().map(|input| Visit::Enter(NodePointer::of(input))));
                 }
             }
         }
@@ -223,13 +221,13 @@ impl Engine {
     }
 
     fn run(&mut self, order: &[NodePointer]) -> Result<()> {
-        let mut plan = Plan::default();
+        let mut plan = Plan::reusing(std::mem::take(&mut self.steps));
         for (position, &pointer) in order.iter().enumerate() {
             // SAFETY: a node in the order is kept alive by the roots or by a consumer that comes
             // later in the order and has not been detached yet.
             let node = unsafe { pointer.get() };
             if let Err(error) = self.plan_node(node, &mut plan) {
-                *node.state() = State::Failed(error.clone());
+                node.fail(error.clone());
                 self.flush(&mut plan)?;
                 return Err(error);
             }
@@ -247,7 +245,7 @@ impl Engine {
 
     /// Runs the plan; afterwards its buffers may be read.
     fn flush(&mut self, plan: &mut Plan) -> Result<()> {
-        let plan = std::mem::take(plan);
+        let mut plan = std::mem::take(plan);
         let result = match plan.steps.is_empty() {
             true => Ok(()),
             false if memory::is_rehearsing() => self.backend.rehearse(&plan),
@@ -260,6 +258,8 @@ impl Engine {
         }
         COMPLETED.store(self.epoch, Ordering::Release);
         self.epoch += 1;
+        plan.steps.clear();
+        self.steps = plan.steps;
         result
     }
 
@@ -305,7 +305,7 @@ impl Engine {
         inputs: Inputs,
         plan: &mut Plan,
     ) -> Result<SmallVec<[Storage; 1]>> {
-        let mut operands: SmallVec<[Operand; 4]> = SmallVec::new();
+        let mut operands: SmallVec<[Operand; 2]> = SmallVec::new();
         let mut donor: SmallVec<[Option<Arc<Buffer>>; 4]> = SmallVec::new();
         for (index, input) in inputs.into_iter().enumerate() {
             let (spec, output) = (input.node().spec(input.output()).clone(), input.output());
@@ -335,7 +335,7 @@ impl Engine {
             plan.keep(storage);
         }
         let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();
-        let mut outputs: SmallVec<[Operand; 3]> = SmallVec::new();
+        let mut outputs: SmallVec<[Operand; 1]> = SmallVec::new();
         for output in 0..node.outputs() {
             let spec = node.spec(output);
             if !node.wants(output) && output > 0 {
@@ -380,7 +380,7 @@ pub(crate) fn expand_all(arrays: &[Array]) -> Result<()> {
 }
 
 /// Replaces a custom op by what it expands to.
-fn expand(node: &Arc<Node>) -> Result<()> {
+fn expand(node: &Node) -> Result<()> {
     let (custom, inputs) = match &*node.state() {
         State::Lazy { op: Op::Custom(custom), inputs } if !custom.is_expanded() => {
             (custom.clone(), inputs.clone())

@@ -13,10 +13,10 @@
 //! what makes planning ahead of execution safe.
 
 mod machine;
+mod shelves;
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,8 +24,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use machine::{Bound, Room, peak_resident, process_limit, resident, room, set_process_limit, total};
 
 use crate::{Error, Result};
+use shelves::{Address, Shelves, bucket};
 
-const SMALL_ALIGN: usize = 64;
+const SMALL_ALIGN: usize = shelves::SMALLEST;
 const HUGE: usize = 2 << 20;
 
 /// Over about so many plans what one of them needed is forgotten.
@@ -49,8 +50,8 @@ struct Blocks {
     cached: usize,
     /// The most bytes that were in use or kept at once.
     held_peak: usize,
-    free: BTreeMap<usize, Vec<Address>>,
-    limbo: BTreeMap<usize, Vec<Address>>,
+    free: Shelves,
+    limbo: Shelves,
     /// Of `cached`, what is in limbo.
     limbo_bytes: usize,
     /// The most bytes that were in use or in limbo at once since the last plan ended.
@@ -61,15 +62,6 @@ struct Blocks {
     clock: u64,
     release: fn(NonNull<u8>, usize),
 }
-
-#[derive(Clone, Copy)]
-struct Address {
-    pointer: NonNull<u8>,
-    /// When the block died.
-    since: u64,
-}
-// SAFETY: an address of a block that the pool owns; no thread-bound state.
-unsafe impl Send for Address {}
 
 static STATE: Mutex<State> = Mutex::new(State {
     real: Blocks::new(free_block),
@@ -230,13 +222,6 @@ unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
 
-/// Bucket sizes grow by an eighth of a power of two, so that at most 12.5 % is wasted.
-fn bucket(bytes: usize) -> usize {
-    let bytes = bytes.max(SMALL_ALIGN);
-    let step = (bytes.next_power_of_two() / 16).max(SMALL_ALIGN);
-    bytes.next_multiple_of(step)
-}
-
 fn layout(bytes: usize) -> Layout {
     let align = if bytes >= HUGE { HUGE } else { SMALL_ALIGN };
     Layout::from_size_align(bytes, align).expect("bucket sizes are below isize::MAX")
@@ -324,8 +309,8 @@ impl Blocks {
             peak: 0,
             cached: 0,
             held_peak: 0,
-            free: BTreeMap::new(),
-            limbo: BTreeMap::new(),
+            free: Shelves::new(),
+            limbo: Shelves::new(),
             limbo_bytes: 0,
             need: 0,
             demand: 0,
@@ -343,9 +328,9 @@ impl Blocks {
 
     /// A kept block that fits; only the planner may take from limbo.
     fn take(&mut self, size: usize, planner: bool) -> Option<(NonNull<u8>, usize)> {
-        let limbo = if planner { take(&mut self.limbo, size) } else { None };
+        let limbo = if planner { self.limbo.take(size) } else { None };
         self.limbo_bytes -= limbo.map_or(0, |(_, size)| size);
-        let (address, size) = limbo.or_else(|| take(&mut self.free, size))?;
+        let (address, size) = limbo.or_else(|| self.free.take(size))?;
         self.cached -= size;
         Some((address.pointer, size))
     }
@@ -357,20 +342,13 @@ impl Blocks {
         self.clock += 1;
         self.limbo_bytes += if planning { bytes } else { 0 };
         let kept = if planning { &mut self.limbo } else { &mut self.free };
-        kept.entry(bytes).or_default().push(Address { pointer, since: self.clock });
+        kept.put(bytes, Address { pointer, since: self.clock });
     }
 
     /// Frees cached blocks, those that have lain longest first, until at most `limit` bytes are cached.
     fn trim(&mut self, limit: usize) {
         while self.cached > limit {
-            // Blocks of one size are taken and put at the end, so the first has lain longest.
-            let oldest = self.free.iter().min_by_key(|(_, list)| list[0].since).map(|(&size, _)| size);
-            let Some(size) = oldest else { return };
-            let list = self.free.get_mut(&size).expect("the size was found there");
-            let address = list.remove(0);
-            if list.is_empty() {
-                self.free.remove(&size);
-            }
+            let Some((address, size)) = self.free.take_oldest() else { return };
             self.cached -= size;
             (self.release)(address.pointer, size);
         }
@@ -378,24 +356,12 @@ impl Blocks {
 
     /// The plan has run: frees what is kept beyond `limit` and beyond what plans like it need.
     fn leave_limbo(&mut self, limit: usize) {
-        for (size, list) in std::mem::take(&mut self.limbo) {
-            self.free.entry(size).or_default().extend(list);
-        }
+        self.free.append(&mut self.limbo);
         self.limbo_bytes = 0;
         self.demand = self.need.max(self.demand - self.demand / DEMAND_PLANS);
         self.need = self.active;
         self.trim(limit.min(self.demand.saturating_sub(self.active)));
     }
-}
-
-/// The smallest kept block that fits without wasting more than a quarter.
-fn take(kept: &mut BTreeMap<usize, Vec<Address>>, size: usize) -> Option<(Address, usize)> {
-    let (&found, list) = kept.range_mut(size..=size + size / 4).next()?;
-    let address = list.pop()?;
-    if list.is_empty() {
-        kept.remove(&found);
-    }
-    Some((address, found))
 }
 
 /// From now on freed blocks go to limbo. Only the holder of the engine calls this.
@@ -503,16 +469,3 @@ fn advise_huge(pointer: NonNull<u8>, bytes: usize) {
 
 #[cfg(all(unix, not(target_os = "linux")))]
 fn advise_huge(_: NonNull<u8>, _: usize) {}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn buckets_waste_little() {
-        for bytes in [1, 64, 65, 1000, 4097, 1 << 20, (1 << 20) + 1, 123_456_789] {
-            let size = bucket(bytes);
-            assert!(size >= bytes && size <= (bytes + bytes / 8).max(bytes + 64), "{bytes} -> {size}");
-        }
-    }
-}

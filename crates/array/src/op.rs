@@ -490,10 +490,8 @@ impl Scalar {
 
 /// Checks shared by constructors: fail early if an input already failed.
 pub(crate) fn first_failure(inputs: &[&Array]) -> Result<()> {
-    for input in inputs {
-        if let crate::array::State::Failed(error) = &*input.node().state() {
-            return Err(error.clone());
-        }
+    match inputs.iter().find_map(|input| input.node().failure()) {
+        Some(error) => Err(error),
+        None => Ok(()),
     }
-    Ok(())
 }

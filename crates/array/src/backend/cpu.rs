@@ -26,6 +26,7 @@ use crate::{Error, Result, memory, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
+    Task(Box<dyn Task>),
     Tasks(Vec<Box<dyn Task>>),
     /// Bytes needed, and the function that makes the tasks from a 64-byte aligned pointer to them.
     WithWorkspace(usize, MakeTasks),
@@ -33,9 +34,29 @@ pub(crate) enum Lowered {
 
 type MakeTasks = Box<dyn FnOnce(*mut u8, &mut Vec<Box<dyn Task>>) -> Result<()>>;
 
+impl Lowered {
+    /// Bytes of workspace that the tasks need.
+    fn bytes(&self) -> usize {
+        match self {
+            Lowered::Task(_) | Lowered::Tasks(_) => 0,
+            Lowered::WithWorkspace(bytes, _) => *bytes,
+        }
+    }
+
+    /// Adds the tasks, which may use the workspace.
+    fn give(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task>>) -> Result<()> {
+        match self {
+            Lowered::Task(task) => list.push(task),
+            Lowered::Tasks(tasks) => list.extend(tasks),
+            Lowered::WithWorkspace(_, make) => make(workspace, list)?,
+        }
+        Ok(())
+    }
+}
+
 impl From<Box<dyn Task>> for Lowered {
     fn from(task: Box<dyn Task>) -> Lowered {
-        Lowered::Tasks(vec![task])
+        Lowered::Task(task)
     }
 }
 
@@ -89,10 +110,7 @@ impl Backend for Cpu {
         let run = |tasks: &[Box<dyn Task>]| self.pool.run(tasks).map_err(told);
         let mut tasks = Vec::with_capacity(lowered.len());
         for (step, lowered) in plan.steps.iter().zip(lowered) {
-            match lowered {
-                Lowered::Tasks(list) => tasks.extend(list),
-                Lowered::WithWorkspace(_, make) => make(pointer, &mut tasks)?,
-            }
+            lowered.give(pointer, &mut tasks)?;
             if profile::enabled() {
                 let begun = Instant::now();
                 run(&std::mem::take(&mut tasks))?;
@@ -128,11 +146,7 @@ fn told(panic: mica_threads::TaskPanic) -> Error {
 }
 
 fn workspace_bytes(lowered: &[Lowered]) -> usize {
-    let bytes = lowered.iter().map(|lowered| match lowered {
-        Lowered::Tasks(_) => 0,
-        Lowered::WithWorkspace(bytes, _) => *bytes,
-    });
-    bytes.max().unwrap_or(0)
+    lowered.iter().map(Lowered::bytes).max().unwrap_or(0)
 }
 
 /// A view that float kernels read. The caller keeps the memory alive while they run.
@@ -142,9 +156,12 @@ pub(crate) fn float_view(view: &HostView) -> Result<mica_kernels::gemm::FloatVie
 
 /// Runs one elementwise step here and now, without the pool: for single values.
 pub(crate) fn run_alone(step: &Step) -> Result<()> {
-    let Lowered::Tasks(tasks) = lower(step)? else {
+    let lowered = lower(step)?;
+    if lowered.bytes() > 0 {
         return Err(Error::unsupported(step.op.name(), "needs a workspace"));
-    };
+    }
+    let mut tasks = Vec::new();
+    lowered.give(std::ptr::null_mut(), &mut tasks)?;
     for task in &tasks {
         (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut mica_threads::Scratch::new()));
     }

@@ -65,6 +65,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// An empty plan in the memory of another one's steps.
+    pub(crate) fn reusing(steps: Vec<Step>) -> Plan {
+        Plan { steps, ..Plan::default() }
+    }
+
     pub(crate) fn keep(&mut self, storage: Storage) {
         if let Storage::Packed(weight) = &storage {
             self.weights.push(weight.clone());
@@ -83,9 +88,9 @@ pub struct Step {
     /// The op.
     pub op: Op,
     /// What it reads.
-    pub inputs: SmallVec<[Operand; 4]>,
+    pub inputs: SmallVec<[Operand; 2]>,
     /// What it writes.
-    pub outputs: SmallVec<[Operand; 3]>,
+    pub outputs: SmallVec<[Operand; 1]>,
 }
 
 /// The memory of an operand.

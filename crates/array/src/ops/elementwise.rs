@@ -123,9 +123,8 @@ impl Array {
             _ => {}
         }
         let shape = broadcast_shapes(op.name(), self.shape(), rhs.shape())?;
-        let a = self.astype(dtype)?.broadcast_to(&shape)?;
-        let b = rhs.astype(dtype)?.broadcast_to(&shape)?;
-        Ok(Array::lazy(Op::Binary(op), smallvec![a, b], shape, dtype))
+        let inputs = smallvec![self.clone().brought_to(dtype, &shape)?, rhs.brought_to(dtype, &shape)?];
+        Ok(Array::lazy(Op::Binary(op), inputs, shape, dtype))
     }
 
     /// Compares, with promotion and broadcasting; the result is bool.
@@ -134,9 +133,14 @@ impl Array {
         first_failure(&[self, &rhs])?;
         let dtype = promote(self.dtype(), rhs.dtype());
         let shape = broadcast_shapes(op.name(), self.shape(), rhs.shape())?;
-        let a = self.astype(dtype)?.broadcast_to(&shape)?;
-        let b = rhs.astype(dtype)?.broadcast_to(&shape)?;
-        Ok(Array::lazy(Op::Compare(op), smallvec![a, b], shape, Dtype::Bool))
+        let inputs = smallvec![self.clone().brought_to(dtype, &shape)?, rhs.brought_to(dtype, &shape)?];
+        Ok(Array::lazy(Op::Compare(op), inputs, shape, Dtype::Bool))
+    }
+
+    /// The handle itself, where it has the dtype and the shape already: small ops are cheap.
+    fn brought_to(self, dtype: Dtype, shape: &[usize]) -> Result<Array> {
+        let cast = if self.dtype() == dtype { self } else { self.astype(dtype)? };
+        if cast.shape() == shape { Ok(cast) } else { cast.broadcast_to(shape) }
     }
 
     /// Where `condition` holds this array's values, elsewhere `other`'s.
@@ -147,9 +151,9 @@ impl Array {
         let shape = broadcast_shapes("where", condition.shape(), a.shape())?;
         let shape = broadcast_shapes("where", &shape, b.shape())?;
         let inputs = smallvec![
-            condition.astype(Dtype::Bool)?.broadcast_to(&shape)?,
-            a.astype(dtype)?.broadcast_to(&shape)?,
-            b.astype(dtype)?.broadcast_to(&shape)?,
+            condition.clone().brought_to(Dtype::Bool, &shape)?,
+            a.clone().brought_to(dtype, &shape)?,
+            b.brought_to(dtype, &shape)?,
         ];
         Ok(Array::lazy(Op::Select, inputs, shape, dtype))
     }

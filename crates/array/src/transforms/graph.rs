@@ -1,13 +1,16 @@
 //! A traced function as data: its graph, its inputs, and the arrays that its closure captured.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::compile::shapes::can_be;
+use super::compile::sizes::NodeSizes;
 use crate::array::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::storage::Spec;
-use crate::{Array, Result, Shape};
+use crate::{Array, Result};
 
 /// The graph of a function, to be built again on other inputs.
 #[derive(Debug, Default)]
@@ -26,6 +29,15 @@ pub(crate) struct TracedNode {
     pub(crate) op: Op,
     pub(crate) inputs: SmallVec<[Value; 3]>,
     pub(crate) specs: SmallVec<[Spec; 1]>,
+    /// What of it depends on the inputs' sizes, if the graph is for any.
+    pub(crate) sizes: Option<Arc<NodeSizes>>,
+}
+
+impl TracedNode {
+    /// A node for the sizes that were recorded.
+    pub(crate) fn new(op: Op, inputs: SmallVec<[Value; 3]>, specs: SmallVec<[Spec; 1]>) -> TracedNode {
+        TracedNode { op, inputs, specs, sizes: None }
+    }
 }
 
 /// An array of the graph: one output of whatever makes it.
@@ -61,6 +73,23 @@ impl TracedGraph {
         f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
         inputs: &[Array],
     ) -> Result<TracedGraph> {
+        TracedGraph::record(f, inputs, false)
+    }
+
+    /// As [`TracedGraph::trace`], with what sizes of inputs may get into recorded too: ranges, and views
+    /// of captured arrays.
+    pub(crate) fn trace_with_sizes(
+        f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
+        inputs: &[Array],
+    ) -> Result<TracedGraph> {
+        TracedGraph::record(f, inputs, true)
+    }
+
+    fn record(
+        f: impl FnOnce(&[Array]) -> Result<Vec<Array>>,
+        inputs: &[Array],
+        sizes: bool,
+    ) -> Result<TracedGraph> {
         let scope = TraceScope::new();
         let tracers: Vec<Array> = inputs.iter().map(|input| scope.wrap(input)).collect();
         let outputs = {
@@ -74,7 +103,7 @@ impl TracedGraph {
         let places = tracers.iter().enumerate().map(|(index, tracer)| (tracer.id(), Source::Input(index)));
         let mut recorder = Recorder {
             places: places.collect(),
-            kinds: classify(&outputs, &tracers),
+            kinds: classify(&outputs, &tracers, sizes),
             graph,
             captured: HashMap::new(),
         };
@@ -120,18 +149,33 @@ impl TracedGraph {
 
     /// Builds the graph on these inputs and captured arrays, with the recorded shapes.
     pub(crate) fn build(&self, inputs: &[Array], captured: &[Array]) -> Vec<Array> {
-        let recorded = |_: &TracedNode, _: &[Array]| Ok(None);
-        self.build_with(inputs, captured, recorded).expect("recorded shapes can't fail")
+        self.build_nodes(inputs, captured, |_, _, _, _| Some(())).expect("recorded shapes fit")
     }
 
-    /// Builds the graph with the shapes that `shape` gives for a node's outputs, or the recorded
-    /// ones where it gives none.
-    pub(crate) fn build_with(
+    /// Builds a graph for any sizes on inputs of these, which are numbered as when it was made.
+    /// Nothing if the function is another one for them.
+    pub(crate) fn build_for(
         &self,
         inputs: &[Array],
         captured: &[Array],
-        shape: impl Fn(&TracedNode, &[Array]) -> Result<Option<Shape>>,
-    ) -> Result<Vec<Array>> {
+        symbols: &[usize],
+    ) -> Option<Vec<Array>> {
+        self.build_nodes(inputs, captured, |node, inputs, op, specs| {
+            if let Some(sizes) = &node.sizes {
+                sizes.apply(symbols, op, specs)?;
+            }
+            let shapes: SmallVec<[&[usize]; 4]> = inputs.iter().map(Array::shape).collect();
+            can_be(op, &shapes, specs).then_some(())
+        })
+    }
+
+    /// Builds the graph; `adapt` may change a node's op and specs, or give up.
+    fn build_nodes(
+        &self,
+        inputs: &[Array],
+        captured: &[Array],
+        adapt: impl Fn(&TracedNode, &[Array], &mut Op, &mut [Spec]) -> Option<()>,
+    ) -> Option<Vec<Array>> {
         let mut built: Vec<Array> = Vec::with_capacity(self.nodes.len());
         let find = |built: &[Array], value: &Value| match value.source {
             Source::Input(index) => inputs[index].clone(),
@@ -140,16 +184,14 @@ impl TracedGraph {
         };
         for node in &self.nodes {
             let node_inputs: Inputs = node.inputs.iter().map(|input| find(&built, input)).collect();
-            let mut specs = node.specs.clone();
-            if let Some(shape) = shape(node, &node_inputs)? {
-                specs.iter_mut().for_each(|spec| spec.shape = shape.clone());
-            }
+            let (mut op, mut specs) = (node.op.clone(), node.specs.clone());
+            adapt(node, &node_inputs, &mut op, &mut specs)?;
             built.push(match specs.as_slice() {
-                [spec] => Array::lazy(node.op.clone(), node_inputs, spec.shape.clone(), spec.dtype),
-                _ => Array::lazy_many(node.op.clone(), node_inputs, specs.into_vec()),
+                [spec] => Array::lazy(op, node_inputs, spec.shape.clone(), spec.dtype),
+                _ => Array::lazy_many(op, node_inputs, specs.into_vec()),
             });
         }
-        Ok(self.outputs.iter().map(|output| find(&built, output)).collect())
+        Some(self.outputs.iter().map(|output| find(&built, output)).collect())
     }
 
     /// Drops the nodes and captured arrays that no output needs.
@@ -228,7 +270,7 @@ impl Recorder {
             }
             let inputs = inputs.iter().map(|input| self.value(input)).collect();
             let specs = (0..array.node().outputs()).map(|output| array.node().spec(output).clone()).collect();
-            let index = self.graph.push(TracedNode { op, inputs, specs });
+            let index = self.graph.push(TracedNode::new(op, inputs, specs));
             self.places.insert(array.id(), Source::Node(index));
             stack.pop();
         }
@@ -257,7 +299,7 @@ impl Recorder {
 /// What a node under the outputs is to the trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// It depends on an input.
+    /// It depends on an input, or is made anew at every call like what does.
     Dependent,
     /// It is made of numbers that stand in the program.
     Literal,
@@ -265,7 +307,7 @@ enum Kind {
     Fixed,
 }
 
-fn classify(outputs: &[Array], tracers: &[Array]) -> HashMap<usize, Kind> {
+fn classify(outputs: &[Array], tracers: &[Array], sizes: bool) -> HashMap<usize, Kind> {
     let mut kinds: HashMap<usize, Kind> =
         tracers.iter().map(|tracer| (tracer.id(), Kind::Dependent)).collect();
     let mut stack: Vec<(Array, usize)> = Vec::new();
@@ -288,7 +330,7 @@ fn classify(outputs: &[Array], tracers: &[Array]) -> HashMap<usize, Kind> {
                     stack.push((child, 0));
                 }
                 None => {
-                    let kind = kind_of(array, &kinds);
+                    let kind = kind_of(array, &kinds, sizes);
                     kinds.insert(array.id(), kind);
                     stack.pop();
                 }
@@ -299,7 +341,7 @@ fn classify(outputs: &[Array], tracers: &[Array]) -> HashMap<usize, Kind> {
 }
 
 /// The kind of a node whose inputs have theirs.
-fn kind_of(array: &Array, kinds: &HashMap<usize, Kind>) -> Kind {
+fn kind_of(array: &Array, kinds: &HashMap<usize, Kind>, sizes: bool) -> Kind {
     let state = array.node().state();
     let State::Lazy { op, inputs } = &*state else { return Kind::Fixed };
     let literal = matches!(
@@ -312,9 +354,10 @@ fn kind_of(array: &Array, kinds: &HashMap<usize, Kind>) -> Kind {
             | Op::Cast
             | Op::Reshape
             | Op::Broadcast
-    );
+    ) || (sizes && matches!(op, Op::Arange { .. }));
     let mut kinds = inputs.iter().map(|input| kinds[&input.id()]);
-    if kinds.clone().any(|kind| kind == Kind::Dependent) {
+    let viewed = sizes && !inputs.is_empty() && (op.is_view() || matches!(op, Op::Reshape));
+    if viewed || kinds.clone().any(|kind| kind == Kind::Dependent) {
         Kind::Dependent
     } else if literal && kinds.all(|kind| kind == Kind::Literal) {
         Kind::Literal

@@ -183,7 +183,13 @@ impl Elementwise {
         let shape = &output.0.shape;
         let mut sources = SmallVec::new();
         for &(view, compute) in inputs {
-            sources.push(Source::new(&broadcast(name, view, shape)?, compute));
+            let linear = if view.shape == *shape && view.strides.len() == shape.len() {
+                Linear::new(shape, &view.strides)
+            } else {
+                let wide = broadcast(name, view, shape)?;
+                Linear::new(&wide.shape, &wide.strides)
+            };
+            sources.push(Source::with_linear(view, compute, linear));
         }
         check_output(name, output.0)?;
         Ok(Box::new(Elementwise {

@@ -205,6 +205,7 @@ impl<'a> Sampler<'a> {
     pub fn samples(&self, record: &Record, totals: &mut Totals) -> Result<Vec<Sample>, String> {
         let is_text = matches!(record, Record::Text(_));
         let whole = self.whole(record)?;
+        self.known(&whole)?;
         totals.rows += 1;
         let length = whole.tokens.len();
         let limit = self.rules.max_length.max(2);
@@ -238,7 +239,10 @@ impl<'a> Sampler<'a> {
         totals.rows += 1;
         let [chosen, rejected] = answers.map(|answer| self.pair(&prompt, &answer, &[], Learn::Assistant));
         let before = totals.cut_rows;
-        let samples = [self.cut(chosen?, totals), self.cut(rejected?, totals)];
+        let (chosen, rejected) = (chosen?, rejected?);
+        self.known(&chosen)?;
+        self.known(&rejected)?;
+        let samples = [self.cut(chosen, totals), self.cut(rejected, totals)];
         totals.cut_rows = before + usize::from(totals.cut_rows > before);
         totals.samples += 1;
         for sample in &samples {
@@ -247,6 +251,19 @@ impl<'a> Sampler<'a> {
             totals.longest = totals.longest.max(sample.tokens.len());
         }
         Ok(samples)
+    }
+
+    /// Fails on a token that the model has no row for: one that a record names, or one of a tokenizer that
+    /// belongs to another model.
+    fn known(&self, sample: &Sample) -> Result<(), String> {
+        let vocabulary = self.encode.vocabulary();
+        match sample.tokens.iter().find(|&&token| token >= vocabulary) {
+            Some(token) => Err(format!(
+                "token {token} is outside the model's {vocabulary} tokens; if the row is text, tokenizer.json belongs to \
+                 another model, or config.json's vocab_size is wrong"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// A record at its full length.
@@ -262,10 +279,6 @@ impl<'a> Sampler<'a> {
                 Ok(Sample::new(tokens, |_| true))
             }
             Record::TokenIds { tokens, targets } => {
-                let vocabulary = self.encode.vocabulary();
-                if let Some(id) = tokens.iter().find(|&&id| id >= vocabulary) {
-                    return Err(format!("token id {id} is outside the tokenizer's {vocabulary} tokens"));
-                }
                 Ok(Sample::new(tokens.clone(), |i| targets.as_ref().is_none_or(|targets| targets[i])))
             }
             Record::Preference { .. } => {
@@ -543,6 +556,49 @@ mod tests {
         }
         fn vocabulary(&self) -> u32 {
             200
+        }
+    }
+
+    /// A tokenizer that knows more than its model: the model's tokens end after "b".
+    struct TooLarge;
+
+    impl Encode for TooLarge {
+        fn text(&self, text: &str) -> Result<Vec<u32>, String> {
+            ByteEncoder.text(text)
+        }
+        fn eos(&self) -> Option<u32> {
+            None
+        }
+        fn conversation(&self, messages: &[Value], tools: &[Value]) -> Result<Conversation, String> {
+            ByteEncoder.conversation(messages, tools)
+        }
+        fn has_template(&self) -> bool {
+            true
+        }
+        fn vocabulary(&self) -> u32 {
+            99
+        }
+    }
+
+    #[test]
+    fn tokens_that_the_model_has_no_row_for_are_refused() {
+        let preference = |rejected: &str| Record::Preference {
+            prompt: Some(text("a")),
+            chosen: text("b"),
+            rejected: text(rejected),
+        };
+        let sampler = Sampler::new(&TooLarge, Rules::train(99, false));
+        let totals = &mut Totals::default();
+        assert_eq!(sampler.samples(&Record::Text("abba".into()), totals).unwrap().len(), 1);
+        assert!(sampler.preference(&preference("bb"), totals).is_ok());
+        for (name, error) in [
+            ("text", sampler.samples(&Record::Text("abc".into()), totals).unwrap_err()),
+            ("a pair", sampler.samples(&pair("c", "b"), totals).unwrap_err()),
+            ("a chat", sampler.samples(&chat(&[("user", "a"), ("assistant", "b")]), totals).unwrap_err()),
+            ("token ids", sampler.samples(&Record::TokenIds { tokens: vec![97, 99], targets: None }, totals).unwrap_err()),
+            ("a preference", sampler.preference(&preference("c"), totals).unwrap_err()),
+        ] {
+            assert!(error.contains("outside the model's 99 tokens"), "{name}: {error}");
         }
     }
 

@@ -26,14 +26,11 @@ pub(super) fn matmul(step: &Step) -> Result<Lowered> {
     };
     let bytes = {
         let placeholder = minus_b(std::ptr::dangling_mut::<u64>().cast());
-        let of = |lowered: Lowered| match lowered {
-            Lowered::WithWorkspace(bytes, _) => bytes,
-            Lowered::Tasks(_) => 0,
-        };
-        of(product(&a, &c, &re, Precision::Exact, false)?)
-            .max(of(product(&placeholder, &d, &re, Precision::Exact, true)?))
-            .max(of(product(&a, &d, &im, Precision::Exact, false)?))
-            .max(of(product(&b, &c, &im, Precision::Exact, true)?))
+        let re_ac = product(&a, &c, &re, Precision::Exact, false)?.bytes();
+        let re_bd = product(&placeholder, &d, &re, Precision::Exact, true)?.bytes();
+        let im_ad = product(&a, &d, &im, Precision::Exact, false)?.bytes();
+        let im_bc = product(&b, &c, &im, Precision::Exact, true)?.bytes();
+        re_ac.max(re_bd).max(im_ad).max(im_bc)
     };
     Ok(Lowered::WithWorkspace(
         rest + bytes,
@@ -43,10 +40,7 @@ pub(super) fn matmul(step: &Step) -> Result<Lowered> {
             for (left, right, to, accumulate) in
                 [(&a, &c, &re, false), (&minus, &d, &re, true), (&a, &d, &im, false), (&b, &c, &im, true)]
             {
-                match product(left, right, to, Precision::Exact, accumulate)? {
-                    Lowered::Tasks(tasks) => list.extend(tasks),
-                    Lowered::WithWorkspace(_, make) => make(workspace.wrapping_add(rest), list)?,
-                }
+                product(left, right, to, Precision::Exact, accumulate)?.give(workspace.wrapping_add(rest), list)?;
             }
             Ok(())
         }),

@@ -129,11 +129,7 @@ fn general(patches: Patches, w: HostView, out: HostView) -> Result<Lowered> {
         (0..rows).step_by(block).map(|from| (from, block.min(rows - from))).collect();
     let mut most = 0;
     for &(from, count) in [pieces.first(), pieces.last()].into_iter().flatten() {
-        if let Lowered::WithWorkspace(bytes, _) =
-            multiply(std::ptr::dangling_mut::<u64>().cast(), 0, from, count)?
-        {
-            most = most.max(bytes);
-        }
+        most = most.max(multiply(std::ptr::dangling_mut::<u64>().cast(), 0, from, count)?.bytes());
     }
     Ok(Lowered::WithWorkspace(
         held + most,
@@ -143,10 +139,7 @@ fn general(patches: Patches, w: HostView, out: HostView) -> Result<Lowered> {
                     if !direct {
                         list.push(gather(patches.clone(), group, from, count, Shared(workspace)));
                     }
-                    match multiply(workspace, group, from, count)? {
-                        Lowered::Tasks(tasks) => list.extend(tasks),
-                        Lowered::WithWorkspace(_, make) => make(workspace.wrapping_add(held), list)?,
-                    }
+                    multiply(workspace, group, from, count)?.give(workspace.wrapping_add(held), list)?;
                 }
             }
             Ok(())

@@ -40,10 +40,9 @@ fn run_now(
     scratch: &mut Scratch,
 ) -> Result<()> {
     let mut list: Vec<Box<dyn Task>> = Vec::new();
-    match product(a, b, out, Precision::Exact, false)? {
-        Lowered::Tasks(tasks) => list = tasks,
-        Lowered::WithWorkspace(bytes, make) => make(memory.pointer(bytes), &mut list)?,
-    }
+    let lowered = product(a, b, out, Precision::Exact, false)?;
+    let workspace = memory.pointer(lowered.bytes());
+    lowered.give(workspace, &mut list)?;
     for task in &list {
         for chunk in 0..task.chunks() {
             scratch.reset();

@@ -40,9 +40,7 @@ pub(super) fn lower(step: &Step, spec: &CrossEntropySpec) -> Result<Lowered> {
     let sizes = head.sizes();
     let mut products = 0;
     head.blocks(std::ptr::null_mut(), |lowered| {
-        if let Lowered::WithWorkspace(bytes, _) = lowered {
-            products = products.max(bytes);
-        }
+        products = products.max(lowered.bytes());
         Ok(())
     })?;
     let bytes = sizes.losses + sizes.logits + products;
@@ -50,13 +48,7 @@ pub(super) fn lower(step: &Step, spec: &CrossEntropySpec) -> Result<Lowered> {
         bytes,
         Box::new(move |workspace: *mut u8, list: &mut Vec<Box<dyn Task>>| {
             let shared = workspace.wrapping_add(sizes.losses + sizes.logits);
-            head.blocks(workspace, |lowered| match lowered {
-                Lowered::Tasks(tasks) => {
-                    list.extend(tasks);
-                    Ok(())
-                }
-                Lowered::WithWorkspace(_, make) => make(shared, list),
-            })
+            head.blocks(workspace, |lowered| lowered.give(shared, list))
         }),
     ))
 }

@@ -23,7 +23,7 @@ pub(super) fn evaluate(op: &Op, operands: &[(Scalar, Dtype)], dtype: Dtype) -> O
     if !representable(dtype) || !operands.iter().all(|&(_, dtype)| representable(dtype)) {
         return None;
     }
-    let mut inputs: SmallVec<[Operand; 4]> = SmallVec::new();
+    let mut inputs: SmallVec<[Operand; 2]> = SmallVec::new();
     for (index, &(value, dtype)) in operands.iter().enumerate() {
         let step =
             Step { op: Op::Full(value), inputs: SmallVec::new(), outputs: smallvec![view(index, dtype)] };

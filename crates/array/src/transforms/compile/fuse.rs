@@ -13,6 +13,7 @@ use smallvec::SmallVec;
 use super::is_elementwise;
 use super::region::{Region, RegionStep, has_fused_form};
 use super::simplify::literal;
+use super::sizes::{Formula, NodeSizes};
 use crate::op::Op;
 use crate::transforms::graph::{Source, TracedGraph, TracedNode, Value};
 use crate::{Dtype, Result};
@@ -331,10 +332,14 @@ impl Emitter<'_> {
             steps,
             outputs.iter().map(|&index| numbers[&Value::node(index, 0)]).collect(),
         )?;
+        let nodes = || outputs.iter().map(|&index| &graph.nodes[index]);
+        let shapes = |node: &TracedNode| node.sizes.iter().flat_map(|sizes| sizes.shapes.clone()).collect::<Vec<_>>();
+        let shapes: SmallVec<[Formula; 4]> = nodes().flat_map(shapes).collect();
         let at = self.fused.push(TracedNode {
             op: Op::Fused(Arc::new(region)),
             inputs: inputs.iter().map(|&input| self.place(input)).collect(),
-            specs: outputs.iter().map(|&index| graph.nodes[index].specs[0].clone()).collect(),
+            specs: nodes().map(|node| node.specs[0].clone()).collect(),
+            sizes: (!shapes.is_empty()).then(|| Arc::new(NodeSizes { op: SmallVec::new(), shapes })),
         });
         for (output, &index) in outputs.iter().enumerate() {
             self.places.insert(Value::node(index, 0), Value::node(at, output));

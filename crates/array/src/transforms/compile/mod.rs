@@ -11,20 +11,21 @@
 mod cache;
 mod constant;
 mod fuse;
+mod numbers;
 mod plan;
 mod region;
-mod shapes;
+pub(super) mod shapes;
 mod simplify;
+pub(super) mod sizes;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use smallvec::SmallVec;
 
 use super::TracedGraph;
 use crate::op::{Op, first_failure};
 use crate::{Array, Error, Result};
-use plan::{Plans, Recorded, resized};
+use plan::Plans;
 
 pub use region::Region;
 
@@ -52,7 +53,6 @@ pub struct Compiled<F> {
     plans: Plans<()>,
     shapeless: bool,
     disabled: bool,
-    warned: AtomicBool,
 }
 
 /// Compiles a function: see [`Compiled`]. Nothing is traced before the first call.
@@ -75,7 +75,7 @@ where
 {
     let disabled =
         std::env::var_os("MICA_DISABLE_COMPILE").is_some_and(|value| !value.is_empty() && value != "0");
-    Compiled { f, plans: Plans::new(SIGNATURES), shapeless: false, disabled, warned: AtomicBool::new(false) }
+    Compiled { f, plans: Plans::new(SIGNATURES), shapeless: false, disabled }
 }
 
 impl<F> Compiled<F>
@@ -83,13 +83,14 @@ where
     F: Fn(&[Array]) -> Result<Vec<Array>>,
 {
     /// Lets one trace serve inputs of other sizes: only ranks, dtypes, which sizes are equal and
-    /// which are one make a signature. A batch of another size is then no reason to trace again.
+    /// which are zero or one make a signature. A batch of another size is then no reason to trace
+    /// again.
     ///
-    /// Whether the function allows it is found out by tracing it a second time, on other sizes: if
-    /// it makes the same graph of elementwise ops, reductions, softmax, norms and transposes, one
-    /// trace serves all. If a size gets into the graph (a mean divides by one, a reshape names
-    /// them, a captured array has them), each shape is traced as usual. A function that decides by
-    /// a size what to do must not be compiled this way.
+    /// Where sizes get into the graph (a mean divides by one, a reshape names them) is found out at
+    /// the first call, by tracing the function on several other sizes: what changes must be explained
+    /// by formulas in the inputs' sizes. Sizes for which that fails, because a captured weight has
+    /// them, say, stay part of the signature; so do all of them if the function makes another graph
+    /// on other sizes. A function that decides by a size what to do must not be compiled this way.
     pub fn shapeless(self) -> Self {
         Compiled { shapeless: true, ..self }
     }
@@ -104,10 +105,8 @@ where
             return (self.f)(inputs);
         }
         first_failure(&inputs.iter().collect::<SmallVec<[&Array; 4]>>())?;
-        let ignores_sizes = |graph: &TracedGraph| self.gives_same_graph(graph, &resized(inputs));
-        let any_shape: Option<&dyn Fn(&TracedGraph) -> bool> =
-            if self.shapeless { Some(&ignores_sizes) } else { None };
-        match self.plans.build(inputs, (), any_shape, || self.record(inputs))? {
+        let trace = |inputs: &[Array]| self.trace(inputs);
+        match self.plans.build(inputs, (), self.shapeless, &trace)? {
             Some(outputs) => Ok(outputs),
             None => (self.f)(inputs),
         }
@@ -118,24 +117,13 @@ where
         self.plans.len()
     }
 
-    /// The graph to play, or nothing if the closure must run at every call.
-    fn record(&self, inputs: &[Array]) -> Result<Option<Recorded>> {
-        let graph = TracedGraph::trace(&self.f, inputs)?;
+    fn trace(&self, inputs: &[Array]) -> Result<TracedGraph> {
+        let graph = match self.shapeless {
+            true => TracedGraph::trace_with_sizes(&self.f, inputs)?,
+            false => TracedGraph::trace(&self.f, inputs)?,
+        };
         refuse_effects(&graph)?;
-        match optimize(graph) {
-            Ok(recorded) => Ok(Some(recorded)),
-            Err(error) => {
-                if !self.warned.swap(true, Ordering::Relaxed) {
-                    eprintln!("mica: a function runs uncompiled: {error}");
-                }
-                Ok(None)
-            }
-        }
-    }
-
-    fn gives_same_graph(&self, graph: &TracedGraph, inputs: &[Array]) -> bool {
-        TracedGraph::trace(&self.f, inputs)
-            .is_ok_and(|other| simplify::is_same_but_for_sizes(&simplify::simplify(other), graph))
+        Ok(graph)
     }
 }
 
@@ -160,13 +148,6 @@ fn refuse_effects(graph: &TracedGraph) -> Result<()> {
 /// The graph of the same function with fewer ops, and without fused regions.
 pub(crate) fn simplified(graph: TracedGraph) -> TracedGraph {
     simplify::simplify(graph)
-}
-
-/// The graph of the same function, to be run in fewer passes.
-fn optimize(graph: TracedGraph) -> Result<Recorded> {
-    let simplified = simplify::simplify(graph);
-    let fused = fuse::fuse(&simplified)?;
-    Ok(Recorded { simplified, fused })
 }
 
 fn is_elementwise(op: &Op) -> bool {

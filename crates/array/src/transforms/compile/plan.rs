@@ -2,125 +2,125 @@
 
 use std::hash::Hash;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use smallvec::SmallVec;
 
 use super::cache::Cache;
-use super::shapes;
+use super::sizes::{self, Symbols};
+use super::{fuse, simplify};
 use crate::transforms::TracedGraph;
 use crate::{Array, Dtype, Result, Shape};
 
 /// Recorded graphs by signature. `E` is what else they depend on.
 pub(super) struct Plans<E> {
-    cache: Cache<Key<E>, Plan>,
+    graphs: Cache<Key<E>, Plan>,
+    /// By pattern, which sizes a graph can leave open.
+    free: Cache<Key<E>, SmallVec<[bool; 8]>>,
+    warned: AtomicBool,
 }
 
-/// A function as a graph.
-pub(super) struct Recorded {
-    pub(super) simplified: TracedGraph,
-    pub(super) fused: TracedGraph,
+/// What a graph is kept under.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key<E> {
+    /// The shapes themselves, or, with `open`, their pattern.
+    inputs: SmallVec<[(Shape, Dtype); 3]>,
+    /// The sizes behind the pattern's numbers; none where any will do.
+    open: Option<SmallVec<[Option<usize>; 8]>>,
+    extra: E,
 }
 
 #[derive(Clone)]
 enum Plan {
     Graph(Arc<TracedGraph>),
-    /// As [`Plan::Graph`], for all shapes of its pattern.
-    AnyShape(Arc<TracedGraph>),
-    /// Stands for a pattern of which each shape needs a graph of its own.
+    /// No graph serves all sizes of this pattern.
     EachShape,
     /// There is no graph: the caller runs the function itself.
     Eager,
 }
 
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Key<E> {
-    is_pattern: bool,
-    inputs: SmallVec<[(Shape, Dtype); 3]>,
-    extra: E,
-}
-
 impl<E: Clone + Eq + Hash> Plans<E> {
     pub(super) fn new(bound: usize) -> Plans<E> {
-        Plans { cache: Cache::new(bound) }
+        Plans { graphs: Cache::new(bound), free: Cache::new(bound), warned: AtomicBool::new(false) }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.cache.len()
+        self.graphs.len()
     }
 
-    /// The outputs on these inputs, from a graph that `record` makes if there is none; nothing if
-    /// it makes none. A graph of which `any_shape` holds may serve other sizes than it was
-    /// recorded with.
+    /// The outputs on these inputs, from a graph that `trace` makes if there is none; nothing if it
+    /// can't be fused. With `any_size`, a graph may serve other sizes than it was recorded with.
     pub(super) fn build(
         &self,
         inputs: &[Array],
         extra: E,
-        any_shape: Option<&dyn Fn(&TracedGraph) -> bool>,
-        record: impl Fn() -> Result<Option<Recorded>>,
+        any_size: bool,
+        trace: &dyn Fn(&[Array]) -> Result<TracedGraph>,
     ) -> Result<Option<Vec<Array>>> {
-        let exact = |extra: E| Key {
-            is_pattern: false,
-            inputs: inputs.iter().map(|input| (input.shape().into(), input.dtype())).collect(),
-            extra,
-        };
-        let plan = |recorded: Option<Recorded>| match recorded {
-            Some(recorded) => Plan::Graph(Arc::new(recorded.fused)),
-            None => Plan::Eager,
-        };
-        let mut found = Plan::EachShape;
-        if let Some(any_shape) = any_shape {
-            // Whether sizes matter is found out by recording; that graph is not thrown away.
-            let mut kept = None;
-            let key = Key { is_pattern: true, inputs: pattern(inputs), extra: extra.clone() };
-            found = self.cache.get_or_make(key, || -> Result<Plan> {
-                let recorded = record()?;
-                let serves_all =
-                    |recorded: &Recorded| shapes::is_any(&recorded.fused) && any_shape(&recorded.simplified);
-                if recorded.as_ref().is_some_and(serves_all) {
-                    let fused = recorded.expect("it serves all sizes").fused;
-                    return Ok(Plan::AnyShape(Arc::new(fused)));
-                }
-                kept = Some(plan(recorded));
-                Ok(Plan::EachShape)
-            })?;
-            if let Some(kept) = kept {
-                found = self.cache.get_or_make(exact(extra.clone()), || Ok::<_, crate::Error>(kept))?;
-            }
+        if any_size && let Some(outputs) = self.build_open(inputs, &extra, trace)? {
+            return Ok(Some(outputs));
         }
-        if matches!(found, Plan::EachShape) {
-            found = self.cache.get_or_make(exact(extra), || record().map(plan))?;
-        }
-        match found {
+        let shapes = inputs.iter().map(|input| (input.shape().into(), input.dtype())).collect();
+        let key = Key { inputs: shapes, open: None, extra };
+        match self.graphs.get_or_make(key, || trace(inputs).map(|graph| self.plan(simplify::simplify(graph))))? {
             Plan::Graph(graph) => Ok(Some(graph.build(inputs, graph.captured()))),
-            Plan::AnyShape(graph) => graph
-                .build_with(inputs, graph.captured(), |node, inputs| {
-                    let shapes: SmallVec<[&[usize]; 4]> = inputs.iter().map(Array::shape).collect();
-                    shapes::infer(&node.op, &shapes).map(Some)
-                })
-                .map(Some),
-            Plan::Eager | Plan::EachShape => Ok(None),
+            Plan::EachShape | Plan::Eager => Ok(None),
         }
     }
-}
 
-/// Lazy arrays like these with other sizes: equal ones stay equal, different ones different, ones
-/// one.
-pub(super) fn resized(inputs: &[Array]) -> Vec<Array> {
-    let size = |&size: &usize| if size == 1 { 1 } else { 2 * size + 3 };
-    let shape = |input: &Array| input.shape().iter().map(size).collect::<Shape>();
-    inputs.iter().map(|input| Array::zeros(&shape(input), input.dtype())).collect()
-}
+    /// The outputs, from a graph that leaves some sizes open; nothing if there is none.
+    fn build_open(
+        &self,
+        inputs: &[Array],
+        extra: &E,
+        trace: &dyn Fn(&[Array]) -> Result<TracedGraph>,
+    ) -> Result<Option<Vec<Array>>> {
+        // What is empty is often treated in another way.
+        if inputs.iter().any(|input| input.size() == 0) {
+            return Ok(None);
+        }
+        let symbols = Symbols::of(inputs);
+        let simplified = |inputs: &[Array]| trace(inputs).map(simplify::simplify);
+        // A function that does not take other sizes may say so in any way.
+        let probe = |inputs: &[Array]| {
+            let traced = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| simplified(inputs)));
+            traced.ok().and_then(Result::ok)
+        };
+        // What is found while looking for the open sizes is not thrown away.
+        let mut found = None;
+        let pattern = |open| Key { inputs: symbols.pattern.clone(), open, extra: extra.clone() };
+        let free = self.free.get_or_make(pattern(None), || -> Result<_> {
+            let (free, graph) = sizes::free_symbols(&symbols, &simplified(inputs)?, &probe);
+            found = graph;
+            Ok(free)
+        })?;
+        if !free.contains(&true) {
+            return Ok(None);
+        }
+        let fixed = free.iter().zip(&symbols.values).map(|(&free, &size)| (!free).then_some(size)).collect();
+        let plan = self.graphs.get_or_make(pattern(Some(fixed)), || -> Result<Plan> {
+            let graph = match found {
+                Some(graph) => Some(graph),
+                None => sizes::general(&symbols, &free, &simplified(inputs)?, &probe),
+            };
+            Ok(graph.map_or(Plan::EachShape, |graph| self.plan(graph)))
+        })?;
+        match plan {
+            Plan::Graph(graph) => Ok(graph.build_for(inputs, graph.captured(), &symbols.values)),
+            Plan::EachShape | Plan::Eager => Ok(None),
+        }
+    }
 
-/// The shapes with each size replaced by the number of the first equal one: functions that do not
-/// look at sizes do the same on all shapes with one pattern. A size of one is its own, since it
-/// broadcasts.
-fn pattern(inputs: &[Array]) -> SmallVec<[(Shape, Dtype); 3]> {
-    let mut sizes: SmallVec<[usize; 16]> = smallvec::smallvec![1];
-    let mut number = |&size: &usize| {
-        sizes.iter().position(|&known| known == size).unwrap_or_else(|| {
-            sizes.push(size);
-            sizes.len() - 1
-        })
-    };
-    inputs.iter().map(|input| (input.shape().iter().map(&mut number).collect(), input.dtype())).collect()
+    /// A graph to be played in few passes; if it can't be, a warning.
+    fn plan(&self, simplified: TracedGraph) -> Plan {
+        match fuse::fuse(&simplified) {
+            Ok(fused) => Plan::Graph(Arc::new(fused)),
+            Err(error) => {
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    eprintln!("mica: a function runs uncompiled: {error}");
+                }
+                Plan::Eager
+            }
+        }
+    }
 }

@@ -10,13 +10,14 @@ use mica_kernels::program::{Instruction, Program};
 use smallvec::SmallVec;
 
 use super::plan::Plans;
-use super::{constant, optimize};
+use super::constant;
 use crate::array::Inputs;
 use crate::op::Op;
 use crate::ops::{Grads, Jvp, Tangents, Vjp};
 use crate::transforms::TracedGraph;
 use crate::transforms::{backward, forward_from};
-use crate::{Array, Dtype, Result};
+use crate::shape::broadcast_shapes;
+use crate::{Array, Dtype, Result, Shape};
 
 /// Gradients, and tangents, that a region keeps: per shapes and per what is asked for.
 const BACKWARD_BOUND: usize = 16;
@@ -99,7 +100,6 @@ impl Region {
     /// The gradients, as a compiled function of the inputs and the gradients that arrive: what lies
     /// between is computed again, which costs less than keeping it.
     pub(crate) fn vjp(&self, rule: &Vjp) -> Result<Grads> {
-        let shape = rule.output.shape();
         let needs: SmallVec<[bool; 4]> = rule
             .needs
             .iter()
@@ -111,15 +111,15 @@ impl Region {
             rule.inputs.iter().chain(rule.cotangents.iter().flatten()).cloned().collect();
         let gradients = |tracers: &[Array]| {
             let (inputs, cotangents) = tracers.split_at(self.inputs.len());
-            let outputs = self.expand(inputs, shape)?.into_iter().zip(rule.cotangents);
+            let outputs = self.expand(inputs, cotangents[0].shape())?.into_iter().zip(rule.cotangents);
             let reached = outputs.filter(|(_, cotangent)| cotangent.is_some()).map(|(output, _)| output);
             let seeds = reached.zip(cotangents.iter().cloned()).collect();
             let wanted = inputs.iter().zip(&needs).filter(|(_, needed)| **needed);
             let targets: Vec<Array> = wanted.map(|(input, _)| input.clone()).collect();
             backward(seeds, &targets)
         };
-        let record = || optimize(TracedGraph::trace(gradients, &operands)?).map(Some);
-        let grads = self.backward.build(&operands, (needs.clone(), arrives), Some(&|_| true), record)?;
+        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(&gradients, operands);
+        let grads = self.backward.build(&operands, (needs.clone(), arrives), true, &trace)?;
         let mut grads = grads.expect("the graph of a region can be recorded").into_iter();
         Ok(needs.iter().map(|&needed| if needed { grads.next() } else { None }).collect())
     }
@@ -128,7 +128,6 @@ impl Region {
 impl Region {
     /// The tangents of the outputs, as a compiled function of the inputs and their tangents.
     pub(crate) fn jvp(&self, rule: &Jvp) -> Result<Tangents> {
-        let shape = rule.output.shape();
         let moves: SmallVec<[bool; 4]> = rule.tangents.iter().map(Option::is_some).collect();
         let operands: Vec<Array> =
             rule.inputs.iter().chain(rule.tangents.iter().flatten()).cloned().collect();
@@ -136,14 +135,17 @@ impl Region {
             let (inputs, tangents) = tracers.split_at(self.inputs.len());
             let moving =
                 inputs.iter().zip(&moves).filter(|(_, moves)| **moves).map(|(input, _)| input.clone());
-            let outputs = self.expand(inputs, shape)?;
+            let shape = inputs.iter().try_fold(Shape::new(), |shape, input| {
+                broadcast_shapes("compile", &shape, input.shape())
+            })?;
+            let outputs = self.expand(inputs, &shape)?;
             let found = forward_from(moving.zip(tangents.iter().cloned()).collect(), &outputs)?;
             let zeros =
                 |(output, tangent): (&Array, Option<Array>)| tangent.unwrap_or_else(|| output.zeros_like());
             Ok(outputs.iter().zip(found).map(zeros).collect())
         };
-        let record = || optimize(TracedGraph::trace(tangents, &operands)?).map(Some);
-        let found = self.forward.build(&operands, moves.clone(), Some(&|_| true), record)?;
+        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(&tangents, operands);
+        let found = self.forward.build(&operands, moves.clone(), true, &trace)?;
         let found = found.expect("the tangents of a region can be recorded").into_iter();
         Ok(found.map(|tangent| tangent.dtype().is_inexact().then_some(tangent)).collect())
     }

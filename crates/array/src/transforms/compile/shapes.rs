@@ -1,69 +1,44 @@
-//! Shapes of a recorded graph on inputs of other sizes.
-//!
-//! Only ops whose result's shape follows from their operands' are known here. A graph with any
-//! other op, such as a reshape, which names sizes, serves the sizes it was recorded with.
+//! Whether an op of a recorded graph can be played on inputs of other sizes.
 
 use smallvec::SmallVec;
 
 use crate::op::{Op, SortOrder};
-use crate::shape::broadcast_shapes;
-use crate::transforms::TracedGraph;
-use crate::{Error, Result, Shape};
+use crate::storage::Spec;
 
-/// The shape of an op's outputs, which all have one.
-pub(super) fn infer(op: &Op, inputs: &[&[usize]]) -> Result<Shape> {
-    let unknown = || {
-        Error::unsupported("compile", format!("the shape of {} does not follow from {inputs:?}", op.name()))
-    };
-    let first = || inputs.first().map(|&shape| Shape::from(shape)).ok_or_else(unknown);
+/// Whether these sizes are ones that the op's constructor would accept. That sizes which must be
+/// equal are equal follows from how they were found; what is asked here is what holds for some
+/// sizes and not for others: that slices lie within their arrays, and that nothing is empty.
+pub(crate) fn can_be(op: &Op, inputs: &[&[usize]], outputs: &[Spec]) -> bool {
+    let count = |shape: &[usize]| shape.iter().product::<usize>();
+    let shape = outputs[0].shape.as_slice();
+    if outputs.iter().any(|spec| spec.shape.contains(&0)) {
+        return false;
+    }
     match op {
-        Op::Full(_) => Ok(Shape::new()),
-        Op::Unary(_)
-        | Op::Cast
-        | Op::StopGradient
-        | Op::After
-        | Op::Contiguous
-        | Op::Softmax
-        | Op::Scan { .. }
-        | Op::Sort { order: SortOrder::Full, .. }
-        | Op::ArgSort { order: SortOrder::Full, .. }
-        | Op::RmsNorm { .. }
-        | Op::LayerNorm { .. } => first(),
-        Op::Binary(_) | Op::Compare(_) | Op::Select => {
-            let shape = first()?;
-            if inputs.iter().all(|input| *input == shape.as_slice()) { Ok(shape) } else { Err(unknown()) }
+        Op::Slice { start, step } => is_inside(start, step, shape, inputs[0]),
+        Op::SliceUpdate { start, step } => is_inside(start, step, inputs[1], inputs[0]),
+        Op::Reshape => count(shape) == count(inputs[0]),
+        Op::AsStrided { strides, offset } => {
+            let reach = |forward: bool| -> isize {
+                let far = |(&size, &stride): (&usize, &isize)| (size as isize - 1) * stride;
+                shape.iter().zip(strides).map(far).filter(|far| (*far > 0) == forward).sum()
+            };
+            let last = *offset as isize + reach(true);
+            *offset as isize + reach(false) >= 0 && last < count(inputs[0]) as isize
         }
-        Op::Fused(_) => {
-            inputs.iter().try_fold(Shape::new(), |shape, input| broadcast_shapes("compile", &shape, input))
-        }
-        Op::Reduce { axes, .. } => {
-            let mut shape = first()?;
-            axes.iter().for_each(|&axis| shape[axis] = 1);
-            Ok(shape)
-        }
-        Op::ArgReduce { axis, .. } => {
-            let mut shape = first()?;
-            shape[*axis] = 1;
-            Ok(shape)
-        }
-        Op::LogSumExp => {
-            let mut shape = first()?;
-            *shape.last_mut().ok_or_else(unknown)? = 1;
-            Ok(shape)
-        }
-        Op::Transpose(order) => {
-            let shape = first()?;
-            Ok(order.iter().map(|&axis| shape[axis]).collect())
-        }
-        _ => Err(unknown()),
+        Op::Gather { slice, .. } => slice.iter().zip(inputs[0]).all(|(size, whole)| size <= whole),
+        Op::Sort { axis, order: SortOrder::Partition(kth) }
+        | Op::ArgSort { axis, order: SortOrder::Partition(kth) } => *kth < inputs[0][*axis],
+        _ => true,
     }
 }
 
-/// Whether the rules here give the shapes that were recorded: then the graph serves all sizes.
-pub(super) fn is_any(graph: &TracedGraph) -> bool {
-    graph.nodes.iter().all(|node| {
-        let inputs: SmallVec<[&[usize]; 4]> =
-            node.inputs.iter().map(|&input| graph.spec(input).shape.as_slice()).collect();
-        infer(&node.op, &inputs).is_ok_and(|shape| node.specs.iter().all(|spec| spec.shape == shape))
+/// Whether a slice of this shape lies inside an array of the other.
+fn is_inside(start: &SmallVec<[usize; 4]>, step: &SmallVec<[isize; 4]>, slice: &[usize], whole: &[usize]) -> bool {
+    slice.iter().zip(whole).enumerate().all(|(axis, (&size, &whole))| {
+        let first = start[axis] as isize;
+        let last = first + (size as isize - 1) * step[axis];
+        let inside = |place: isize| (0..whole as isize).contains(&place);
+        size == 0 || (inside(first) && inside(last))
     })
 }

@@ -7,6 +7,7 @@ use std::mem::{Discriminant, discriminant};
 
 use smallvec::{SmallVec, smallvec};
 
+use super::numbers::is_same;
 use super::region::Region;
 use super::{constant, is_elementwise};
 use crate::op::{Op, Scalar};
@@ -34,7 +35,7 @@ pub(super) fn simplify(graph: TracedGraph) -> TracedGraph {
             (_, [spec]) => smallvec![rewriter.add(node.op, inputs, spec.clone())],
             (_, specs) => {
                 let count = specs.len();
-                let index = rewriter.graph.push(TracedNode { op: node.op, inputs, specs: node.specs });
+                let index = rewriter.graph.push(TracedNode::new(node.op, inputs, node.specs));
                 (0..count).map(|output| Value::node(index, output)).collect()
             }
         });
@@ -65,7 +66,7 @@ impl Rewriter {
         if let Some(&index) = candidates.iter().find(|&&index| is_same(&self.graph.nodes[index].op, &op)) {
             return Value::node(index, 0);
         }
-        let index = self.graph.push(TracedNode { op, inputs, specs: smallvec![spec] });
+        let index = self.graph.push(TracedNode::new(op, inputs, smallvec![spec]));
         candidates.push(index);
         Value::node(index, 0)
     }
@@ -157,7 +158,10 @@ pub(super) fn literal(graph: &TracedGraph, mut value: Value) -> Option<(Scalar, 
     loop {
         let maker = graph.maker(value)?;
         match &maker.op {
-            Op::Full(number) => return Some((*number, maker.specs[0].dtype)),
+            // A number that is made of sizes is another one on other inputs.
+            Op::Full(number) if maker.sizes.as_ref().is_none_or(|sizes| sizes.op.is_empty()) => {
+                return Some((*number, maker.specs[0].dtype));
+            }
             Op::Broadcast | Op::Reshape | Op::Transpose(_) | Op::Contiguous => value = maker.inputs[0],
             _ => return None,
         }
@@ -171,66 +175,4 @@ fn holds(wide: Dtype, small: Dtype) -> bool {
         (wide, small),
         (F32, F16 | BF16 | Bool) | (F64, F16 | BF16 | F32 | Bool) | (F16 | BF16 | I32, Bool)
     )
-}
-
-/// Whether two graphs are of the same ops on the same values, apart from shapes.
-pub(super) fn is_same_but_for_sizes(a: &TracedGraph, b: &TracedGraph) -> bool {
-    let is_same_node = |(a, b): (&TracedNode, &TracedNode)| {
-        let dtypes = |node: &TracedNode| node.specs.iter().map(|spec| spec.dtype).collect::<Vec<_>>();
-        a.inputs == b.inputs && dtypes(a) == dtypes(b) && is_same(&a.op, &b.op)
-    };
-    let captured = |graph: &TracedGraph| graph.captured.iter().map(crate::Array::id).collect::<Vec<_>>();
-    a.nodes.len() == b.nodes.len()
-        && a.outputs == b.outputs
-        && captured(a) == captured(b)
-        && a.nodes.iter().zip(&b.nodes).all(is_same_node)
-}
-
-/// Whether two ops on the same operands give the same. Ops with effects, or with rules of their
-/// own, are never shared.
-fn is_same(a: &Op, b: &Op) -> bool {
-    match (a, b) {
-        (Op::Full(a), Op::Full(b)) => match (a, b) {
-            // −0 is not 0, and a NaN is itself.
-            (Scalar::Float(a), Scalar::Float(b)) => a.to_bits() == b.to_bits(),
-            _ => a == b,
-        },
-        (Op::Unary(a), Op::Unary(b)) => a == b,
-        (Op::Binary(a), Op::Binary(b)) => a == b,
-        (Op::Compare(a), Op::Compare(b)) => a == b,
-        (Op::Select, Op::Select)
-        | (Op::Cast, Op::Cast)
-        | (Op::StopGradient, Op::StopGradient)
-        | (Op::Reshape, Op::Reshape)
-        | (Op::Broadcast, Op::Broadcast)
-        | (Op::Contiguous, Op::Contiguous)
-        | (Op::Softmax, Op::Softmax)
-        | (Op::LogSumExp, Op::LogSumExp)
-        | (Op::Embedding, Op::Embedding)
-        | (Op::Dequantize, Op::Dequantize) => true,
-        (Op::Transpose(a), Op::Transpose(b)) => a == b,
-        (Op::Slice { start: a, step: s }, Op::Slice { start: b, step: t })
-        | (Op::SliceUpdate { start: a, step: s }, Op::SliceUpdate { start: b, step: t }) => a == b && s == t,
-        (Op::Concatenate { axis: a }, Op::Concatenate { axis: b })
-        | (Op::Take { axis: a }, Op::Take { axis: b })
-        | (Op::TakeAlong { axis: a }, Op::TakeAlong { axis: b })
-        | (Op::ScatterAdd { axis: a }, Op::ScatterAdd { axis: b })
-        | (Op::ScatterAddAlong { axis: a }, Op::ScatterAddAlong { axis: b }) => a == b,
-        (Op::Sort { axis: a, order: x }, Op::Sort { axis: b, order: y })
-        | (Op::ArgSort { axis: a, order: x }, Op::ArgSort { axis: b, order: y }) => a == b && x == y,
-        (Op::Bitcast, Op::Bitcast) => true,
-        (Op::AsStrided { strides: a, offset: x }, Op::AsStrided { strides: b, offset: y }) => {
-            a == b && x == y
-        }
-        (Op::Gather { axes: a, slice: x }, Op::Gather { axes: b, slice: y }) => a == b && x == y,
-        (Op::Reduce { op: a, axes: x }, Op::Reduce { op: b, axes: y }) => a == b && x == y,
-        (Op::ArgReduce { max: a, axis: x }, Op::ArgReduce { max: b, axis: y }) => a == b && x == y,
-        (Op::Matmul { precision: a }, Op::Matmul { precision: b })
-        | (Op::Linear { precision: a }, Op::Linear { precision: b })
-        | (Op::LinearTransposed { precision: a }, Op::LinearTransposed { precision: b }) => a == b,
-        (Op::RmsNorm { eps: a }, Op::RmsNorm { eps: b })
-        | (Op::LayerNorm { eps: a }, Op::LayerNorm { eps: b }) => a == b,
-        (Op::Rope(a), Op::Rope(b)) => a == b,
-        _ => false,
-    }
 }
