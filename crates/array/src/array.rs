@@ -103,6 +103,11 @@ impl Drop for Node {
     }
 }
 
+fn too_large(op: &Op, spec: &Spec) -> State {
+    let (name, shape, dtype) = (op.name(), &spec.shape, spec.dtype);
+    State::Failed(Error::invalid(name, format!("a result of shape {shape:?} in {dtype} is larger than memory can be")))
+}
+
 fn take_inputs(node: &mut Node) -> Inputs {
     match node.state.get_mut() {
         Ok(State::Lazy { inputs, .. }) => std::mem::take(inputs),
@@ -114,14 +119,20 @@ impl Array {
     /// A node with one output. If an input failed, so does the node: the first error is the one
     /// that the reader sees.
     pub(crate) fn lazy(op: Op, inputs: Inputs, shape: impl Into<Shape>, dtype: Dtype) -> Array {
-        Array { node: Node::new(Spec::new(shape, dtype), None, State::Lazy { op, inputs }), output: 0 }
+        let spec = Spec::new(shape, dtype);
+        let state = if spec.is_addressable() { State::Lazy { op, inputs } } else { too_large(&op, &spec) };
+        Array { node: Node::new(spec, None, state), output: 0 }
     }
 
     /// A node with several outputs; the handle is on the first. [`Array::sibling`] gives others.
     pub(crate) fn lazy_many(op: Op, inputs: Inputs, mut specs: Vec<Spec>) -> Array {
+        let state = match specs.iter().find(|spec| !spec.is_addressable()) {
+            None => State::Lazy { op, inputs },
+            Some(spec) => too_large(&op, spec),
+        };
         let more = specs.split_off(1);
         let first = specs.pop().expect("a node has an output");
-        Array { node: Node::new(first, Some(more.into()), State::Lazy { op, inputs }), output: 0 }
+        Array { node: Node::new(first, Some(more.into()), state), output: 0 }
     }
 
     pub(crate) fn ready(storage: Storage, shape: impl Into<Shape>, dtype: Dtype) -> Array {

@@ -10,7 +10,7 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mica_threads::Pool;
@@ -31,6 +31,8 @@ const PLAN_STEPS: usize = 2048;
 static COMPLETED: AtomicU64 = AtomicU64::new(0);
 /// Runs that failed, whose buffers hold nothing.
 static FAILED: Mutex<BTreeMap<u64, Error>> = Mutex::new(BTreeMap::new());
+/// Whether there are any: it is asked for every operand.
+static ANY_FAILED: AtomicBool = AtomicBool::new(false);
 
 struct Engine {
     backend: Box<dyn Backend>,
@@ -128,7 +130,7 @@ fn is_complete(buffer: &Buffer) -> bool {
 }
 
 fn has_failed(epoch: u64) -> bool {
-    FAILED.lock().is_ok_and(|failed| failed.contains_key(&epoch))
+    ANY_FAILED.load(Ordering::Acquire) && FAILED.lock().is_ok_and(|failed| failed.contains_key(&epoch))
 }
 
 fn rehearsed() -> Error {
@@ -202,13 +204,19 @@ impl Engine {
             if node.mark.load(Ordering::Relaxed) == self.walk {
                 continue;
             }
-            node.mark.store(self.walk, Ordering::Relaxed);
-            expand(node)?;
-            match &*node.state() {
+            let state = node.state();
+            match &*state {
                 State::Ready(_) => {}
                 State::Failed(error) => return Err(error.clone()),
                 State::Lazy { op: Op::Tracer(scope), .. } if scope.is_active() => {
                     return Err(Error::Tracing { op: "eval" });
+                }
+                State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded() => {
+                    drop(state);
+                    expand(node)?;
+                    // Again, now that its inputs are what it stands for.
+                    stack.push(Visit::Enter(pointer));
+                    continue;
                 }
                 State::Lazy { inputs, .. } => {
                     stack.push(Visit::Leave(pointer));
@@ -216,6 +224,7 @@ impl Engine {
                     stack.extend(inputs.iter().rev().map(|input| Visit::Enter(NodePointer::of(input))));
                 }
             }
+            node.mark.store(self.walk, Ordering::Relaxed);
         }
         Ok(order)
     }
@@ -255,6 +264,7 @@ impl Engine {
         if let Err(error) = &result {
             let mut failed = FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             failed.insert(self.epoch, error.clone());
+            ANY_FAILED.store(true, Ordering::Release);
         }
         COMPLETED.store(self.epoch, Ordering::Release);
         self.epoch += 1;
@@ -308,13 +318,11 @@ impl Engine {
         let mut operands: SmallVec<[Operand; 2]> = SmallVec::new();
         let mut donor: SmallVec<[Option<Arc<Buffer>>; 4]> = SmallVec::new();
         for (index, input) in inputs.into_iter().enumerate() {
-            let (spec, output) = (input.node().spec(input.output()).clone(), input.output());
             let shared = Arc::strong_count(input.node()) > 1;
-            let storage = match &*input.node().state() {
-                State::Ready(storage) => storage[output].clone(),
-                State::Failed(error) => return Err(error.clone()),
-                State::Lazy { .. } => return Err(Error::Kernel("an input was not computed".into())),
-            };
+            let storage = ready_storage(&input)?;
+            let spec = input.spec();
+            operands.push(Operand::new(spec, &storage)?);
+            let dense = matches!(&storage, Storage::Host(host) if host.is_contiguous(&spec.shape));
             // Dropping the handle here gives dead buffers back before the outputs are allocated.
             drop(input);
             if let Storage::Host(host) = &storage {
@@ -326,12 +334,11 @@ impl Engine {
                 }
                 // After the handle is gone, one reference means that only this step holds it.
                 let free = !shared && Arc::strong_count(&host.buffer) == 1;
-                let may = free && self.backend.may_alias(&op, index) && host.is_contiguous(&spec.shape);
+                let may = free && dense && self.backend.may_alias(&op, index);
                 donor.push((may && host.offset == 0).then(|| host.buffer.clone()));
             } else {
                 donor.push(None);
             }
-            operands.push(Operand::new(&spec, &storage)?);
             plan.keep(storage);
         }
         let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();

@@ -36,6 +36,12 @@ pub fn layer_norm(x: &Array, weight: Option<&Array>, bias: Option<&Array>, eps: 
     let constant = |value: f64| Array::full(&[x.dim(-1)], value, dtype);
     let weight = weight.map_or_else(|| constant(1.0).contiguous(), |weight| weight.astype(dtype))?;
     let bias = bias.map_or_else(|| constant(0.0).contiguous(), |bias| bias.astype(dtype))?;
+    if dtype == Dtype::F64 {
+        // The kernel computes in f32.
+        let centred = x.astype(dtype)?.subtract(x.astype(dtype)?.mean(&[-1], true)?)?;
+        let scale = centred.square()?.mean(&[-1], true)?.add(eps as f64)?.rsqrt()?;
+        return centred.multiply(scale)?.multiply(weight)?.add(bias);
+    }
     x.astype(dtype)?.layer_norm(&weight, &bias, eps)
 }
 
@@ -218,7 +224,9 @@ pub fn scaled_dot_product_attention(
             keys as i64,
         ])
     };
-    let hidden = Array::scalar(Scalar::Float(f64::NEG_INFINITY), wide);
+    // The lowest number and not −∞: a query that sees nothing gets the mean of all values, as in MLX.
+    let lowest = if wide == Dtype::F64 { f64::MIN } else { f32::MIN as f64 };
+    let hidden = Array::scalar(Scalar::Float(lowest), wide);
     let scores = match mask {
         AttentionMask::None => scores,
         AttentionMask::Causal => {

@@ -38,6 +38,8 @@ struct State {
     rehearsed: Blocks,
     /// What backends would take once for all plans of a rehearsal.
     rehearsed_workspace: usize,
+    /// What tasks hold while they run.
+    scratch: usize,
     limit: usize,
     cache_limit: usize,
     planning: bool,
@@ -67,6 +69,7 @@ static STATE: Mutex<State> = Mutex::new(State {
     real: Blocks::new(free_block),
     rehearsed: Blocks::new(unmap),
     rehearsed_workspace: 0,
+    scratch: 0,
     limit: usize::MAX,
     cache_limit: 1 << 30,
     planning: false,
@@ -208,6 +211,26 @@ pub(crate) fn is_crowded() -> bool {
     CROWDED.load(Ordering::Relaxed)
 }
 
+/// Large scratch memory of tasks, which the limit is for too.
+pub(crate) const SCRATCH: mica_threads::Account = mica_threads::Account { take: take_scratch, give: give_scratch };
+
+fn take_scratch(bytes: usize) -> bool {
+    let mut state = state();
+    let others = state.real.active.saturating_add(state.scratch);
+    let Some(room) = state.limit.checked_sub(others.saturating_add(bytes)) else { return false };
+    if state.real.cached > room {
+        state.real.trim(room);
+    }
+    // What is in limbo cannot be given back while its plan runs.
+    let fits = state.real.cached <= room;
+    state.scratch += if fits { bytes } else { 0 };
+    fits
+}
+
+fn give_scratch(bytes: usize) {
+    state().scratch -= bytes;
+}
+
 /// A block of memory; back to the pool when dropped.
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -235,7 +258,7 @@ impl Block {
         let rehearsed = planner && is_rehearsing();
         let mut guard = state();
         let state = &mut *guard;
-        let limit = if rehearsed { usize::MAX } else { state.limit };
+        let limit = if rehearsed { usize::MAX } else { state.limit.saturating_sub(state.scratch) };
         let blocks = if rehearsed { &mut state.rehearsed } else { &mut state.real };
         let refused = Error::OutOfMemory { requested: bytes, active: blocks.active, limit };
         if size > isize::MAX as usize || blocks.active.saturating_add(size) > limit {

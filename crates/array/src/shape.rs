@@ -9,15 +9,18 @@ pub type Shape = SmallVec<[usize; 4]>;
 /// Strides per dimension, in elements.
 pub type Strides = SmallVec<[isize; 4]>;
 
-/// The number of elements.
+/// The number of elements; `usize::MAX` if there are more than that.
 pub fn size_of(shape: &[usize]) -> usize {
-    shape.iter().product()
+    if shape.contains(&0) {
+        return 0;
+    }
+    shape.iter().fold(1, |count: usize, &size| count.saturating_mul(size))
 }
 
 /// The shape that both broadcast to, as NumPy and MLX do.
 pub fn broadcast_shapes(op: &'static str, a: &[usize], b: &[usize]) -> Result<Shape> {
     if a == b {
-        return Ok(a.into());
+        return Ok(Shape::from_slice(a));
     }
     let rank = a.len().max(b.len());
     let mut shape = Shape::from_elem(1, rank);

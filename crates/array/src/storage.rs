@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mica_kernels::view::contiguous_strides;
 
 use crate::memory::Block;
-use crate::shape::Strides;
+use crate::shape::{Strides, size_of};
 use crate::{Dtype, Result, packed::PackedWeight};
 
 /// Memory that one or several arrays view.
@@ -46,7 +46,7 @@ impl Buffer {
 }
 
 /// A strided window on a buffer.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct HostStorage {
     pub(crate) buffer: Arc<Buffer>,
     /// Bytes from the start of the buffer to the first element.
@@ -55,9 +55,21 @@ pub(crate) struct HostStorage {
     pub(crate) strides: Strides,
 }
 
+// By hand, as the specs' below: cloning a SmallVec goes element by element, copying a slice does not, and small graphs
+// are made of little else.
+impl Clone for HostStorage {
+    fn clone(&self) -> HostStorage {
+        HostStorage {
+            buffer: self.buffer.clone(),
+            offset: self.offset,
+            strides: Strides::from_slice(&self.strides),
+        }
+    }
+}
+
 impl HostStorage {
     pub(crate) fn contiguous(buffer: Arc<Buffer>, shape: &[usize]) -> HostStorage {
-        HostStorage { buffer, offset: 0, strides: contiguous_strides(shape).as_slice().into() }
+        HostStorage { buffer, offset: 0, strides: contiguous_strides(shape) }
     }
 
     pub(crate) fn pointer(&self) -> *mut u8 {
@@ -93,10 +105,16 @@ pub(crate) enum Storage {
 }
 
 /// An output's shape and dtype.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Spec {
     pub(crate) shape: crate::Shape,
     pub(crate) dtype: Dtype,
+}
+
+impl Clone for Spec {
+    fn clone(&self) -> Spec {
+        Spec { shape: crate::Shape::from_slice(&self.shape), dtype: self.dtype }
+    }
 }
 
 impl Spec {
@@ -104,7 +122,13 @@ impl Spec {
         Spec { shape: shape.into(), dtype }
     }
 
+    /// `usize::MAX` if there are more than that.
     pub(crate) fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size()
+        size_of(&self.shape).saturating_mul(self.dtype.size())
+    }
+
+    /// Whether the elements, and strides that reach them, have numbers.
+    pub(crate) fn is_addressable(&self) -> bool {
+        self.bytes() <= isize::MAX as usize
     }
 }

@@ -11,7 +11,7 @@ mod pool;
 mod scratch;
 
 pub use pool::{Pool, TaskPanic};
-pub use scratch::{Plain, Scratch};
+pub use scratch::{Account, Plain, Scratch, set_account};
 
 /// A unit of parallel work.
 ///

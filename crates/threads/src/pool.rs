@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+use crate::scratch::Refused;
 use crate::{Scratch, Task};
 
 /// How many times a waiting worker looks before it parks: some tens of microseconds, longer than
@@ -20,6 +21,8 @@ pub struct TaskPanic {
     pub task: &'static str,
     /// The panic's message.
     pub message: String,
+    /// The bytes of scratch memory that the task asked for and did not get, if it ended for that.
+    pub refused: Option<usize>,
 }
 
 /// A fixed set of workers. The caller of [`Pool::run`] is worker 0.
@@ -126,6 +129,11 @@ impl Pool {
     pub fn run(&self, tasks: &[Box<dyn Task + '_>]) -> Result<(), TaskPanic> {
         if tasks.is_empty() {
             return Ok(());
+        }
+        // Chunk numbers are halves of a word.
+        if let Some(task) = tasks.iter().find(|task| task.chunks() > u32::MAX as usize) {
+            let message = format!("has {} chunks, a task has at most 2^32", task.chunks());
+            return Err(TaskPanic { task: task.name(), message, refused: None });
         }
         let mut scratch = self.run_lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
@@ -239,7 +247,6 @@ fn deal(shared: &Shared, rest: &[Box<dyn Task>]) {
         Some(task) if !shared.failed.load(Ordering::Relaxed) => task.chunks(),
         _ => 0,
     };
-    assert!(chunks <= u32::MAX as usize, "a task has at most 2^32 chunks");
     for (worker, range) in shared.ranges.iter().enumerate() {
         range.set(chunks * worker / shared.threads, chunks * (worker + 1) / shared.threads);
     }
@@ -274,13 +281,15 @@ fn fail(shared: &Shared, task: &'static str, payload: &(dyn Any + Send)) {
         range.set(0, 0);
     }
     let mut failure = shared.failure.lock().expect("no code panics while it holds the failure");
-    failure.get_or_insert(TaskPanic { task, message: message_of(payload) });
+    let refused = payload.downcast_ref::<Refused>().map(|refused| refused.bytes);
+    failure.get_or_insert(TaskPanic { task, message: message_of(payload), refused });
 }
 
 fn message_of(payload: &(dyn Any + Send)) -> String {
     match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
         (Some(text), _) => text.to_string(),
         (_, Some(text)) => text.clone(),
+        _ if payload.is::<Refused>() => "there is no memory for its scratch".to_string(),
         _ => "unknown panic".to_string(),
     }
 }

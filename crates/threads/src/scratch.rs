@@ -1,8 +1,9 @@
 //! A worker's scratch memory: a bump arena that lives as long as the worker.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 /// Types of which every bit pattern is a value, so that recycled scratch bytes can be lent out.
 ///
@@ -19,6 +20,33 @@ macro_rules! plain {
 plain!(u8 i8 u16 i16 u32 i32 u64 i64 f32 f64 usize);
 
 const ALIGN: usize = 64;
+/// Larger blocks are told to the [`Account`]: what kernels need for tiles is not.
+const SMALL: usize = 1 << 20;
+/// A worker keeps no block larger than this from chunk to chunk.
+const KEPT: usize = 32 << 20;
+
+/// Who keeps account of memory.
+#[derive(Clone, Copy)]
+pub struct Account {
+    /// Whether so many bytes may be taken; they are counted if so.
+    pub take: fn(usize) -> bool,
+    /// They are given back.
+    pub give: fn(usize),
+}
+
+static ACCOUNT: OnceLock<Account> = OnceLock::new();
+
+/// Lets large scratch blocks be counted, and refused: the task that asks then ends with
+/// [`TaskPanic::refused`](crate::TaskPanic::refused). The first call counts.
+pub fn set_account(account: Account) {
+    // A second account would not know what the first one gave.
+    let _ = ACCOUNT.set(account);
+}
+
+/// What a task ends with that gets no scratch.
+pub(crate) struct Refused {
+    pub(crate) bytes: usize,
+}
 
 /// Memory that a chunk may use while it runs. [`Scratch::take`] lends disjoint slices; all are
 /// given back when the chunk ends. Contents are whatever the last user left.
@@ -39,15 +67,31 @@ struct Block {
 unsafe impl Send for Scratch {}
 
 impl Block {
-    fn new(bytes: usize) -> Block {
+    const EMPTY: Block = Block { pointer: NonNull::dangling(), bytes: 0 };
+
+    /// Nothing if there is no memory for it.
+    fn new(bytes: usize) -> Option<Block> {
         if bytes == 0 {
-            return Block { pointer: NonNull::dangling(), bytes };
+            return Some(Block::EMPTY);
         }
-        let layout = Layout::from_size_align(bytes, ALIGN).expect("scratch sizes are far below isize::MAX");
+        let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
+        if bytes > SMALL && ACCOUNT.get().is_some_and(|account| !(account.take)(bytes)) {
+            return None;
+        }
         // SAFETY: the layout has a non-zero size.
-        let pointer = unsafe { alloc_zeroed(layout) };
-        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
-        Block { pointer, bytes }
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) });
+        if pointer.is_none() {
+            Block::tell_given(bytes);
+        }
+        Some(Block { pointer: pointer?, bytes })
+    }
+
+    fn tell_given(bytes: usize) {
+        if bytes > SMALL
+            && let Some(account) = ACCOUNT.get()
+        {
+            (account.give)(bytes);
+        }
     }
 
     fn free(self) {
@@ -55,6 +99,7 @@ impl Block {
             let layout = Layout::from_size_align(self.bytes, ALIGN).expect("checked when it was allocated");
             // SAFETY: allocated in `new` with the same layout, freed once by the owner.
             unsafe { dealloc(self.pointer.as_ptr(), layout) }
+            Block::tell_given(self.bytes);
         }
     }
 }
@@ -69,7 +114,7 @@ impl Scratch {
     /// An empty arena; it grows to what its chunks ask for.
     pub fn new() -> Scratch {
         Scratch {
-            block: Cell::new(Block::new(0)),
+            block: Cell::new(Block::EMPTY),
             used: Cell::new(0),
             wanted: Cell::new(0),
             overflow: RefCell::new(Vec::new()),
@@ -79,7 +124,7 @@ impl Scratch {
     /// Lends `count` values, aligned to 64 bytes, with unspecified contents.
     #[allow(clippy::mut_from_ref)] // each call lends a different range
     pub fn take<T: Plain>(&self, count: usize) -> &mut [T] {
-        let bytes = (count * size_of::<T>()).next_multiple_of(ALIGN);
+        let bytes = count.saturating_mul(size_of::<T>()).saturating_add(ALIGN - 1) / ALIGN * ALIGN;
         self.wanted.set(self.wanted.get() + bytes);
         let block = self.block.get();
         let pointer = if self.used.get() + bytes <= block.bytes {
@@ -88,7 +133,10 @@ impl Scratch {
             // SAFETY: at + bytes is inside the block.
             unsafe { block.pointer.add(at) }
         } else {
-            let block = Block::new(bytes);
+            let Some(block) = Block::new(bytes) else {
+                // No panic: no memory is no bug, and no backtrace belongs on stderr.
+                std::panic::resume_unwind(Box::new(Refused { bytes }));
+            };
             self.overflow.borrow_mut().push(block);
             block.pointer
         };
@@ -98,13 +146,16 @@ impl Scratch {
     }
 
     /// Takes everything back. If the chunk had to overflow, the main block grows so that the
-    /// next one does not.
+    /// next one does not, within reason.
     pub fn reset(&mut self) {
         let overflow = std::mem::take(self.overflow.get_mut());
         if !overflow.is_empty() {
             overflow.into_iter().for_each(Block::free);
-            self.block.get().free();
-            self.block.set(Block::new(self.wanted.get().next_power_of_two()));
+            self.block.replace(Block::EMPTY).free();
+            let size = self.wanted.get().next_power_of_two();
+            if size <= KEPT {
+                self.block.set(Block::new(size).unwrap_or(Block::EMPTY));
+            }
         }
         self.used.set(0);
         self.wanted.set(0);

@@ -70,6 +70,7 @@ pub struct Cpu {
 impl Cpu {
     /// A backend with a pool of so many threads.
     pub fn new(threads: usize) -> Cpu {
+        mica_threads::set_account(memory::SCRATCH);
         Cpu { pool: Pool::new(threads), workspace: Mutex::new(None) }
     }
 }
@@ -139,6 +140,9 @@ impl Backend for Cpu {
 /// What a task could not do. Steps that fail because of their data (a singular matrix) panic with the
 /// message of an error, `[op] …`; that is no defect and comes back as what it says.
 fn told(panic: mica_threads::TaskPanic) -> Error {
+    if let Some(requested) = panic.refused {
+        return Error::OutOfMemory { requested, active: memory::active(), limit: memory::limit() };
+    }
     match panic.message.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
         Some((_, message)) => Error::invalid(panic.task, message),
         None => Error::Kernel(panic.to_string().into()),

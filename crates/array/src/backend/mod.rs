@@ -127,8 +127,8 @@ impl Operand {
         Ok(match storage {
             Storage::Host(host) => Operand::Host(HostView {
                 pointer: host.pointer(),
-                shape: spec.shape.clone(),
-                strides: host.strides.clone(),
+                shape: SmallVec::from_slice(&spec.shape),
+                strides: SmallVec::from_slice(&host.strides),
                 dtype: spec.dtype,
             }),
             Storage::Packed(weight) => Operand::Packed(weight.clone()),
@@ -167,7 +167,7 @@ impl Operand {
 impl HostView {
     /// Bytes of the elements if they were contiguous.
     pub fn bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size()
+        crate::shape::size_of(&self.shape) * self.dtype.size()
     }
 
     /// Whether elements follow each other in row-major order without gaps.
@@ -180,8 +180,8 @@ impl HostView {
         DynView {
             pointer: self.pointer,
             dtype: self.dtype,
-            shape: self.shape.as_slice().into(),
-            strides: self.strides.as_slice().into(),
+            shape: SmallVec::from_slice(&self.shape),
+            strides: SmallVec::from_slice(&self.strides),
         }
     }
 
@@ -190,8 +190,8 @@ impl HostView {
         DynViewMut {
             pointer: self.pointer,
             dtype: self.dtype,
-            shape: self.shape.as_slice().into(),
-            strides: self.strides.as_slice().into(),
+            shape: SmallVec::from_slice(&self.shape),
+            strides: SmallVec::from_slice(&self.strides),
         }
     }
 }

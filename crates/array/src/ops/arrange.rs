@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 use super::elementwise::Operand;
 use crate::op::first_failure;
 use crate::shape::{Shape, normalize_axes, normalize_axis};
-use crate::{Array, Dtype, Error, Result};
+use crate::{Array, Dtype, Error, Result, memory};
 
 /// What [`Array::pad`] puts around an array.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +29,18 @@ pub fn broadcast_shapes(shapes: &[&[usize]]) -> Result<Shape> {
 
 fn signed(shape: &[usize]) -> SmallVec<[i64; 4]> {
     shape.iter().map(|&size| size as i64).collect()
+}
+
+/// The shape with these widths beside each dimension.
+fn padded_shape(shape: &[usize], width: impl Fn(usize) -> (usize, usize)) -> Result<Shape> {
+    let padded = |(axis, &size): (usize, &usize)| {
+        let (low, high) = width(axis);
+        let sum = size.checked_add(low).and_then(|sum| sum.checked_add(high));
+        sum.filter(|&sum| sum <= isize::MAX as usize / 8).ok_or_else(|| {
+            Error::invalid("pad", format!("widths {low} and {high} make axis {axis} of {shape:?} larger than memory can be"))
+        })
+    };
+    shape.iter().enumerate().map(padded).collect()
 }
 
 impl Array {
@@ -103,7 +115,7 @@ impl Array {
         let mut wide: Shape = self.shape().into();
         wide.insert(axis + 1, repeats);
         let mut shape = signed(self.shape());
-        shape[axis] *= repeats as i64;
+        shape[axis] = shape[axis].saturating_mul(i64::try_from(repeats).unwrap_or(i64::MAX));
         self.expand_dims(&[axis as i32 + 1])?.broadcast_to(&wide)?.reshape(&shape)
     }
 
@@ -116,7 +128,9 @@ impl Array {
         // [1, size, 1, size …] broadcast to [count, size, count, size …].
         let apart: Vec<i64> = (0..rank).flat_map(|axis| [1, size(axis) as i64]).collect();
         let wide: Shape = (0..rank).flat_map(|axis| [count(axis), size(axis)]).collect();
-        let shape: Vec<i64> = (0..rank).map(|axis| (count(axis) * size(axis)) as i64).collect();
+        let product = |axis: usize| count(axis).saturating_mul(size(axis));
+        let shape: Vec<i64> =
+            (0..rank).map(|axis| i64::try_from(product(axis)).unwrap_or(i64::MAX)).collect();
         self.reshape(&apart)?.broadcast_to(&wide)?.reshape(&shape)
     }
 
@@ -197,6 +211,7 @@ impl Array {
             ));
         }
         let width = |axis: usize| widths[if widths.len() == 1 { 0 } else { axis }];
+        padded_shape(self.shape(), width)?;
         if let PadMode::Constant(value) = mode {
             return self.pad_with(widths, value);
         }
@@ -212,9 +227,12 @@ impl Array {
                     format!("axis {axis} of {:?} is empty: it has no edge to repeat", self.shape()),
                 ));
             }
-            let places: Vec<i64> = (-(low as i64)..(size + high) as i64)
-                .map(|place| source(place, size as i64, &mode))
-                .collect();
+            let mut places: Vec<i64> = Vec::new();
+            if places.try_reserve_exact(low + size + high).is_err() {
+                let bytes = (low + size + high) * size_of::<i64>();
+                return Err(Error::OutOfMemory { requested: bytes, active: memory::active(), limit: memory::limit() });
+            }
+            places.extend((-(low as i64)..(size + high) as i64).map(|place| source(place, size as i64, &mode)));
             let places = Array::from_slice(&places, &[places.len()])?;
             padded = padded.take(&places, axis as i32)?;
         }
@@ -235,8 +253,7 @@ impl Array {
         }
         let width = |axis: usize| widths[if widths.len() == 1 { 0 } else { axis }];
         let start: Vec<usize> = (0..self.rank()).map(|axis| width(axis).0).collect();
-        let shape: Shape =
-            (0..self.rank()).map(|axis| width(axis).0 + self.shape()[axis] + width(axis).1).collect();
+        let shape = padded_shape(self.shape(), width)?;
         let value = value.operand(self.dtype()).astype(self.dtype())?;
         value.broadcast_to(&shape)?.slice_update(self, &start)
     }

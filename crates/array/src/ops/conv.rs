@@ -76,8 +76,21 @@ impl ConvNd {
                 "needs {dimensions} numbers each for stride, padding and dilations, got {self:?}"
             ));
         }
-        if self.stride.iter().chain(&self.kernel_dilation).chain(&self.input_dilation).any(|&n| n == 0) {
+        let steps = || self.stride.iter().chain(&self.kernel_dilation).chain(&self.input_dilation);
+        if steps().any(|&n| n == 0) {
             return bad(format!("strides and dilations should be positive, got {self:?}"));
+        }
+        // So far from the largest number, sums and products of two do not overflow below.
+        const MOST: usize = 1 << 40;
+        let most = |shape: &[usize]| shape[1..=dimensions].iter().copied().max().unwrap_or(0);
+        let padding = self.low.iter().chain(&self.high).map(|n| n.unsigned_abs()).max().unwrap_or(0);
+        let spread = |by: &[usize], shape: &[usize]| by.iter().max().map_or(0, |by| by.saturating_mul(most(shape)));
+        if steps().any(|&n| n > MOST)
+            || padding > MOST
+            || spread(&self.input_dilation, input.shape()) > MOST
+            || spread(&self.kernel_dilation, weight.shape()) > MOST
+        {
+            return bad(format!("strides, dilations and padding should make sizes below 2^40, got {self:?}"));
         }
         let (channels, outputs) = (input.dim(-1), weight.dim(0));
         if self.groups == 0 || !channels.is_multiple_of(self.groups) || !outputs.is_multiple_of(self.groups) {
@@ -132,8 +145,8 @@ pub fn conv_general(input: &Array, weight: &Array, spec: &ConvNd) -> Result<Arra
     let (mut input, mut spec) = (input.clone(), spec.clone());
     for axis in 0..spec.low.len() {
         let size = input.shape()[axis + 1];
-        let from = (-spec.low[axis]).max(0) as usize;
-        let to = size.saturating_sub((-spec.high[axis]).max(0) as usize);
+        let from = spec.low[axis].min(0).unsigned_abs();
+        let to = size.saturating_sub(spec.high[axis].min(0).unsigned_abs());
         if from > to {
             return Err(Error::invalid(
                 "conv",
@@ -177,7 +190,7 @@ macro_rules! dimensions {
             dilation: [usize; $n],
             groups: usize,
         ) -> Result<Array> {
-            let pad: SmallVec<[isize; 3]> = padding.iter().map(|&n| n as isize).collect();
+            let pad: SmallVec<[isize; 3]> = padding.iter().map(|&n| signed(n)).collect();
             let spec = ConvNd {
                 stride: stride[..].into(),
                 low: pad.clone(),
@@ -209,6 +222,11 @@ dimensions! {
     3 conv3d conv_transpose3d "depth, height, width";
 }
 
+/// Numbers too large for a sign are refused when the convolution is checked.
+fn signed(n: usize) -> isize {
+    isize::try_from(n).unwrap_or(isize::MAX)
+}
+
 fn transposed(
     input: &Array,
     weight: &Array,
@@ -226,11 +244,12 @@ fn transposed(
         ));
     }
     let low = |axis: usize| {
-        (dilation[axis] * weight.shape()[axis + 1].saturating_sub(1)) as isize - padding[axis] as isize
+        let reach = dilation[axis].saturating_mul(weight.shape()[axis + 1].saturating_sub(1));
+        signed(reach).saturating_sub(signed(padding[axis]))
     };
     let spec = ConvNd {
         low: (0..dimensions).map(low).collect(),
-        high: (0..dimensions).map(|axis| low(axis) + output_padding[axis] as isize).collect(),
+        high: (0..dimensions).map(|axis| low(axis).saturating_add(signed(output_padding[axis]))).collect(),
         kernel_dilation: dilation.into(),
         input_dilation: stride.into(),
         groups,

@@ -44,6 +44,9 @@ impl Array {
                 format!("needs finite numbers and a step, got {start}, {stop}, {step}"),
             ));
         }
+        if dtype == Dtype::C64 {
+            return Array::arange(start, stop, step, Dtype::F32)?.astype(dtype);
+        }
         let count = ((stop - start) / step).ceil().max(0.0);
         if count > (1u64 << 40) as f64 {
             return Err(Error::invalid("arange", format!("{count} elements are too many")));

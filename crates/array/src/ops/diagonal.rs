@@ -87,8 +87,8 @@ impl Array {
         match self.rank() {
             2 => self.diagonal(k, 0, 1),
             1 => {
-                let size = self.size() + k.unsigned_abs() as usize;
-                let flat = Array::zeros(&[size * size], self.dtype());
+                let size = self.size().saturating_add(k.unsigned_abs() as usize);
+                let flat = Array::zeros(&[size, size], self.dtype()).flatten()?;
                 let start = if k >= 0 { k as usize } else { k.unsigned_abs() as usize * size };
                 let op = Op::SliceUpdate { start: smallvec![start], step: smallvec![size as isize + 1] };
                 if self.size() == 0 {

@@ -50,13 +50,33 @@ macro_rules! int_operand {
     ($($t:ty)*) => { $(
         impl Operand for $t {
             fn operand(&self, other: Dtype) -> Array {
-                let dtype = if other == Dtype::Bool { Dtype::I32 } else { other };
-                Array::scalar(Scalar::Int(*self as i64), dtype)
+                whole_number(*self as i128, other)
             }
         }
     )* };
 }
 int_operand!(i32 i64 u32 usize);
+
+/// A whole number beside an array of dtype `other`; one that its integers do not reach is an error, as in MLX.
+fn whole_number(value: i128, other: Dtype) -> Array {
+    let dtype = if other == Dtype::Bool { Dtype::I32 } else { other };
+    let bits = 8 * dtype.size() as u32;
+    let fits = match dtype {
+        Dtype::U8 | Dtype::U16 | Dtype::U32 | Dtype::U64 => (0..1i128 << bits).contains(&value),
+        Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64 => {
+            (-(1i128 << (bits - 1))..1i128 << (bits - 1)).contains(&value)
+        }
+        _ => true,
+    };
+    if !fits {
+        let message = format!("the number {value} is none of {dtype}; cast the array to a wider type first");
+        return Array::failed(Error::invalid("array", message), &[][..], dtype);
+    }
+    match i64::try_from(value) {
+        Ok(value) => Array::scalar(Scalar::Int(value), dtype),
+        Err(_) => Array::scalar(Scalar::UInt(value as u64), dtype),
+    }
+}
 
 impl Operand for bool {
     fn operand(&self, _: Dtype) -> Array {

@@ -80,7 +80,7 @@ impl Array {
         let centred = self.subtract(self.mean(axes, true)?)?;
         // Of complex numbers the distances' squares, which are real.
         let centred = if self.dtype() == Dtype::C64 { centred.abs()? } else { centred };
-        centred.square()?.sum(axes, keepdims)?.multiply(1.0 / (count as f64 - ddof as f64))
+        centred.square()?.sum(axes, keepdims)?.multiply(1.0 / count.saturating_sub(ddof) as f64)
     }
 
     fn arg_reduce(&self, max: bool, axis: Option<i32>, keepdims: bool) -> Result<Array> {
@@ -116,6 +116,10 @@ impl Array {
         if self.dtype() == Dtype::C64 {
             let powers = self.subtract(self.max(&[axis], true)?)?.exp()?;
             return powers.divide(powers.sum(&[axis], true)?);
+        }
+        if self.size() == 0 {
+            normalize_axis("softmax", axis, self.rank())?;
+            return self.astype(if self.dtype().is_inexact() { self.dtype() } else { Dtype::F32 });
         }
         along_last("softmax", self, axis, |x| {
             Ok(Array::lazy(Op::Softmax, smallvec![x.clone()], x.shape(), x.dtype()))

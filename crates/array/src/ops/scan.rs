@@ -76,10 +76,45 @@ pub(crate) fn scan_vjp(op: ScanOp, axis: usize, reverse: bool, exclusive: bool, 
         }
         // For elements that are not 0; the gradient of one that is comes out as NaN.
         ScanOp::Prod => rule.one(ct.multiply(y)?.cumsum(axis, !reverse, !exclusive)?.divide(x)?),
-        ScanOp::Max | ScanOp::Min => {
-            Err(Error::unsupported(op.name(), "has no gradient (it has none in MLX either)"))
-        }
+        ScanOp::Max | ScanOp::Min => extreme_vjp(op, axis, reverse, exclusive, rule),
     }
+}
+
+/// The gradient of an output is that of the element that it is: the latest of equal ones, as in MLX.
+fn extreme_vjp(op: ScanOp, axis: i32, reverse: bool, exclusive: bool, rule: &Vjp) -> Result<Grads> {
+    let (x, ct) = (&rule.inputs[0], rule.cotangent());
+    let size = x.dim(axis);
+    if size == 0 {
+        return rule.one(ct.clone());
+    }
+    let extreme = if exclusive { x.scan(op, Some(axis), reverse, true)? } else { rule.output.clone() };
+    let mut along = vec![1; x.rank()];
+    along[axis as usize] = size as i64;
+    let place = Array::arange(0.0, size as f64, 1.0, Dtype::I32)?.reshape(&along)?.broadcast_to(x.shape())?;
+    let is_extreme = x.equal(&extreme)?;
+    // The place of the latest extreme so far; outside before there is one (behind a NaN).
+    let latest = if reverse {
+        Array::select(&is_extreme, &place, size as i64)?.cummin(axis, true, true)?
+    } else {
+        Array::select(&is_extreme, &place, -1)?.cummax(axis, false, true)?
+    };
+    // Without the element itself, an output is the extreme of its neighbour.
+    let ct = if exclusive {
+        let none = ct.narrow(axis, 0, 1)?.zeros_like();
+        let parts = if reverse {
+            [none, ct.narrow(axis, 0, size - 1)?]
+        } else {
+            [ct.narrow(axis, 1, size)?, none]
+        };
+        Array::concatenate(&parts, axis)?
+    } else {
+        ct.clone()
+    };
+    let inside = latest.greater_equal(0)?.logical_and(latest.less(size as i64)?)?;
+    let ct = Array::select(&inside, &ct, &ct.zeros_like())?;
+    let op = Op::ScatterAddAlong { axis: axis as usize };
+    let places = latest.clip(0, size as i64 - 1)?;
+    rule.one(Array::lazy(op, smallvec![places, ct.clone()], x.shape(), ct.dtype()))
 }
 
 pub(crate) fn scan_jvp(

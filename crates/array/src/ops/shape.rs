@@ -13,10 +13,16 @@ use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size
 use crate::storage::Storage;
 use crate::{Array, Error, Result};
 
+/// Saturated: no array has so many elements.
+fn product<'a>(sizes: impl Iterator<Item = &'a i64>) -> i64 {
+    sizes.fold(1, |product, &size| product.saturating_mul(size))
+}
+
 impl Array {
     /// The same elements, row-major, in another shape. One size may be −1: whatever remains.
     pub fn reshape(&self, shape: &[i64]) -> Result<Array> {
-        let known: i64 = shape.iter().filter(|&&size| size != -1).product();
+        first_failure(&[self])?;
+        let known = product(shape.iter().filter(|&&size| size != -1));
         let size = self.size();
         let free = shape.iter().filter(|&&size| size == -1).count();
         let bad = || Error::invalid("reshape", format!("cannot make {shape:?} of {:?}", self.shape()));
@@ -57,7 +63,7 @@ impl Array {
             return Err(Error::invalid("flatten", format!("axis {from} comes after {to}")));
         }
         let mut shape: Shape = self.shape()[..from].into();
-        shape.push(self.shape()[from..=to].iter().product());
+        shape.push(size_of(&self.shape()[from..=to]));
         shape.extend_from_slice(&self.shape()[to + 1..]);
         self.reshape_to(&shape)
     }
@@ -66,7 +72,7 @@ impl Array {
     pub fn unflatten(&self, axis: i32, sizes: &[i64]) -> Result<Array> {
         let axis = normalize_axis("unflatten", axis, self.rank())?;
         let size = self.shape()[axis];
-        let known: i64 = sizes.iter().filter(|&&size| size != -1).product();
+        let known = product(sizes.iter().filter(|&&size| size != -1));
         let rest = if known > 0 { size as i64 / known } else { 0 };
         let free = sizes.iter().filter(|&&size| size == -1).count();
         let sizes: Shape = sizes.iter().map(|&size| if size == -1 { rest } else { size } as usize).collect();
@@ -208,12 +214,13 @@ impl Array {
 
     /// Pieces along an axis of these sizes.
     pub fn split_sizes(&self, sizes: &[usize], axis: i32) -> Result<Vec<Array>> {
-        let mut from = 0;
+        let mut from = 0usize;
         let pieces = sizes
             .iter()
             .map(|&size| {
-                from += size;
-                self.narrow(axis, from - size, from)
+                let start = from;
+                from = start.saturating_add(size);
+                self.narrow(axis, start, from)
             })
             .collect::<Result<Vec<_>>>()?;
         if from != self.shape()[normalize_axis("split", axis, self.rank())?] {
@@ -241,7 +248,7 @@ impl Array {
             if !fits {
                 return Err(Error::shapes("concatenate", &first.shape().into(), &array.shape().into()));
             }
-            shape[axis] += array.shape()[axis];
+            shape[axis] = shape[axis].saturating_add(array.shape()[axis]);
             dtype = promote(dtype, array.dtype());
         }
         if arrays.len() == 1 {
@@ -262,7 +269,9 @@ impl Array {
         first_failure(&[self, update])?;
         let fits = update.rank() == self.rank()
             && start.len() == self.rank()
-            && (0..self.rank()).all(|axis| start[axis] + update.shape()[axis] <= self.shape()[axis]);
+            && (0..self.rank()).all(|axis| {
+                start[axis].checked_add(update.shape()[axis]).is_some_and(|end| end <= self.shape()[axis])
+            });
         if !fits {
             return Err(Error::invalid(
                 "slice_update",

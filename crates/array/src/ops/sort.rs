@@ -217,6 +217,9 @@ impl Array {
         } else {
             sorted.narrow(-1, half, half + 1)?.astype(dtype)?
         };
+        // NaN is sorted last.
+        let last = sorted.narrow(-1, count - 1, count)?.astype(dtype)?;
+        let middle = if dtype.is_float() { Array::select(&last.isnan()?, &last, middle)? } else { middle };
         let shape: Shape = if keepdims {
             let sizes = self.shape().iter().enumerate();
             sizes.map(|(axis, &size)| if list.contains(&axis) { 1 } else { size }).collect()

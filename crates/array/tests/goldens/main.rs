@@ -4,6 +4,7 @@
 mod call;
 mod cases;
 mod compare;
+mod promotion;
 
 #[test]
 fn every_case_gives_what_mlx_gives() {

@@ -181,6 +181,9 @@ impl Elementwise {
         output: (&DynViewMut, Dtype),
     ) -> Result<Box<dyn Task>, KernelError> {
         let shape = &output.0.shape;
+        if let Some(lines) = Lines::of(inputs, output) {
+            return Ok(Box::new(Dense { name, op, lines }));
+        }
         let mut sources = SmallVec::new();
         for &(view, compute) in inputs {
             let linear = if view.shape == *shape && view.strides.len() == shape.len() {
@@ -199,6 +202,115 @@ impl Elementwise {
             op,
             size: shape.iter().product(),
         }))
+    }
+}
+
+/// An op over dense arrays of one shape. Small graphs are made of these, so the task is small too.
+struct Dense {
+    name: &'static str,
+    op: Box<dyn TileOp>,
+    lines: Lines,
+}
+
+/// The memory of dense operands.
+struct Lines {
+    inputs: SmallVec<[Line; 3]>,
+    output: Line,
+    size: usize,
+}
+
+struct Line {
+    pointer: *mut u8,
+    bytes: usize,
+    convert: Option<Convert>,
+}
+
+// SAFETY: as for `Source` and `Sink`, which these are simple cases of.
+unsafe impl Send for Lines {}
+// SAFETY: as above.
+unsafe impl Sync for Lines {}
+
+impl Lines {
+    /// The operands, if all are dense and of one shape.
+    fn of(inputs: &[(&DynView, Dtype)], output: (&DynViewMut, Dtype)) -> Option<Lines> {
+        let (out, result) = output;
+        let shape = &out.shape;
+        let fits = is_dense(shape, &out.strides)
+            && inputs.iter().all(|(view, _)| view.shape == *shape && is_dense(shape, &view.strides));
+        if !fits {
+            return None;
+        }
+        let line = |pointer, dtype: Dtype, convert| Line { pointer, bytes: dtype.size(), convert };
+        Some(Lines {
+            inputs: inputs
+                .iter()
+                .map(|&(view, compute)| {
+                    let convert = (view.dtype != compute).then(|| converter(view.dtype, compute));
+                    line(view.pointer.cast_mut(), view.dtype, convert)
+                })
+                .collect(),
+            output: line(out.pointer, out.dtype, (out.dtype != result).then(|| converter(result, out.dtype))),
+            size: shape.iter().product(),
+        })
+    }
+}
+
+/// Whether elements follow each other in row-major order without gaps.
+fn is_dense(shape: &[usize], strides: &[isize]) -> bool {
+    let mut step = 1isize;
+    shape.len() == strides.len()
+        && shape.iter().zip(strides).rev().all(|(&size, &stride)| {
+            let follows = size == 1 || stride == step;
+            step *= size as isize;
+            follows
+        })
+}
+
+impl Task for Dense {
+    fn chunks(&self) -> usize {
+        self.lines.size.div_ceil(CHUNK)
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let Lines { inputs, output, size } = &self.lines;
+        let tile = |line: &Line| match line.convert {
+            Some(_) => scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
+            None => std::ptr::null_mut(),
+        };
+        let buffers: SmallVec<[*mut u8; 3]> = inputs.iter().map(tile).collect();
+        let result = tile(output);
+        let end = (*size).min((chunk + 1) * CHUNK);
+        for start in (chunk * CHUNK..end).step_by(TILE) {
+            let count = TILE.min(end - start);
+            let at = |line: &Line| line.pointer.wrapping_add(start * line.bytes);
+            let mut operands: SmallVec<[*const u8; 3]> = SmallVec::new();
+            for (line, &buffer) in inputs.iter().zip(&buffers) {
+                operands.push(match line.convert {
+                    Some(convert) => {
+                        // SAFETY: the range is inside the operand, the buffer holds a tile.
+                        unsafe { convert(at(line), buffer, count) };
+                        buffer
+                    }
+                    None => at(line),
+                });
+            }
+            // SAFETY: operands hold `count` values of the op's types; the output is the caller's
+            // promise: apart from the inputs or exactly one of them, so that a tile is read before
+            // it is written.
+            unsafe {
+                match output.convert {
+                    Some(convert) => {
+                        self.op.run(&operands, result, count);
+                        convert(result, at(output), count);
+                    }
+                    None => self.op.run(&operands, at(output), count),
+                }
+            }
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        self.name
     }
 }
 

@@ -23,6 +23,8 @@ use crate::error::KernelError;
 struct AxisIndex {
     name: &'static str,
     indices: Source,
+    /// Negative indices count from the end; unsigned ones are never negative.
+    from_end: bool,
     axis: usize,
     size: usize,
     /// Index values that leave room for the slice behind them.
@@ -47,7 +49,8 @@ impl AxisIndex {
         }
         let wide = broadcast(name, indices, shape)?;
         let room = (size + 1).saturating_sub(slice.max(1));
-        Ok(AxisIndex { name, indices: Source::new(&wide, Dtype::I64), axis, size, room, stride })
+        let from_end = indices.dtype != Dtype::U64;
+        Ok(AxisIndex { name, indices: Source::new(&wide, Dtype::I64), from_end, axis, size, room, stride })
     }
 
     /// Adds to `places` the offsets of indices from `start`; at most a tile of them.
@@ -62,7 +65,7 @@ impl AxisIndex {
             std::slice::from_raw_parts(tile.cast::<i64>(), places.len())
         };
         for (place, &index) in places.iter_mut().zip(indices) {
-            let at = if index < 0 { index.wrapping_add(self.size as i64) } else { index };
+            let at = if index < 0 && self.from_end { index.wrapping_add(self.size as i64) } else { index };
             if at < 0 || at >= self.room as i64 {
                 self.fail(index);
             }
@@ -79,6 +82,7 @@ impl AxisIndex {
             0 => String::new(),
             more => format!(" (slices of {})", more + 1),
         };
+        let index = if self.from_end { index as i128 } else { index as u64 as i128 };
         let message = format!("[{name}] index {index} is outside axis {axis} of {size}{slice}");
         std::panic::resume_unwind(Box::new(message))
     }

@@ -1,5 +1,5 @@
 //! Everything of `mlx.nn` and `mlx.optimizers` against values that the `mlx` package computed
-//! (fixtures/make/make_nn.py, fixtures/make/make_semantics.py).
+//! (fixtures/make/make_nn.py, fixtures/make/make_optimizers.py).
 
 mod functions;
 mod layers;

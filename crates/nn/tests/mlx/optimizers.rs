@@ -110,7 +110,7 @@ fn five_steps_with_schedules_and_state() {
     }
 }
 
-/// The cases of fixtures/make/make_semantics.py.
+/// The cases of fixtures/make/make_optimizers.py.
 fn semantic(name: &str) -> Result<Box<dyn Optimizer>> {
     let momentum = Sgd { momentum: 0.9, ..Sgd::default() };
     match name {

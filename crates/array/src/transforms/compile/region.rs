@@ -16,8 +16,7 @@ use crate::op::Op;
 use crate::ops::{Grads, Jvp, Tangents, Vjp};
 use crate::transforms::TracedGraph;
 use crate::transforms::{backward, forward_from};
-use crate::shape::broadcast_shapes;
-use crate::{Array, Dtype, Result, Shape};
+use crate::{Array, Dtype, Result};
 
 /// Gradients, and tangents, that a region keeps: per shapes and per what is asked for.
 const BACKWARD_BOUND: usize = 16;
@@ -129,16 +128,16 @@ impl Region {
     /// The tangents of the outputs, as a compiled function of the inputs and their tangents.
     pub(crate) fn jvp(&self, rule: &Jvp) -> Result<Tangents> {
         let moves: SmallVec<[bool; 4]> = rule.tangents.iter().map(Option::is_some).collect();
+        // Inputs may all be smaller than the outputs, whose shape is an operand therefore.
+        let like = rule.output.zeros_like();
         let operands: Vec<Array> =
-            rule.inputs.iter().chain(rule.tangents.iter().flatten()).cloned().collect();
+            rule.inputs.iter().chain(rule.tangents.iter().flatten()).cloned().chain([like]).collect();
         let tangents = |tracers: &[Array]| {
+            let (like, tracers) = tracers.split_last().expect("one is like the outputs");
             let (inputs, tangents) = tracers.split_at(self.inputs.len());
             let moving =
                 inputs.iter().zip(&moves).filter(|(_, moves)| **moves).map(|(input, _)| input.clone());
-            let shape = inputs.iter().try_fold(Shape::new(), |shape, input| {
-                broadcast_shapes("compile", &shape, input.shape())
-            })?;
-            let outputs = self.expand(inputs, &shape)?;
+            let outputs = self.expand(inputs, like.shape())?;
             let found = forward_from(moving.zip(tangents.iter().cloned()).collect(), &outputs)?;
             let zeros =
                 |(output, tangent): (&Array, Option<Array>)| tangent.unwrap_or_else(|| output.zeros_like());
