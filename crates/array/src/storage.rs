@@ -129,6 +129,7 @@ impl Spec {
 
     /// Whether the elements, and strides that reach them, have numbers.
     pub(crate) fn is_addressable(&self) -> bool {
-        self.bytes() <= isize::MAX as usize
+        let bytes = self.shape.iter().try_fold(self.dtype.size(), |bytes, &size| bytes.checked_mul(size));
+        bytes.is_some_and(|bytes| bytes <= isize::MAX as usize) || self.shape.contains(&0)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mica_array::kv::{KvCache, KvSpec, PagedSpec};
 use mica_array::transforms::{checkpoint, compile, grad, value_and_grad};
-use mica_array::{Array, Dtype, Precision, Result, eval, memory, pending_ops};
+use mica_array::{Array, Dtype, PadMode, Precision, Result, eval, memory, pending_ops};
 use mica_testkit::Rng;
 
 mod cases;
@@ -74,6 +74,8 @@ enum Node {
     Number(f64, usize),
     Sum(usize),
     Stop(usize),
+    /// An op with a size in it; the shape stays, or broadcasts to what it was.
+    Sized(usize, usize),
 }
 
 fn random_nodes(rng: &mut Rng) -> Vec<Node> {
@@ -82,7 +84,7 @@ fn random_nodes(rng: &mut Rng) -> Vec<Node> {
             // Recent values are likelier, so that chains grow long.
             let mut value = || count - 1 - rng.range(0..count).min(rng.range(0..count));
             let (a, b, c) = (value(), value(), value());
-            match rng.range(0..12) {
+            match rng.range(0..14) {
                 0..3 => Node::Unary(rng.range(0..9), a),
                 3..6 => Node::Binary(rng.range(0..6), a, b),
                 6 => Node::Compare(rng.range(0..3), a, b),
@@ -93,7 +95,8 @@ fn random_nodes(rng: &mut Rng) -> Vec<Node> {
                 }
                 9 => Node::Number(rng.normal() as f64, a),
                 10 => Node::Sum(a),
-                _ => Node::Stop(a),
+                11 => Node::Stop(a),
+                _ => Node::Sized(rng.range(0..8), a),
             }
         })
         .collect()
@@ -144,6 +147,22 @@ fn interpret(nodes: &[Node], inputs: &[Array]) -> Result<Vec<Array>> {
             Node::Sum(a) if values[a].rank() == 2 => float(&values[a])?.tanh()?.sum(&[-1], true),
             Node::Sum(a) => values[a].abs_or_self(),
             Node::Stop(a) => values[a].stop_gradient(),
+            Node::Sized(op, a) if values[a].rank() == 2 && values[a].dim(0) > 1 => {
+                let x = float(&values[a])?.tanh()?;
+                let (rows, columns) = (x.dim(0), x.dim(1));
+                let range = |size: usize| Array::arange(0.0, size as f64, 1.0, x.dtype());
+                match op {
+                    0 => x.mean(&[0], true),
+                    1 => x.var(&[0, 1], true, 1)?.multiply(rows as f64),
+                    2 => Array::concatenate(&[x.narrow(0, 1, rows)?, x.narrow(0, 0, 1)?], 0),
+                    3 => x.flatten()?.flip(&[0])?.reshape(&[rows as i64, -1]),
+                    4 => x.multiply(range(rows)?.expand_dims(&[1])?.multiply(0.01)?),
+                    5 => x.cumsum(0, false, true)?.multiply(1.0 / rows as f64),
+                    6 => x.transpose(&[1, 0])?.reshape(&[rows as i64, columns as i64]),
+                    _ => x.pad(&[(1, 2), (0, 0)], PadMode::Constant(0.5))?.narrow(0, 2, rows + 2),
+                }
+            }
+            Node::Sized(_, a) => values[a].abs_or_self(),
         }?;
         values.push(value);
     }
@@ -181,6 +200,25 @@ fn random_functions_equal_their_closures_bit_for_bit() {
         assert!(pending_ops(&got).len() <= pending_ops(&eager).len(), "{name}");
         assert_same(&name, &got, &eager);
         check_gradients(&name, &nodes, &inputs);
+    }
+}
+
+#[test]
+fn random_functions_serve_other_sizes_from_one_trace() {
+    let mut rng = Rng::new(72);
+    for round in 0..200 {
+        let dtypes = [Dtype::F32, Dtype::F32, Dtype::BF16, Dtype::I32];
+        let dtypes: Vec<Dtype> = (0..4).map(|_| *rng.choose(&dtypes)).collect();
+        let (nodes, seed) = (random_nodes(&mut rng), rng.u32() as u64);
+        let compiled = compile(|x| interpret(&nodes, x)).shapeless();
+        for (rows, columns) in [(5, 33), (12, 33), (7, 20), (300, 9)] {
+            let shapes: [&[usize]; 4] = [&[rows, columns], &[columns], &[rows, 1], &[]];
+            let inputs: Vec<Array> =
+                shapes.iter().zip(&dtypes).map(|(shape, &dtype)| random(shape, dtype, seed)).collect();
+            let name = format!("round {round}, {rows} x {columns}, {dtypes:?}, {nodes:?}");
+            assert_same(&name, &compiled.call(&inputs).unwrap(), &interpret(&nodes, &inputs).unwrap());
+        }
+        assert_eq!(compiled.signatures(), 1, "{nodes:?}");
     }
 }
 

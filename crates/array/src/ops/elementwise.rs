@@ -62,7 +62,9 @@ fn whole_number(value: i128, other: Dtype) -> Array {
     let dtype = if other == Dtype::Bool { Dtype::I32 } else { other };
     let bits = 8 * dtype.size() as u32;
     let fits = match dtype {
-        Dtype::U8 | Dtype::U16 | Dtype::U32 | Dtype::U64 => (0..1i128 << bits).contains(&value),
+        // Of this type alone MLX takes negative numbers, which wrap.
+        Dtype::U64 => true,
+        Dtype::U8 | Dtype::U16 | Dtype::U32 => (0..1i128 << bits).contains(&value),
         Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64 => {
             (-(1i128 << (bits - 1))..1i128 << (bits - 1)).contains(&value)
         }
@@ -73,8 +75,8 @@ fn whole_number(value: i128, other: Dtype) -> Array {
         return Array::failed(Error::invalid("array", message), &[][..], dtype);
     }
     match i64::try_from(value) {
-        Ok(value) => Array::scalar(Scalar::Int(value), dtype),
-        Err(_) => Array::scalar(Scalar::UInt(value as u64), dtype),
+        Ok(value) if dtype != Dtype::U64 => Array::scalar(Scalar::Int(value), dtype),
+        _ => Array::scalar(Scalar::UInt(value as u64), dtype),
     }
 }
 
