@@ -1,5 +1,5 @@
 //! What a graph costs besides its arithmetic: building nodes, evaluating them on tiny arrays,
-//! dropping them. Run with `cargo bench -p mica-array --bench graph`.
+//! dropping them. Run with `cargo bench -p mica-array --bench graph`; words after `--` choose the lines that contain one.
 
 use std::time::Instant;
 
@@ -16,6 +16,10 @@ fn median(mut times: Vec<f64>) -> f64 {
 /// Nanoseconds per node, the median of several rounds; the setup and what `run` gives back are
 /// not timed.
 fn measure<S, R>(name: &str, nodes: usize, setup: impl Fn() -> S, run: impl Fn(S) -> R) {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    if !words.is_empty() && !words.iter().any(|word| name.contains(word.as_str())) {
+        return;
+    }
     let time = |_| {
         let input = setup();
         let begun = Instant::now();

@@ -319,27 +319,38 @@ impl Engine {
         let mut donor: SmallVec<[Option<Arc<Buffer>>; 4]> = SmallVec::new();
         for (index, input) in inputs.into_iter().enumerate() {
             let shared = Arc::strong_count(input.node()) > 1;
-            let storage = ready_storage(&input)?;
-            let spec = input.spec();
-            operands.push(Operand::new(spec, &storage)?);
-            let dense = matches!(&storage, Storage::Host(host) if host.is_contiguous(&spec.shape));
+            let held = {
+                let state = input.node().state();
+                let storage = ready(&state, input.output())?;
+                let spec = input.spec();
+                operands.push(Operand::new(spec, storage)?);
+                match storage {
+                    Storage::Host(host) => {
+                        Some((host.buffer.clone(), host.offset == 0 && host.is_contiguous(&spec.shape)))
+                    }
+                    Storage::Packed(weight) => {
+                        plan.weights.push(weight.clone());
+                        None
+                    }
+                    Storage::Absent => None,
+                }
+            };
             // Dropping the handle here gives dead buffers back before the outputs are allocated.
             drop(input);
-            if let Storage::Host(host) = &storage {
-                if host.buffer.is_rehearsed() && !memory::is_rehearsing() {
-                    return Err(rehearsed());
-                }
-                if has_failed(host.buffer.epoch()) {
-                    return wait_for(&host.buffer).map(|()| SmallVec::new());
-                }
-                // After the handle is gone, one reference means that only this step holds it.
-                let free = !shared && Arc::strong_count(&host.buffer) == 1;
-                let may = free && dense && self.backend.may_alias(&op, index);
-                donor.push((may && host.offset == 0).then(|| host.buffer.clone()));
-            } else {
+            let Some((buffer, whole)) = held else {
                 donor.push(None);
+                continue;
+            };
+            if buffer.is_rehearsed() && !memory::is_rehearsing() {
+                return Err(rehearsed());
             }
-            plan.keep(storage);
+            if has_failed(buffer.epoch()) {
+                return wait_for(&buffer).map(|()| SmallVec::new());
+            }
+            // After the handle is gone, one reference means that only this step holds it.
+            let free = !shared && whole && Arc::strong_count(&buffer) == 1;
+            donor.push((free && self.backend.may_alias(&op, index)).then(|| buffer.clone()));
+            plan.current.push(buffer);
         }
         let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();
         let mut outputs: SmallVec<[Operand; 1]> = SmallVec::new();
@@ -365,7 +376,7 @@ impl Engine {
             outputs.push(Operand::new(spec, &storage)?);
             storages.push(storage);
         }
-        plan.release_dead();
+        plan.current.clear();
         plan.steps.push(Step { op, inputs: operands, outputs });
         Ok(storages)
     }
@@ -445,8 +456,12 @@ fn tuple(node: &Node, inputs: &[Array]) -> Result<SmallVec<[Storage; 1]>> {
 }
 
 pub(crate) fn ready_storage(array: &Array) -> Result<Storage> {
-    match &*array.node().state() {
-        State::Ready(storage) => Ok(storage[array.output()].clone()),
+    ready(&array.node().state(), array.output()).cloned()
+}
+
+fn ready(state: &State, output: usize) -> Result<&Storage> {
+    match state {
+        State::Ready(storage) => Ok(&storage[output]),
         State::Failed(error) => Err(error.clone()),
         State::Lazy { .. } => Err(Error::Kernel("an input was not computed".into())),
     }

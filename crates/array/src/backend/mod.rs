@@ -15,7 +15,7 @@ use mica_kernels::{DynView, DynViewMut};
 
 use crate::op::Op;
 use crate::packed::PackedWeight;
-use crate::storage::{Spec, Storage};
+use crate::storage::{Buffer, Spec, Storage};
 use crate::{Array, Dtype, Error, Result};
 
 /// Computes plans.
@@ -59,26 +59,15 @@ pub struct Plan {
     /// The steps.
     pub steps: Vec<Step>,
     /// Inputs of the step that is being planned, alive until its outputs have their memory.
-    current: SmallVec<[Storage; 4]>,
+    pub(crate) current: SmallVec<[Arc<Buffer>; 4]>,
     /// Weights that steps read, alive until the plan has run.
-    weights: Vec<Arc<PackedWeight>>,
+    pub(crate) weights: Vec<Arc<PackedWeight>>,
 }
 
 impl Plan {
     /// An empty plan in the memory of another one's steps.
     pub(crate) fn reusing(steps: Vec<Step>) -> Plan {
         Plan { steps, ..Plan::default() }
-    }
-
-    pub(crate) fn keep(&mut self, storage: Storage) {
-        if let Storage::Packed(weight) = &storage {
-            self.weights.push(weight.clone());
-        }
-        self.current.push(storage);
-    }
-
-    pub(crate) fn release_dead(&mut self) {
-        self.current.clear();
     }
 }
 

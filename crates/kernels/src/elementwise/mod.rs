@@ -29,7 +29,8 @@ pub(crate) use {binary::binary_op, compare::compare_op, select::select_op, unary
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::error::KernelError;
-use tile::{Elementwise, compute_dtype};
+pub use tile::Flat;
+use tile::{Dense, Elementwise, TileOp, compute_dtype};
 
 /// `out = op(a)`. `out` has `a`'s type; [`UnaryOp::LogicalNot`] takes any type and gives bool.
 pub fn unary(op: UnaryOp, a: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
@@ -42,14 +43,30 @@ pub(crate) fn unary_on(
     a: DynView,
     out: DynViewMut,
 ) -> Result<Box<dyn Task>, KernelError> {
-    let (compute, result) = match op {
-        UnaryOp::LogicalNot => (Dtype::Bool, Dtype::Bool),
-        _ => (compute_dtype(a.dtype), compute_dtype(a.dtype)),
-    };
-    let expected = if op == UnaryOp::LogicalNot { Dtype::Bool } else { a.dtype };
-    expect_output(op.name(), expected, out.dtype)?;
-    let kernel = unary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a.dtype))?;
-    Elementwise::task(op.name(), kernel, &[(&a, compute)], (&out, result))
+    let (kernel, compute) = unary_kernel(isa, op, a.dtype, out.dtype)?;
+    Elementwise::task(op.name(), kernel, &[(&a, compute)], (&out, compute))
+}
+
+/// The loop for these types, and the type that it computes in.
+fn unary_kernel(
+    isa: Isa,
+    op: UnaryOp,
+    a: Dtype,
+    out: Dtype,
+) -> Result<(Box<dyn TileOp>, Dtype), KernelError> {
+    let (compute, expected) =
+        if op == UnaryOp::LogicalNot { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a), a) };
+    expect_output(op.name(), expected, out)?;
+    let kernel = unary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a))?;
+    Ok((kernel, compute))
+}
+
+/// [`unary`] over so many dense elements.
+///
+/// The pointers must be readable and writable as those of views are.
+pub fn unary_dense(op: UnaryOp, a: Flat, out: Flat, size: usize) -> Result<Box<dyn Task>, KernelError> {
+    let (kernel, compute) = unary_kernel(Isa::get(), op, a.dtype, out.dtype)?;
+    Ok(Dense::task(op.name(), kernel, &[(a, compute)], (out, compute), size))
 }
 
 /// `out = op(a, b)`: all of one type; the logical ops take any type and give bool.
@@ -64,12 +81,34 @@ pub(crate) fn binary_on(
     b: DynView,
     out: DynViewMut,
 ) -> Result<Box<dyn Task>, KernelError> {
-    expect_same(op.name(), a.dtype, b.dtype)?;
-    let (compute, expected) =
-        if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a.dtype), a.dtype) };
-    expect_output(op.name(), expected, out.dtype)?;
-    let kernel = binary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a.dtype))?;
+    let (kernel, compute) = binary_kernel(isa, op, [a.dtype, b.dtype], out.dtype)?;
     Elementwise::task(op.name(), kernel, &[(&a, compute), (&b, compute)], (&out, compute))
+}
+
+/// The loop for these types, and the type that it computes in.
+fn binary_kernel(
+    isa: Isa,
+    op: BinaryOp,
+    [a, b]: [Dtype; 2],
+    out: Dtype,
+) -> Result<(Box<dyn TileOp>, Dtype), KernelError> {
+    expect_same(op.name(), a, b)?;
+    let (compute, expected) = if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a), a) };
+    expect_output(op.name(), expected, out)?;
+    let kernel = binary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a))?;
+    Ok((kernel, compute))
+}
+
+/// [`binary`] over so many dense elements; see [`unary_dense`].
+pub fn binary_dense(
+    op: BinaryOp,
+    a: Flat,
+    b: Flat,
+    out: Flat,
+    size: usize,
+) -> Result<Box<dyn Task>, KernelError> {
+    let (kernel, compute) = binary_kernel(Isa::get(), op, [a.dtype, b.dtype], out.dtype)?;
+    Ok(Dense::task(op.name(), kernel, &[(a, compute), (b, compute)], (out, compute), size))
 }
 
 /// `out = a op b` as bool; `a` and `b` of one type. Comparisons with NaN are false, `Ne` true.

@@ -181,9 +181,6 @@ impl Elementwise {
         output: (&DynViewMut, Dtype),
     ) -> Result<Box<dyn Task>, KernelError> {
         let shape = &output.0.shape;
-        if let Some(lines) = Lines::of(inputs, output) {
-            return Ok(Box::new(Dense { name, op, lines }));
-        }
         let mut sources = SmallVec::new();
         for &(view, compute) in inputs {
             let linear = if view.shape == *shape && view.strides.len() == shape.len() {
@@ -206,7 +203,7 @@ impl Elementwise {
 }
 
 /// An op over dense arrays of one shape. Small graphs are made of these, so the task is small too.
-struct Dense {
+pub(crate) struct Dense {
     name: &'static str,
     op: Box<dyn TileOp>,
     lines: Lines,
@@ -230,40 +227,37 @@ unsafe impl Send for Lines {}
 // SAFETY: as above.
 unsafe impl Sync for Lines {}
 
-impl Lines {
-    /// The operands, if all are dense and of one shape.
-    fn of(inputs: &[(&DynView, Dtype)], output: (&DynViewMut, Dtype)) -> Option<Lines> {
-        let (out, result) = output;
-        let shape = &out.shape;
-        let fits = is_dense(shape, &out.strides)
-            && inputs.iter().all(|(view, _)| view.shape == *shape && is_dense(shape, &view.strides));
-        if !fits {
-            return None;
-        }
-        let line = |pointer, dtype: Dtype, convert| Line { pointer, bytes: dtype.size(), convert };
-        Some(Lines {
-            inputs: inputs
-                .iter()
-                .map(|&(view, compute)| {
-                    let convert = (view.dtype != compute).then(|| converter(view.dtype, compute));
-                    line(view.pointer.cast_mut(), view.dtype, convert)
-                })
-                .collect(),
-            output: line(out.pointer, out.dtype, (out.dtype != result).then(|| converter(result, out.dtype))),
-            size: shape.iter().product(),
-        })
-    }
+/// The memory of one operand, whose elements lie one after another.
+#[derive(Clone, Copy, Debug)]
+pub struct Flat {
+    /// The first element.
+    pub pointer: *mut u8,
+    /// Of the elements.
+    pub dtype: Dtype,
 }
 
-/// Whether elements follow each other in row-major order without gaps.
-fn is_dense(shape: &[usize], strides: &[isize]) -> bool {
-    let mut step = 1isize;
-    shape.len() == strides.len()
-        && shape.iter().zip(strides).rev().all(|(&size, &stride)| {
-            let follows = size == 1 || stride == step;
-            step *= size as isize;
-            follows
-        })
+impl Dense {
+    /// `inputs` come with the types in which `op` takes them, `output` with the one it gives.
+    pub fn task(
+        name: &'static str,
+        op: Box<dyn TileOp>,
+        inputs: &[(Flat, Dtype)],
+        output: (Flat, Dtype),
+        size: usize,
+    ) -> Box<dyn Task> {
+        let line = |flat: Flat, from: Dtype, to: Dtype| Line {
+            pointer: flat.pointer,
+            bytes: flat.dtype.size(),
+            convert: (from != to).then(|| converter(from, to)),
+        };
+        let mut lines: SmallVec<[Line; 3]> = SmallVec::new();
+        for &(flat, compute) in inputs {
+            lines.push(line(flat, flat.dtype, compute));
+        }
+        let (flat, result) = output;
+        let output = line(flat, result, flat.dtype);
+        Box::new(Dense { name, op, lines: Lines { inputs: lines, output, size } })
+    }
 }
 
 impl Task for Dense {
