@@ -3,6 +3,7 @@
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use num_complex::Complex32;
+use mica_threads::Scratch;
 use realfft::RealFftPlanner;
 use rustfft::FftPlanner;
 
@@ -15,7 +16,8 @@ use crate::{Error, Result};
 /// Elements per chunk: a chunk should cost much more than handing it out.
 const CHUNK: usize = 1 << 14;
 
-/// Twiddle factors are kept from call to call.
+/// Lengths up to which twiddle factors are kept from call to call.
+const KEPT: usize = 1 << 16;
 static COMPLEX: LazyLock<Mutex<FftPlanner<f32>>> = LazyLock::new(|| Mutex::new(FftPlanner::new()));
 static REAL: LazyLock<Mutex<RealFftPlanner<f32>>> = LazyLock::new(|| Mutex::new(RealFftPlanner::new()));
 
@@ -29,59 +31,74 @@ pub(super) fn lower(spec: &FftSpec, step: &Step) -> Result<Lowered> {
     let range = move |chunk: usize| chunk * per_chunk..lines.min((chunk + 1) * per_chunk);
     Ok(match spec.kind {
         FftKind::Forward | FftKind::Backward => {
-            let mut planner = COMPLEX.lock().map_err(poisoned)?;
-            let plan = match spec.kind {
+            let plan_in = |planner: &mut FftPlanner<f32>| match spec.kind {
                 FftKind::Forward => planner.plan_fft_forward(have),
                 _ => planner.plan_fft_inverse(have),
             };
-            task(name, chunks, move |chunk, _| {
-                let mut line = vec![Complex32::ZERO; have];
-                let mut work = vec![Complex32::ZERO; plan.get_inplace_scratch_len()];
+            let plan = match have <= KEPT {
+                true => plan_in(&mut *COMPLEX.lock().map_err(poisoned)?),
+                false => plan_in(&mut FftPlanner::new()),
+            };
+            task(name, chunks, move |chunk, scratch| {
+                let line = complex(scratch, have);
+                let work = complex(scratch, plan.get_inplace_scratch_len());
                 for at in range(chunk) {
-                    gather(&x, axis, at, &mut line);
-                    plan.process_with_scratch(&mut line, &mut work);
+                    gather(&x, axis, at, line);
+                    plan.process_with_scratch(line, work);
                     line.iter_mut().for_each(|z| *z *= scale);
-                    scatter(&out, axis, at, &line);
+                    scatter(&out, axis, at, line);
                 }
             })
             .into()
         }
         FftKind::RealForward => {
-            let plan = REAL.lock().map_err(poisoned)?.plan_fft_forward(have);
-            task(name, chunks, move |chunk, _| {
-                let (mut line, mut spectrum) = (plan.make_input_vec(), plan.make_output_vec());
-                let mut work = plan.make_scratch_vec();
+            let plan = match have <= KEPT {
+                true => REAL.lock().map_err(poisoned)?.plan_fft_forward(have),
+                false => RealFftPlanner::new().plan_fft_forward(have),
+            };
+            task(name, chunks, move |chunk, scratch| {
+                let (line, spectrum) = (scratch.take::<f32>(have), complex(scratch, have / 2 + 1));
+                let work = complex(scratch, plan.get_scratch_len());
                 for at in range(chunk) {
-                    gather(&x, axis, at, &mut line);
-                    plan.process_with_scratch(&mut line, &mut spectrum, &mut work)
-                        .expect("the buffers are the plan's own");
+                    gather(&x, axis, at, line);
+                    plan.process_with_scratch(line, spectrum, work).expect("the buffers are as long as the plan's");
                     spectrum.iter_mut().for_each(|z| *z *= scale);
-                    scatter(&out, axis, at, &spectrum);
+                    scatter(&out, axis, at, spectrum);
                 }
             })
             .into()
         }
         FftKind::RealBackward => {
-            let plan = REAL.lock().map_err(poisoned)?.plan_fft_inverse(gives);
-            task(name, chunks, move |chunk, _| {
-                let (mut spectrum, mut line) = (plan.make_input_vec(), plan.make_output_vec());
-                let mut work = plan.make_scratch_vec();
+            let plan = match gives <= KEPT {
+                true => REAL.lock().map_err(poisoned)?.plan_fft_inverse(gives),
+                false => RealFftPlanner::new().plan_fft_inverse(gives),
+            };
+            task(name, chunks, move |chunk, scratch| {
+                let (spectrum, line) = (complex(scratch, gives / 2 + 1), scratch.take::<f32>(gives));
+                let work = complex(scratch, plan.get_scratch_len());
                 for at in range(chunk) {
-                    gather(&x, axis, at, &mut spectrum);
+                    gather(&x, axis, at, spectrum);
                     // These do not count, and the plan refuses others.
                     spectrum[0].im = 0.0;
                     if gives.is_multiple_of(2) {
                         spectrum[gives / 2].im = 0.0;
                     }
-                    plan.process_with_scratch(&mut spectrum, &mut line, &mut work)
-                        .expect("the buffers are the plan's own, the ends are real");
+                    plan.process_with_scratch(spectrum, line, work)
+                        .expect("the buffers are as long as the plan's, the ends are real");
                     line.iter_mut().for_each(|value| *value *= scale);
-                    scatter(&out, axis, at, &line);
+                    scatter(&out, axis, at, line);
                 }
             })
             .into()
         }
     })
+}
+
+/// Complex numbers of the worker's own, which the memory limit is for too.
+fn complex(scratch: &Scratch, count: usize) -> &mut [Complex32] {
+    let parts = scratch.take::<f32>(2 * count);
+    // SAFETY: a Complex32 is two f32, one after the other, and aligned as they are.
+    unsafe { std::slice::from_raw_parts_mut(parts.as_mut_ptr().cast(), count) }
 }
 
 fn poisoned<T>(_: PoisonError<T>) -> Error {
