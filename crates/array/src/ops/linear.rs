@@ -101,7 +101,7 @@ impl Array {
         }
         let mut shape: Shape = self.shape().into();
         *shape.last_mut().expect("rank is not 0") = weight.dim(1);
-        let inputs = smallvec![self.astype(Dtype::F32)?.contiguous()?, weight.clone()];
+        let inputs = smallvec![self.astype(Dtype::F32)?.dense()?, weight.clone()];
         Array::lazy(Op::LinearTransposed { precision }, inputs, shape, Dtype::F32).astype(self.dtype())
     }
 
