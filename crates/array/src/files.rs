@@ -12,7 +12,7 @@ use crate::{Array, Dtype, Error, Result};
 
 pub use gguf::{GgufContent, load_gguf, save_gguf};
 pub use mica_io::gguf::Value as GgufValue;
-pub use numpy::{load_npy, load_npz, save_npy, save_npz};
+pub use numpy::{load_npy, load_npz, save_npy, save_npz, save_npz_compressed};
 
 /// The dtype of arrays that hold what files call so, if mica can compute with it.
 pub fn dtype_from_file(dtype: DType) -> Option<Dtype> {

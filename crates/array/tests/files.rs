@@ -57,6 +57,9 @@ fn what_was_saved_is_loaded() {
     let path = folder.path().join("all.npz");
     files::save_npz(&path, &arrays).unwrap();
     check("npz", files::load(&path).unwrap(), &arrays);
+    let path = folder.path().join("small.npz");
+    files::save_npz_compressed(&path, &arrays).unwrap();
+    check("compressed npz", files::load(&path).unwrap(), &arrays);
     let path = folder.path().join("all.safetensors");
     files::save_safetensors(&path, &arrays, &[("made by", "a test")]).unwrap();
     check("safetensors", files::load(&path).unwrap(), &arrays);

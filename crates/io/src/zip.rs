@@ -17,6 +17,9 @@ const LOCAL_HEADER: u32 = 0x0403_4b50;
 const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
 
+/// NumPy's level.
+const LEVEL: u8 = 6;
+
 /// Deflate cannot make more of a byte: 258 bytes from two bits.
 const MAX_RATIO: u64 = 1032;
 
@@ -272,7 +275,7 @@ fn parse_entry(fields: &mut Fields) -> Result<Entry, String> {
     Ok(Entry { name, deflated: method == DEFLATED, crc, packed, size, header })
 }
 
-/// Writes stored entries, one after the other, then the directory.
+/// Writes entries, one after the other, then the directory.
 pub(crate) struct ArchiveWriter<W> {
     out: W,
     at: u64,
@@ -285,8 +288,9 @@ impl<W: Write> ArchiveWriter<W> {
         ArchiveWriter { out, at: 0, directory: Vec::new(), names: HashSet::new() }
     }
 
-    /// Adds an entry made of these pieces. Equal names and names past 65535 bytes are errors.
-    pub fn add(&mut self, name: &str, pieces: &[&[u8]]) -> io::Result<()> {
+    /// Adds an entry made of these pieces, stored or deflated. Equal names and names past 65535
+    /// bytes are errors.
+    pub fn add(&mut self, name: &str, pieces: &[&[u8]], deflate: bool) -> io::Result<()> {
         let name_len = u16::try_from(name.len()).map_err(|_| io::Error::other("a name is too long"))?;
         if !self.names.insert(name.to_owned()) {
             return Err(io::Error::other(format!("{name:?} is given twice")));
@@ -295,11 +299,16 @@ impl<W: Write> ArchiveWriter<W> {
         let mut crc = crc32fast::Hasher::new();
         pieces.iter().for_each(|piece| crc.update(piece));
         let crc = crc.finalize();
+        let deflated = deflate.then(|| miniz_oxide::deflate::compress_to_vec(&pieces.concat(), LEVEL));
+        let (method, packed) = match &deflated {
+            Some(bytes) => (DEFLATED, bytes.len() as u64),
+            None => (STORED, size),
+        };
 
-        // What both headers share: version 4.5, UTF-8 name, stored, 1980-01-01, checksum, sizes in
+        // What both headers share: version 4.5, UTF-8 name, how it is packed, 1980-01-01, checksum, sizes in
         // the extra field (always, so that there is one way), lengths of name and extra field.
         let mut shared = Vec::new();
-        for v in [45u16, 0x0800, STORED, 0, 0x21] {
+        for v in [45u16, 0x0800, method, 0, 0x21] {
             shared.extend_from_slice(&v.to_le_bytes());
         }
         for v in [crc, u32::MAX, u32::MAX] {
@@ -313,7 +322,7 @@ impl<W: Write> ArchiveWriter<W> {
             values.iter().for_each(|v| extra.extend_from_slice(&v.to_le_bytes()));
             extra
         };
-        let local = extra(&[size, size]);
+        let local = extra(&[size, packed]);
         let header = [
             &LOCAL_HEADER.to_le_bytes()[..],
             &shared[..],
@@ -322,7 +331,7 @@ impl<W: Write> ArchiveWriter<W> {
             &local,
         ]
         .concat();
-        let central = extra(&[size, size, self.at]);
+        let central = extra(&[size, packed, self.at]);
         let entry = [
             &DIRECTORY_ENTRY.to_le_bytes()[..],
             &45u16.to_le_bytes(),
@@ -336,10 +345,11 @@ impl<W: Write> ArchiveWriter<W> {
         .concat();
         self.directory.extend_from_slice(&entry);
         self.out.write_all(&header)?;
-        for piece in pieces {
-            self.out.write_all(piece)?;
+        match &deflated {
+            Some(bytes) => self.out.write_all(bytes)?,
+            None => pieces.iter().try_for_each(|piece| self.out.write_all(piece))?,
         }
-        self.at += header.len() as u64 + size;
+        self.at += header.len() as u64 + packed;
         Ok(())
     }
 

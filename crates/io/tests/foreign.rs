@@ -194,5 +194,5 @@ fn copies_for_python() {
         .collect();
     let arrays: Vec<npz::Named> =
         arrays.iter().map(|(n, a)| (n.as_str(), a.dtype, &a.shape[..], &a.bytes[..])).collect();
-    npz::write(folder.join("copy.npz"), &arrays).unwrap();
+    npz::write(folder.join("copy.npz"), &arrays, false).unwrap();
 }

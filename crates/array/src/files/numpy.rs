@@ -38,6 +38,15 @@ pub fn load_npz(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> {
 
 /// Writes arrays to a `.npz` file, atomically and uncompressed.
 pub fn save_npz(path: impl AsRef<Path>, arrays: &[(String, Array)]) -> Result<()> {
+    save_archive(path, arrays, false)
+}
+
+/// Writes arrays to a compressed `.npz` file, atomically. Weights hardly shrink; masks and codes do.
+pub fn save_npz_compressed(path: impl AsRef<Path>, arrays: &[(String, Array)]) -> Result<()> {
+    save_archive(path, arrays, true)
+}
+
+fn save_archive(path: impl AsRef<Path>, arrays: &[(String, Array)], compress: bool) -> Result<()> {
     crate::eval(&arrays.iter().map(|(_, array)| array.clone()).collect::<Vec<_>>())?;
     let bytes: Vec<Vec<u8>> =
         arrays.iter().map(|(_, array)| array.with_bytes(<[u8]>::to_vec)).collect::<Result<_>>()?;
@@ -48,5 +57,5 @@ pub fn save_npz(path: impl AsRef<Path>, arrays: &[(String, Array)]) -> Result<()
             (name.as_str(), dtype_to_file(array.dtype()), array.shape(), bytes.as_slice())
         })
         .collect();
-    npz::write(path, &named).map_err(file_error("save"))
+    npz::write(path, &named, compress).map_err(file_error("save"))
 }
