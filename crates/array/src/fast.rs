@@ -266,3 +266,88 @@ pub fn scaled_dot_product_attention(
     let shape = [batch as i64, heads as i64, queries as i64, v.dim(3) as i64];
     out.reshape(&shape)?.astype(dtype)
 }
+
+/// The gated delta rule (Yang et al., "Gated Delta Networks"): a memory S [dv, dk] per head that
+/// decays, and in which what a key stands for is replaced.
+///
+/// S ← γₜ · S, then S ← S + βₜ · (vₜ − S · kₜ) · kₜᵀ; the output is S · qₜ. `q` and `k` are
+/// [batch, length, key_heads, dk], `v` [batch, length, heads, dv] (heads share keys in groups), `gamma`
+/// [batch, length, heads] or with dk more, `beta` [batch, length, heads], the state
+/// [batch, heads, dv, dk], zeros if none is given. Where `mask` [batch, length] is false, the state
+/// stays and the output is zero.
+///
+/// Gives the outputs [batch, length, heads, dv] in the dtype of `q` and `k`, and the last state in f32, in
+/// which all is computed. A composition, position by position: as long as its sequence.
+pub fn gated_delta_update(
+    q: &Array,
+    k: &Array,
+    v: &Array,
+    gamma: &Array,
+    beta: &Array,
+    initial_state: Option<&Array>,
+    mask: Option<&Array>,
+) -> Result<(Array, Array)> {
+    const NAME: &str = "gated_delta_update";
+    first_failure(&[q, k, v, gamma, beta])?;
+    let four = q.rank() == 4 && q.shape() == k.shape() && v.rank() == 4 && q.shape()[..2] == v.shape()[..2];
+    let grouped = four && q.dim(2) > 0 && v.dim(2).is_multiple_of(q.dim(2)) && q.dim(1) > 0;
+    let gates = grouped
+        && beta.shape() == &v.shape()[..3]
+        && (gamma.shape() == beta.shape()
+            || (gamma.rank() == 4 && gamma.shape()[..3] == v.shape()[..3] && gamma.dim(3) == q.dim(3)));
+    if !gates {
+        return Err(Error::invalid(
+            NAME,
+            format!(
+                "needs q, k [batch, length, key_heads, dk] and v [batch, length, heads, dv] of one position or more, gamma and beta [batch, length, heads], got {q:?}, {k:?}, {v:?}, {gamma:?}, {beta:?}"
+            ),
+        ));
+    }
+    let (batch, length, heads) = (q.dim(0), q.dim(1), v.dim(2));
+    let state = [batch, heads, v.dim(3), q.dim(3)];
+    if initial_state.is_some_and(|given| given.shape() != state) {
+        return Err(Error::invalid(NAME, format!("the state should be {state:?}, got {initial_state:?}")));
+    }
+    if mask.is_some_and(|mask| mask.shape() != [batch, length] || mask.dtype() != Dtype::Bool) {
+        return Err(Error::invalid(
+            NAME,
+            format!("the mask should be bools [{batch}, {length}], got {mask:?}"),
+        ));
+    }
+    let group = heads / q.dim(2);
+    let wide = |x: &Array| x.astype(Dtype::F32);
+    let keys = |x: &Array| if group == 1 { wide(x) } else { wide(x)?.repeat(group, 2) };
+    // At a position: keys [batch, heads, 1, dk], values [batch, heads, dv, 1], gates [batch, heads, 1, ·].
+    let (queries, keys, values) = (keys(q)?.expand_dims(&[3])?, keys(k)?.expand_dims(&[3])?, wide(v)?);
+    let gamma = if gamma.rank() == 4 { gamma.clone() } else { gamma.expand_dims(&[3])? };
+    let (values, decay) = (values.expand_dims(&[4])?, wide(&gamma)?.expand_dims(&[3])?);
+    let rate = wide(beta)?.expand_dims(&[3, 4])?;
+    let at = |x: &Array, t: usize| x.narrow(1, t, t + 1)?.squeeze(&[1]);
+    let mut s = match initial_state {
+        Some(given) => wide(given)?,
+        None => Array::zeros(&state, Dtype::F32),
+    };
+    let mut outputs = Vec::with_capacity(length);
+    for t in 0..length {
+        let key = at(&keys, t)?;
+        let decayed = s.multiply(at(&decay, t)?)?;
+        let known = decayed.multiply(&key)?.sum(&[-1], true)?;
+        let change = at(&values, t)?.subtract(known)?.multiply(at(&rate, t)?)?;
+        let next = decayed.add(change.multiply(&key)?)?;
+        let output = next.multiply(at(&queries, t)?)?.sum(&[-1], false)?;
+        let (next, output) = match mask {
+            None => (next, output),
+            Some(mask) => {
+                let counts = at(mask, t)?.expand_dims(&[1, 2])?;
+                let zero = Array::scalar(Scalar::Float(0.0), Dtype::F32);
+                (
+                    Array::select(&counts.expand_dims(&[3])?, &next, &s)?,
+                    Array::select(&counts, &output, &zero)?,
+                )
+            }
+        };
+        s = next;
+        outputs.push(output.astype(promote(q.dtype(), k.dtype()))?);
+    }
+    Ok((Array::stack(&outputs, 1)?, s))
+}

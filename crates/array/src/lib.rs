@@ -53,4 +53,4 @@ pub use ops::sort::{Side, Unique};
 pub use packed::{PackedWeight, Quantized, quantize};
 pub use print::{PrintOptions, print_options, set_print_options, with_print_options};
 pub use shape::{Shape, Strides};
-pub use stream::{Stream, async_eval, synchronize};
+pub use stream::{Stream, ThreadLocalStream, async_eval, clear_streams, synchronize};

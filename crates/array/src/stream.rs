@@ -11,8 +11,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 use crate::{Array, Error, Result, eval};
 
@@ -42,28 +44,51 @@ enum Work {
     Wait(Sender<Result<()>>),
 }
 
-/// The streams that were asked for by name, and the one that is used when none is.
-fn named() -> &'static Mutex<BTreeMap<String, Stream>> {
-    static NAMED: OnceLock<Mutex<BTreeMap<String, Stream>>> = OnceLock::new();
-    NAMED.get_or_init(Mutex::default)
+/// The streams that were asked for by name, and the one that is used when none is; each with the
+/// thread that asked first.
+fn named() -> MutexGuard<'static, BTreeMap<String, (ThreadId, Stream)>> {
+    static NAMED: Mutex<BTreeMap<String, (ThreadId, Stream)>> = Mutex::new(BTreeMap::new());
+    NAMED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// What a thread knows of streams.
+#[derive(Default)]
+struct Own {
+    /// Of [`Stream::with`], innermost last.
+    current: Vec<Stream>,
+    /// What it uses outside of these.
+    default: Option<Stream>,
+    /// Its own one of each [`ThreadLocalStream`], by number.
+    local: BTreeMap<u64, Stream>,
 }
 
 thread_local! {
-    static CURRENT: RefCell<Vec<Stream>> = const { RefCell::new(Vec::new()) };
+    static OWN: RefCell<Own> = RefCell::default();
 }
 
 impl Stream {
     /// The stream of this name: the same one whenever and wherever it is asked for.
     pub fn named(name: &str) -> Stream {
-        let mut named = named().lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        named.entry(name.to_string()).or_insert_with(|| Stream::start(name)).clone()
+        let start = || (std::thread::current().id(), Stream::start(name));
+        named().entry(name.to_string()).or_insert_with(start).1.clone()
+    }
+
+    /// A new stream, which nothing else finds by its name. Its thread ends once the last copy of it
+    /// is gone and its work is done.
+    pub fn new(name: &str) -> Stream {
+        Stream::start(name)
     }
 
     /// The stream that this thread uses if none is named: that of the innermost [`Stream::with`],
-    /// else the process's default stream.
+    /// else the thread's default, else the process's stream `default`.
     pub fn current() -> Stream {
-        let innermost = CURRENT.with_borrow(|stack| stack.last().cloned());
-        innermost.unwrap_or_else(|| Stream::named("default"))
+        let chosen = OWN.with_borrow(|own| own.current.last().or(own.default.as_ref()).cloned());
+        chosen.unwrap_or_else(|| Stream::named("default"))
+    }
+
+    /// Makes this the stream that this thread uses outside of [`Stream::with`].
+    pub fn set_default(&self) {
+        OWN.with_borrow_mut(|own| own.default = Some(self.clone()));
     }
 
     fn start(name: &str) -> Stream {
@@ -113,10 +138,10 @@ impl Stream {
         struct End;
         impl Drop for End {
             fn drop(&mut self) {
-                CURRENT.with_borrow_mut(Vec::pop);
+                OWN.with_borrow_mut(|own| own.current.pop());
             }
         }
-        CURRENT.with_borrow_mut(|stack| stack.push(self.clone()));
+        OWN.with_borrow_mut(|own| own.current.push(self.clone()));
         let _end = End;
         work()
     }
@@ -140,6 +165,48 @@ impl PartialEq for Stream {
 }
 
 impl Eq for Stream {}
+
+/// A stream that is another one in every thread.
+///
+/// ```
+/// use mica_array::{Stream, ThreadLocalStream};
+///
+/// let own = ThreadLocalStream::new("own");
+/// assert_eq!(own.get(), own.get());
+/// let (mine, other) = std::thread::scope(|scope| (own.get(), scope.spawn(|| own.get()).join().unwrap()));
+/// assert_ne!(mine, other);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThreadLocalStream {
+    name: String,
+    number: u64,
+}
+
+impl ThreadLocalStream {
+    /// One that is like no other, also of the same name.
+    pub fn new(name: &str) -> ThreadLocalStream {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        ThreadLocalStream { name: name.to_string(), number: NEXT.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// This thread's stream, which lives as long as the thread.
+    pub fn get(&self) -> Stream {
+        let start = || Stream::start(&self.name);
+        OWN.with_borrow_mut(|own| own.local.entry(self.number).or_insert_with(start).clone())
+    }
+}
+
+/// Forgets the streams that this thread asked for first, its own ones and its default. Work that
+/// they were given is done; whoever still holds one may go on using it, but its name means a new
+/// one from now on.
+pub fn clear_streams() {
+    let here = std::thread::current().id();
+    named().retain(|_, (thread, _)| *thread != here);
+    OWN.with_borrow_mut(|own| {
+        own.local.clear();
+        own.default = None;
+    });
+}
 
 /// The functions of custom ops may panic, which must not end the stream.
 fn eval_caught(arrays: &[Array]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Evaluation in the background, through the public door.
 
-use mica_array::{Array, Dtype, Stream, async_eval};
+use mica_array::{Array, Dtype, Stream, ThreadLocalStream, async_eval, clear_streams};
 
 #[test]
 fn a_name_is_one_stream() {
@@ -54,4 +54,32 @@ fn arrays_are_built_read_and_computed_on_any_thread() {
     for (index, got) in sums.iter().enumerate() {
         assert!((got - (1.0 + index as f32 * sum)).abs() < 1e-3 * sum, "{index}: {got}");
     }
+}
+
+#[test]
+fn a_default_is_its_threads_own_until_streams_are_cleared() {
+    let work = || {
+        let (fresh, again) = (Stream::new("fresh"), Stream::new("fresh"));
+        assert_ne!(fresh, again, "a name of a new stream is only a name");
+        let here = Stream::named("asked for here");
+        let own = ThreadLocalStream::new("own");
+        let first = own.get();
+        here.set_default();
+        assert_eq!(Stream::current(), here);
+        fresh.with(|| assert_eq!(Stream::current(), fresh));
+        let other = std::thread::spawn(|| Stream::current().name().to_string()).join().unwrap();
+        assert_eq!(other, "default", "another thread has its own");
+        let x = Array::ones(&[3], Dtype::F32).exp().unwrap();
+        async_eval(std::slice::from_ref(&x));
+        clear_streams();
+        assert_ne!(Stream::named("asked for here"), here);
+        assert_ne!(own.get(), first);
+        assert_eq!(Stream::current().name(), "default");
+        // What is still held goes on, and did its work.
+        here.synchronize().unwrap();
+        assert!(x.is_ready());
+    };
+    let elsewhere = Stream::named("asked for elsewhere");
+    std::thread::spawn(work).join().unwrap();
+    assert_eq!(Stream::named("asked for elsewhere"), elsewhere, "streams of other threads stay");
 }

@@ -166,7 +166,7 @@ pub fn conv_general(input: &Array, weight: &Array, spec: &ConvNd) -> Result<Arra
 }
 
 /// The node. Negative padding cuts the dilated input here, as gradients need it.
-fn convolution(input: &Array, weight: &Array, spec: &ConvNd) -> Result<Array> {
+pub(crate) fn convolution(input: &Array, weight: &Array, spec: &ConvNd) -> Result<Array> {
     let dtype = promote(input.dtype(), weight.dtype());
     for array in [input, weight] {
         if !array.dtype().is_float() {

@@ -206,6 +206,8 @@ macro_rules! unary_methods {
         )* }
     };
 }
+pub(super) use unary_methods;
+
 unary_methods! {
     /// |x|
     abs => Abs;
@@ -271,6 +273,8 @@ macro_rules! binary_methods {
         )* }
     };
 }
+pub(super) use binary_methods;
+
 binary_methods! {
     /// a + b
     add => Add;

@@ -95,7 +95,7 @@ fn transform(x: &Array, kind: FftKind, axis: usize, n: usize, norm: Norm) -> Res
 }
 
 /// The node; `x` has its right dtype and length along the axis.
-fn raw(x: &Array, spec: FftSpec, n: usize) -> Result<Array> {
+pub(crate) fn raw(x: &Array, spec: FftSpec, n: usize) -> Result<Array> {
     let mut shape: Shape = x.shape().into();
     let dtype = if spec.kind == FftKind::RealBackward { Dtype::F32 } else { Dtype::C64 };
     shape[spec.axis] = if spec.kind == FftKind::RealForward { n / 2 + 1 } else { n };
@@ -164,7 +164,8 @@ fn plan(
     Ok((axes, sizes))
 }
 
-fn complex_nd(
+/// Transforms of several axes; what is real is so along the last of them.
+fn several(
     name: &'static str,
     kind: FftKind,
     a: &Array,
@@ -172,45 +173,26 @@ fn complex_nd(
     axes: Option<&[i32]>,
     norm: Norm,
 ) -> Result<Array> {
-    let (axes, sizes) = plan(name, a, s, axes, false)?;
-    let mut x = a.astype(Dtype::C64)?;
-    for (&axis, &n) in axes.iter().zip(&sizes).rev() {
-        x = transform(&resize(&x, axis, n)?, kind, axis, n, norm)?;
-    }
-    Ok(x)
-}
-
-fn real_nd(
-    name: &'static str,
-    a: &Array,
-    s: Option<&[usize]>,
-    axes: Option<&[i32]>,
-    norm: Norm,
-) -> Result<Array> {
-    let (axes, sizes) = plan(name, a, s, axes, false)?;
-    let mut x = a.astype(Dtype::F32)?;
-    for (&axis, &n) in axes.iter().zip(&sizes).rev() {
-        let kind = if x.dtype() == Dtype::F32 { FftKind::RealForward } else { FftKind::Forward };
-        x = transform(&resize(&x, axis, n)?, kind, axis, n, norm)?;
-    }
-    Ok(x)
-}
-
-fn real_inverse_nd(
-    name: &'static str,
-    a: &Array,
-    s: Option<&[usize]>,
-    axes: Option<&[i32]>,
-    norm: Norm,
-) -> Result<Array> {
-    let (axes, sizes) = plan(name, a, s, axes, true)?;
-    let mut x = a.astype(Dtype::C64)?;
+    use FftKind::{Backward, Forward, RealBackward, RealForward};
+    let (axes, sizes) = plan(name, a, s, axes, kind == RealBackward)?;
     let last = axes.len() - 1;
-    for (&axis, &n) in axes[..last].iter().zip(&sizes) {
-        x = transform(&resize(&x, axis, n)?, FftKind::Backward, axis, n, norm)?;
+    let mut order: Vec<usize> = (0..=last).rev().collect();
+    // Real numbers come out of the last step, and go into the first.
+    if kind == RealBackward {
+        order.reverse();
     }
-    let (axis, n) = (axes[last], sizes[last]);
-    transform(&resize(&x, axis, n / 2 + 1)?, FftKind::RealBackward, axis, n, norm)
+    let mut x = a.astype(if kind == RealForward { Dtype::F32 } else { Dtype::C64 })?;
+    for at in order {
+        let (axis, n) = (axes[at], sizes[at]);
+        let kind = match kind {
+            RealForward if at != last => Forward,
+            RealBackward if at != last => Backward,
+            kind => kind,
+        };
+        let length = if kind == RealBackward { n / 2 + 1 } else { n };
+        x = transform(&resize(&x, axis, length)?, kind, axis, n, norm)?;
+    }
+    Ok(x)
 }
 
 macro_rules! transforms {
@@ -238,14 +220,14 @@ macro_rules! transforms {
 }
 transforms! {
     /// The Fourier transform along an axis.
-    fft fft2 fftn: |name, a, s, axes, norm| complex_nd(name, FftKind::Forward, a, s, axes, norm);
+    fft fft2 fftn: |name, a, s, axes, norm| several(name, FftKind::Forward, a, s, axes, norm);
     /// The inverse of [`fft`].
-    ifft ifft2 ifftn: |name, a, s, axes, norm| complex_nd(name, FftKind::Backward, a, s, axes, norm);
+    ifft ifft2 ifftn: |name, a, s, axes, norm| several(name, FftKind::Backward, a, s, axes, norm);
     /// The transform of real numbers: n/2 + 1 complex ones along the (last) axis. Complex input is
     /// cast to its real part.
-    rfft rfft2 rfftn: |name, a, s, axes, norm| real_nd(name, a, s, axes, norm);
+    rfft rfft2 rfftn: |name, a, s, axes, norm| several(name, FftKind::RealForward, a, s, axes, norm);
     /// The inverse of [`rfft`]; n is 2 (size − 1) unless it is given.
-    irfft irfft2 irfftn: |name, a, s, axes, norm| real_inverse_nd(name, a, s, axes, norm);
+    irfft irfft2 irfftn: |name, a, s, axes, norm| several(name, FftKind::RealBackward, a, s, axes, norm);
 }
 
 /// The frequencies of [`fft`]'s results for samples `d` apart: [n] f32.

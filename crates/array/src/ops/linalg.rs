@@ -159,7 +159,8 @@ pub fn cholesky_inv(factor: &Array, upper: bool) -> Result<Array> {
     if upper { inverse.matmul(&turned) } else { turned.matmul(&inverse) }
 }
 
-fn lu_outputs(a: &Array) -> Result<Array> {
+/// The node: the outputs of [`LinalgOp::Lu`].
+pub(crate) fn lu_outputs(a: &Array) -> Result<Array> {
     let (lead, m, n) = matrices("lu", a, false, false)?;
     let k = m.min(n);
     let specs = vec![
@@ -295,7 +296,8 @@ pub fn eigvals(a: &Array) -> Result<Array> {
     Ok(node(a, LinalgOp::Eig { vectors: false }, vec![Spec::new(with(&lead, &[n]), Dtype::C64)]))
 }
 
-fn determinant(op: &'static str, a: &Array) -> Result<Array> {
+/// The node: the outputs of [`LinalgOp::Determinant`].
+pub(crate) fn determinant(op: &'static str, a: &Array) -> Result<Array> {
     // Integers become f32 here, and only here.
     let a =
         if a.dtype().is_integer() || a.dtype() == Dtype::Bool { a.astype(Dtype::F32)? } else { a.clone() };

@@ -1,6 +1,6 @@
 //! Questions about values (finite? close? equal?) and elementwise functions made of others.
 
-use super::elementwise::Operand;
+use super::elementwise::{Operand, binary_methods, unary_methods};
 use crate::dtype::promote;
 use crate::op::{BinaryOp, UnaryOp, first_failure};
 use crate::{Array, Dtype, Error, Result, Scalar};
@@ -145,16 +145,6 @@ impl Array {
     }
 }
 
-macro_rules! unary_methods {
-    ($($(#[$doc:meta])* $name:ident => $op:ident;)*) => {
-        impl Array { $(
-            $(#[$doc])*
-            pub fn $name(&self) -> Result<Array> {
-                self.unary(UnaryOp::$op)
-            }
-        )* }
-    };
-}
 unary_methods! {
     /// Tangent.
     tan => Tan;
@@ -180,16 +170,6 @@ unary_methods! {
     bitwise_invert => BitwiseInvert;
 }
 
-macro_rules! binary_methods {
-    ($($(#[$doc:meta])* $name:ident => $op:ident;)*) => {
-        impl Array { $(
-            $(#[$doc])*
-            pub fn $name(&self, rhs: impl Operand) -> Result<Array> {
-                self.binary(BinaryOp::$op, rhs)
-            }
-        )* }
-    };
-}
 binary_methods! {
     /// The angle of the point (b, a): the arctangent of a / b in the right quadrant.
     arctan2 => Atan2;

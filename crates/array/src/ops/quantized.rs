@@ -14,6 +14,7 @@ use crate::dtype::promote;
 use crate::op::{Op, first_failure};
 use crate::shape::Shape;
 use crate::storage::Spec;
+use crate::transforms::custom_function;
 use crate::{Array, Dtype, Error, Result};
 
 /// Conversions between numbers and the formats of quantized weights.
@@ -75,6 +76,11 @@ impl std::str::FromStr for QuantizeMode {
 }
 
 impl QuantizeMode {
+    /// MLX's name.
+    pub fn name(self) -> &'static str {
+        self.micro().map_or("affine", MicroMode::name)
+    }
+
     /// The micro-scaled format, unless it is affine.
     pub fn micro(self) -> Option<MicroMode> {
         Some(match self {
@@ -367,18 +373,134 @@ pub fn gather_qmm(
     x.astype(dtype)?.gather_mm(&chosen, lhs_indices, Some(&places), sorted_indices)
 }
 
-/// x · wᵀ with both sides quantized: x on the way, and w unless it is already.
+/// Whether both sides of a product may have this format.
+fn check_both(op: &'static str, format: Format) -> Result<()> {
+    match format.mode {
+        QuantizeMode::Nvfp4 | QuantizeMode::Mxfp8 => Ok(()),
+        mode => Err(Error::invalid(op, format!("mode should be nvfp4 or mxfp8, got {mode:?}"))),
+    }
+}
+
+/// Rounded to the numbers that codes can hold.
+fn rounded(x: &Array, format: Format, global_scale: Option<&Array>, dtype: Dtype) -> Result<Array> {
+    quantize(&x.astype(dtype)?, format, global_scale)?.dequantize(Some(dtype))
+}
+
+/// x · wᵀ with both sides quantized, x on the way. `global_scale_x`, for `nvfp4`, goes with a global
+/// scale of `w`. There is no gradient: [`qqmm_floats`] has one.
 pub fn qqmm(x: &Array, w: &QuantizedArray, global_scale_x: Option<&Array>) -> Result<Array> {
     const NAME: &str = "qqmm";
-    if !matches!(w.format.mode, QuantizeMode::Nvfp4 | QuantizeMode::Mxfp8) {
-        return Err(Error::invalid(NAME, format!("mode should be nvfp4 or mxfp8, got {:?}", w.format.mode)));
-    }
+    check_both(NAME, w.format)?;
     w.check_product(NAME, x, true)?;
+    if w.words.rank() != 2 || global_scale_x.is_some() != w.global_scale.is_some() {
+        return Err(Error::invalid(
+            NAME,
+            format!(
+                "needs a quantized matrix and either both global scales or none, got {:?}, {:?}, {global_scale_x:?}",
+                w.words, w.global_scale
+            ),
+        ));
+    }
     let dtype = w.product_dtype(x);
     let rows = if x.rank() == 1 { x.expand_dims(&[0])? } else { x.clone() };
-    let rows = quantize(&rows.astype(dtype)?, w.format, global_scale_x)?.dequantize(Some(dtype))?;
+    let rows = rounded(&rows, w.format, global_scale_x, dtype)?;
     let product = rows.matmul(&turned(w.dequantize(Some(dtype))?, true)?)?;
     if x.rank() == 1 { product.squeeze(&[0]) } else { Ok(product) }
+}
+
+/// [`qqmm`] of floats [.., k] and [n, k], both quantized on the way. `global_scales`, for `nvfp4`,
+/// are those of `x` and `w`.
+///
+/// The gradients are such products too, ct · w and ctᵀ · x: for that of `x`, n must fit the group
+/// size, for that of `w`, the number of rows.
+pub fn qqmm_floats(
+    x: &Array,
+    w: &Array,
+    format: Format,
+    global_scales: Option<[&Array; 2]>,
+) -> Result<Array> {
+    const NAME: &str = "qqmm";
+    check_both(NAME, format)?;
+    first_failure(&[x, w])?;
+    if x.rank() == 0 || w.rank() != 2 || !x.dtype().is_float() || x.dim(-1) != w.dim(-1) {
+        return Err(Error::invalid(NAME, format!("needs floats [.., k] and [n, k], got {x:?} and {w:?}")));
+    }
+    let product = move |x: &Array, w: &Array, scales: Option<[&Array; 2]>| {
+        qqmm(x, &quantize(w, format, scales.map(|scales| scales[1]))?, scales.map(|scales| scales[0]))
+    };
+    let scales = |given: &[Array]| match given {
+        [_, _, x, w] => Some([x.clone(), w.clone()]),
+        _ => None,
+    };
+    let with = move |x: &Array, w: &Array, scales: Option<[Array; 2]>| {
+        product(x, w, scales.as_ref().map(|[x, w]| [x, w]))
+    };
+    let function = custom_function(move |x| Ok(vec![with(&x[0], &x[1], scales(x))?]))
+        .named(NAME)
+        .with_jvp(|_, _| Err(Error::unsupported(NAME, "has no tangents (it has none in MLX either)")))
+        .with_vjp(move |primals, cotangents, _| {
+            let (x, w, ct) = (&primals[0], &primals[1], &cotangents[0]);
+            let flat = |array: &Array| array.reshape(&[-1, array.dim(-1) as i64]);
+            let (rows, ct) = (flat(x)?, flat(ct)?);
+            let largest = |of: &Array| ct.abs()?.max(&[], false)?.astype(of.dtype());
+            let (for_x, for_w) = match scales(primals) {
+                Some([x, w]) => (Some([largest(&x)?, w]), Some([largest(&x)?, x])),
+                None => (None, None),
+            };
+            let shape: Vec<i64> = x.shape().iter().map(|&size| size as i64).collect();
+            let mut grads = vec![
+                with(&ct, &w.transpose(&[])?, for_x)?.reshape(&shape)?.astype(x.dtype())?,
+                with(&ct.transpose(&[])?, &rows.transpose(&[])?, for_w)?.astype(w.dtype())?,
+            ];
+            grads.extend(primals[2..].iter().map(Array::zeros_like));
+            Ok(grads)
+        });
+    let mut inputs = vec![x.clone(), w.clone()];
+    inputs.extend(global_scales.into_iter().flatten().cloned());
+    Ok(function.call(&inputs)?.remove(0))
+}
+
+/// [`qqmm`] of the matrices that flat indices over leading dimensions name, as [`gather_qmm`].
+///
+/// `global_scales`, for `nvfp4`, are one for all of `x`, and one per matrix of `w`.
+pub fn gather_qqmm(
+    x: &Array,
+    w: &QuantizedArray,
+    lhs_indices: Option<&Array>,
+    rhs_indices: Option<&Array>,
+    global_scales: Option<[&Array; 2]>,
+    sorted_indices: bool,
+) -> Result<Array> {
+    const NAME: &str = "gather_qqmm";
+    check_both(NAME, w.format)?;
+    w.check_product(NAME, x, true)?;
+    let dtype = w.product_dtype(x);
+    let x = rounded(x, w.format, global_scales.map(|scales| scales[0]), dtype)?;
+    let Some([_, scales]) = global_scales else {
+        return gather_qmm(&x, w, lhs_indices, rhs_indices, true, sorted_indices);
+    };
+    let matrices: usize = w.words.shape()[..w.words.rank() - 2].iter().product();
+    if scales.size() != matrices || w.global_scale.is_some() || matrices == 0 {
+        return Err(Error::invalid(
+            NAME,
+            format!("needs a global scale per matrix of {:?} and none within, got {scales:?}", w.words),
+        ));
+    }
+    let scales = scales.flatten()?;
+    let each = (0..matrices)
+        .map(|index| {
+            let place = Array::full(&[], index as f64, Dtype::U32);
+            let one = QuantizedArray {
+                global_scale: Some(scales.take(&place, 0)?.contiguous()?),
+                ..w.take(&place)?
+            };
+            check_global(NAME, one.format, one.global_scale.as_ref())?;
+            one.dequantize(Some(dtype))
+        })
+        .collect::<Result<Vec<Array>>>()?;
+    let values = Array::stack(&each, 0)?;
+    let right = matrix_indices(NAME, &w.words, rhs_indices)?;
+    x.gather_mm(&turned(values, true)?, lhs_indices, Some(&right), sorted_indices)
 }
 
 impl Array {

@@ -74,8 +74,15 @@ pub(crate) fn scan_vjp(op: ScanOp, axis: usize, reverse: bool, exclusive: bool, 
             };
             rule.one(part(ct)?.subtract(part(&ct.negative()?)?)?)
         }
-        // For elements that are not 0; the gradient of one that is comes out as NaN.
-        ScanOp::Prod => rule.one(ct.multiply(y)?.cumsum(axis, !reverse, !exclusive)?.divide(x)?),
+        ScanOp::Prod if x.shape()[axis as usize] == 0 => rule.one(ct.clone()),
+        ScanOp::Prod => {
+            // What comes before an element, times the sum over the outputs that it reaches of ct
+            // times what lies between: no division, so zeros are like any element.
+            let before = x.cumprod(axis, reverse, false)?;
+            let seen = if exclusive { moved(ct, axis, 1, reverse)? } else { ct.clone() };
+            let sums = recurrence(moved(x, axis, 1, reverse)?, seen, axis, reverse)?;
+            rule.one(before.multiply(sums)?)
+        }
         ScanOp::Max | ScanOp::Min => extreme_vjp(op, axis, reverse, exclusive, rule),
     }
 }
@@ -99,17 +106,7 @@ fn extreme_vjp(op: ScanOp, axis: i32, reverse: bool, exclusive: bool, rule: &Vjp
         Array::select(&is_extreme, &place, -1)?.cummax(axis, false, true)?
     };
     // Without the element itself, an output is the extreme of its neighbour.
-    let ct = if exclusive {
-        let none = ct.narrow(axis, 0, 1)?.zeros_like();
-        let parts = if reverse {
-            [none, ct.narrow(axis, 0, size - 1)?]
-        } else {
-            [ct.narrow(axis, 1, size)?, none]
-        };
-        Array::concatenate(&parts, axis)?
-    } else {
-        ct.clone()
-    };
+    let ct = if exclusive { moved(ct, axis, 1, reverse)? } else { ct.clone() };
     let inside = latest.greater_equal(0)?.logical_and(latest.less(size as i64)?)?;
     let ct = Array::select(&inside, &ct, &ct.zeros_like())?;
     let op = Op::ScatterAddAlong { axis: axis as usize };
@@ -139,10 +136,39 @@ pub(crate) fn scan_jvp(
             };
             part(dx)?.subtract(part(&dx.negative()?)?)
         }
-        // For elements that are not 0; the tangent behind one that is comes out as NaN.
-        ScanOp::Prod => y.multiply(dx.divide(x)?.cumsum(axis, reverse, !exclusive)?),
+        ScanOp::Prod if x.shape()[axis as usize] == 0 => Ok(dx.clone()),
+        ScanOp::Prod => {
+            let before = x.cumprod(axis, reverse, false)?;
+            let tangent = recurrence(x.clone(), dx.multiply(before)?, axis, !reverse)?;
+            if exclusive { moved(&tangent, axis, 1, !reverse) } else { Ok(tangent) }
+        }
         ScanOp::Max | ScanOp::Min => {
             Err(Error::unsupported(op.name(), "has no tangent (it has none in MLX either)"))
         }
     })
+}
+
+/// Element i + `by` at place i, and zeros at the end; `backward`: i − `by`, and zeros at the start.
+fn moved(x: &Array, axis: i32, by: usize, backward: bool) -> Result<Array> {
+    let n = x.dim(axis);
+    let mut gap: Vec<usize> = x.shape().to_vec();
+    gap[axis as usize] = by;
+    let zeros = Array::zeros(&gap, x.dtype());
+    match backward {
+        false => Array::concatenate(&[x.narrow(axis, by, n)?, zeros], axis),
+        true => Array::concatenate(&[zeros, x.narrow(axis, 0, n - by)?], axis),
+    }
+}
+
+/// s with sᵢ = cᵢ + aᵢ · sᵢ₊₁ and nothing behind the end; `backward`: sᵢ₋₁, and nothing before the
+/// start. In steps that double how far each element sees.
+fn recurrence(mut a: Array, mut c: Array, axis: i32, backward: bool) -> Result<Array> {
+    let n = a.dim(axis);
+    let mut by = 1;
+    while by < n {
+        c = c.add(a.multiply(moved(&c, axis, by, backward)?)?)?;
+        a = a.multiply(moved(&a, axis, by, backward)?)?;
+        by *= 2;
+    }
+    Ok(c)
 }

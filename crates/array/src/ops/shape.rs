@@ -283,6 +283,24 @@ impl Array {
         Ok(Array::lazy(Op::SliceUpdate { start: start.into(), step }, inputs, self.shape(), self.dtype()))
     }
 
+    /// The same arrays, none of which is computed before all of `dependencies` are. Gradients pass
+    /// by the dependencies.
+    ///
+    /// ```
+    /// use mica_array::{Array, Dtype};
+    ///
+    /// let (x, first) = (Array::ones(&[2], Dtype::F32), Array::ones(&[3], Dtype::F32).exp()?);
+    /// let y = Array::depends(&[x], &[first.clone()])?;
+    /// y[0].eval()?;
+    /// assert!(first.is_ready());
+    /// # Ok::<(), mica_array::Error>(())
+    /// ```
+    pub fn depends(inputs: &[Array], dependencies: &[Array]) -> Result<Vec<Array>> {
+        first_failure(&inputs.iter().chain(dependencies).collect::<Vec<&Array>>())?;
+        let behind = |input: &Array| dependencies.iter().fold(input.clone(), |input, one| input.after(one));
+        Ok(inputs.iter().map(behind).collect())
+    }
+
     /// This array, not computed before `other` is.
     pub(crate) fn after(&self, other: &Array) -> Array {
         Array::lazy(Op::After, smallvec![self.clone(), other.clone()], self.shape(), self.dtype())

@@ -7,6 +7,7 @@ use mica_array::fft::{self, Stft};
 use mica_array::linalg::{self, NormOrder};
 use mica_array::op::{BinaryOp, CompareOp, UnaryOp};
 use mica_array::quantized::{self, Format, QuantizedArray};
+use mica_array::transforms::grad;
 use mica_array::{Array, Complex32, Dtype, Result, einsum, einsum_path};
 use mica_testkit::{Golden, fixture};
 use serde_json::Value;
@@ -331,6 +332,11 @@ fn quantized_ops(op: &str, x: &[Array], args: &Args) -> Option<Result<Vec<Array>
     }
 }
 
+fn gated_delta(x: &[Array], state: Option<&Array>, mask: Option<&Array>) -> Result<Vec<Array>> {
+    let (y, state) = fast::gated_delta_update(&x[0], &x[1], &x[2], &x[3], &x[4], state, mask)?;
+    Ok(vec![y, state])
+}
+
 fn fused(op: &str, x: &[Array], args: &Args) -> Option<Result<Vec<Array>>> {
     let eps = args.float("eps").unwrap_or(0.0) as f32;
     match op {
@@ -364,6 +370,25 @@ fn fused(op: &str, x: &[Array], args: &Args) -> Option<Result<Vec<Array>>> {
             let sinks = args.flag("sinks").unwrap_or(false).then(|| &x[x.len() - 1]);
             let scale = args.float("scale").unwrap() as f32;
             one(fast::scaled_dot_product_attention(&x[0], &x[1], &x[2], scale, mask, sinks))
+        }
+        "gated_delta_update" => {
+            let state = args.flag("state").unwrap_or(false).then(|| &x[5]);
+            let mask = args.flag("mask").unwrap_or(false).then(|| &x[x.len() - 1]);
+            Some(gated_delta(x, state, mask))
+        }
+        "gated_delta_grads" => Some(grad(
+            |y| {
+                let outputs = gated_delta(y, Some(&y[5]), x.get(6))?;
+                let sums = outputs.iter().map(|output| output.square()?.sum(&[], false));
+                let sums = sums.collect::<Result<Vec<Array>>>()?;
+                sums[0].add(&sums[1])
+            },
+            &x[..6],
+        )),
+        "cumprod_grad" => {
+            let (axis, flags) = (args.int("axis").unwrap() as i32, ["reverse", "inclusive"]);
+            let [reverse, inclusive] = flags.map(|key| args.flag(key).unwrap());
+            Some(grad(|y| y[0].cumprod(axis, reverse, inclusive)?.multiply(&x[1])?.sum(&[], false), &x[..1]))
         }
         _ => None,
     }
