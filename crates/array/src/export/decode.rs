@@ -4,7 +4,7 @@ use serde_json::Value as Json;
 use smallvec::{SmallVec, smallvec};
 
 use super::encode::scatter_name;
-use super::{MOST_ELEMENTS, VERSION};
+use super::{MOST_ELEMENTS, algebra};
 use crate::array::Inputs;
 use crate::op::{
     AdamWSpec, AttentionSpec, Axes, BinaryOp, CompareOp, ConvSpec, CrossEntropySpec, Op, Precision, ReduceOp,
@@ -15,28 +15,23 @@ use crate::storage::Spec;
 use crate::transforms::TracedGraph;
 use crate::{Array, Dtype, Error, PackedWeight, Quantized, Result, random};
 
-fn bad(what: impl AsRef<str>) -> Error {
+pub(super) fn bad(what: impl AsRef<str>) -> Error {
     Error::invalid("import_function", what)
 }
 
-/// The graph, with constants that `load` reads by their tensor's name.
-pub(super) fn decode(json: &Json, load: impl Fn(&str) -> Result<Array>) -> Result<TracedGraph> {
-    let version = json.get("version").and_then(Json::as_u64);
-    if version != Some(VERSION) {
-        return Err(bad(format!(
-            "this program reads functions of version {VERSION}, this one is of {version:?}"
-        )));
-    }
+/// The constants of a file, which `load` reads by their tensors' names.
+pub(super) fn constants(json: &Json, load: impl Fn(&str) -> Result<Array>) -> Result<Vec<Array>> {
+    list(json, "constants")?.iter().map(|entry| constant(entry, &load)).collect()
+}
+
+/// The graph of a function.
+pub(super) fn decode(json: &Json, constants: &[Array]) -> Result<TracedGraph> {
     let inputs = list(json, "inputs")?
         .iter()
         .map(|spec| spec_of(spec).map(|spec| Array::zeros(&spec.shape, spec.dtype)))
         .collect::<Result<Vec<Array>>>()?;
-    let constants = list(json, "constants")?
-        .iter()
-        .map(|entry| constant(entry, &load))
-        .collect::<Result<Vec<Array>>>()?;
     let build = |inputs: &[Array]| {
-        let mut graph = Built { inputs, constants: &constants, nodes: Vec::new() };
+        let mut graph = Built { inputs, constants, nodes: Vec::new() };
         for (index, node) in list(json, "nodes")?.iter().enumerate() {
             let outputs = graph.node(node).map_err(|error| bad(format!("node {index}: {error}")))?;
             graph.nodes.push(outputs);
@@ -87,30 +82,30 @@ impl Built<'_> {
     }
 }
 
-fn field<'a>(object: &'a Json, key: &str) -> Result<&'a Json> {
+pub(super) fn field<'a>(object: &'a Json, key: &str) -> Result<&'a Json> {
     object.get(key).ok_or_else(|| bad(format!("{key:?} is missing")))
 }
 
-fn list<'a>(object: &'a Json, key: &str) -> Result<&'a Vec<Json>> {
+pub(super) fn list<'a>(object: &'a Json, key: &str) -> Result<&'a Vec<Json>> {
     field(object, key)?.as_array().ok_or_else(|| bad(format!("{key:?} is no list")))
 }
 
-fn text<'a>(object: &'a Json, key: &str) -> Result<&'a str> {
+pub(super) fn text<'a>(object: &'a Json, key: &str) -> Result<&'a str> {
     field(object, key)?.as_str().ok_or_else(|| bad(format!("{key:?} is no text")))
 }
 
-fn whole(object: &Json, key: &str) -> Result<usize> {
+pub(super) fn whole(object: &Json, key: &str) -> Result<usize> {
     let value = field(object, key)?.as_u64().and_then(|value| usize::try_from(value).ok());
     value
         .filter(|&value| value <= MOST_ELEMENTS)
         .ok_or_else(|| bad(format!("{key:?} is no whole number in range")))
 }
 
-fn number(object: &Json, key: &str) -> Result<f64> {
+pub(super) fn number(object: &Json, key: &str) -> Result<f64> {
     field(object, key)?.as_f64().ok_or_else(|| bad(format!("{key:?} is no number")))
 }
 
-fn flag(object: &Json, key: &str) -> Result<bool> {
+pub(super) fn flag(object: &Json, key: &str) -> Result<bool> {
     field(object, key)?.as_bool().ok_or_else(|| bad(format!("{key:?} is neither true nor false")))
 }
 
@@ -119,7 +114,7 @@ fn maybe<T>(object: &Json, key: &str, read: impl Fn(&Json, &str) -> Result<T>) -
     if field(object, key)?.is_null() { Ok(None) } else { read(object, key).map(Some) }
 }
 
-fn wholes(object: &Json, key: &str) -> Result<Shape> {
+pub(super) fn wholes(object: &Json, key: &str) -> Result<Shape> {
     let one = |value: &Json| {
         value.as_u64().and_then(|value| usize::try_from(value).ok()).filter(|&v| v <= MOST_ELEMENTS)
     };
@@ -127,16 +122,21 @@ fn wholes(object: &Json, key: &str) -> Result<Shape> {
     all.ok_or_else(|| bad(format!("{key:?} has an entry that is no whole number in range")))
 }
 
-fn steps(object: &Json) -> Result<SmallVec<[isize; 4]>> {
+/// Whole numbers of either sign.
+pub(super) fn signed_wholes(object: &Json, key: &str) -> Result<SmallVec<[isize; 4]>> {
     let most = MOST_ELEMENTS as isize;
     let one = |value: &Json| {
         value
             .as_i64()
             .and_then(|value| isize::try_from(value).ok())
-            .filter(|step| (-most..=most).contains(step))
+            .filter(|value| (-most..=most).contains(value))
     };
-    let all: Option<SmallVec<[isize; 4]>> = list(object, "step")?.iter().map(one).collect();
-    all.ok_or_else(|| bad("\"step\" has an entry that is no whole number in range"))
+    let all: Option<SmallVec<[isize; 4]>> = list(object, key)?.iter().map(one).collect();
+    all.ok_or_else(|| bad(format!("{key:?} has an entry that is no whole number in range")))
+}
+
+fn steps(object: &Json) -> Result<SmallVec<[isize; 4]>> {
+    signed_wholes(object, "step")
 }
 
 fn axes(object: &Json) -> Result<Axes> {
@@ -216,7 +216,17 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
     let shape = spec.shape.as_slice();
     if let Some(op) = UnaryOp::ALL.iter().find(|op| op.name() == name) {
         count(1)?;
-        return Ok(vec![inputs[0].unary(*op)?]);
+        let y = inputs[0].unary(*op)?;
+        // The kernel's magnitude of a complex number is one too; nodes of their own take its real part.
+        if *op == UnaryOp::Abs && inputs[0].dtype() == Dtype::C64 && spec.dtype == Dtype::C64 {
+            return Ok(vec![Array::lazy(
+                Op::Unary(*op),
+                smallvec![inputs[0].clone()],
+                y.shape(),
+                spec.dtype,
+            )]);
+        }
+        return Ok(vec![y]);
     }
     if let Some(op) = BinaryOp::ALL.iter().find(|op| op.name() == name) {
         count(2)?;
@@ -325,6 +335,8 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             }
             one(Array::embedding(x()?, y()?, spec.dtype)?)
         }
+        // Of MLX's layout; without a mode it is that of a packed weight.
+        "dequantize" if node.get("mode").is_some() => algebra::build(name, node, inputs, spec),
         "dequantize" => {
             if !spec.dtype.is_float() {
                 return Err(bad(format!("gives floats, not {}", spec.dtype)));
@@ -353,7 +365,7 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
             one(x()?.as_strided(shape, &step, whole(node, "offset")?)?)
         }
         "random_bits" => one(random_bits(x()?, shape, whole(node, "width")?)?),
-        _ => fused(name, node, inputs),
+        _ => fused(name, node, inputs, spec),
     }
 }
 
@@ -379,7 +391,7 @@ fn random_bits(keys: &Array, shape: &[usize], width: usize) -> Result<Array> {
     Ok(Array::lazy(Op::RandomBits { width }, smallvec![keys.clone()], shape, dtype))
 }
 
-fn fused(name: &str, node: &Json, inputs: &[Array]) -> Result<Vec<Array>> {
+fn fused(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<Array>> {
     let few = || bad(format!("got {} inputs, which is too few", inputs.len()));
     let input = |index: usize| inputs.get(index).ok_or_else(few);
     let eps = || number(node, "eps").map(|eps| eps as f32);
@@ -465,7 +477,7 @@ fn fused(name: &str, node: &Json, inputs: &[Array]) -> Result<Vec<Array>> {
             };
             Ok(input(0)?.adamw(input(1)?, input(2)?, input(3)?, spec)?.into())
         }
-        _ => Err(bad("there is no op of this name")),
+        _ => algebra::build(name, node, inputs, spec),
     }
 }
 

@@ -1,28 +1,59 @@
-//! A graph as JSON.
+//! Graphs as JSON.
+
+use std::collections::HashMap;
 
 use serde_json::{Map, Value as Json, json};
 
-use super::{VERSION, spec_to_json};
+use super::spec_to_json;
 use crate::graph::describe;
 use crate::op::{Op, Precision, Scalar, ScatterOp, SortOrder};
+use crate::ops::linalg::LinalgOp;
+use crate::ops::quantized::CodecOp;
 use crate::transforms::{Source, TracedGraph, Value};
 use crate::{Array, Error, Result};
 
-/// The graph, and the tensors that its constants name.
-pub(super) fn encode(graph: &TracedGraph) -> Result<(Json, Vec<(String, Array)>)> {
-    let mut tensors = Vec::new();
-    let constants = graph
-        .captured()
-        .iter()
-        .enumerate()
-        .map(|(index, array)| constant(index, array, &mut tensors))
-        .collect::<Result<Vec<Json>>>()?;
+/// The arrays of a file, which the functions in it share.
+#[derive(Clone, Default)]
+pub(super) struct Constants {
+    /// The entries of the file.
+    pub(super) list: Vec<Json>,
+    /// The tensors that these name.
+    pub(super) tensors: Vec<(String, Array)>,
+    /// Which array has which number; holding them keeps their ids theirs.
+    arrays: Vec<Array>,
+    by_id: HashMap<(usize, usize), usize>,
+}
+
+impl Constants {
+    /// The arrays in the order of their numbers.
+    pub(super) fn arrays(&self) -> &[Array] {
+        &self.arrays
+    }
+
+    /// The number of an array, which is added if it is new.
+    fn number(&mut self, array: &Array) -> Result<usize> {
+        let id = (array.id(), array.output());
+        if let Some(&number) = self.by_id.get(&id) {
+            return Ok(number);
+        }
+        let number = self.list.len();
+        self.list.push(constant(number, array, &mut self.tensors)?);
+        self.arrays.push(array.clone());
+        self.by_id.insert(id, number);
+        Ok(number)
+    }
+}
+
+/// Inputs, nodes and outputs of a graph; what it captured joins the constants.
+pub(super) fn encode(graph: &TracedGraph, constants: &mut Constants) -> Result<Json> {
+    let captured =
+        graph.captured().iter().map(|array| constants.number(array)).collect::<Result<Vec<usize>>>()?;
     let mut nodes = Vec::with_capacity(graph.nodes.len());
     // Per node of the graph, what its outputs are called in the file.
     let mut names: Vec<Vec<String>> = Vec::with_capacity(graph.nodes.len());
     let name = |names: &[Vec<String>], value: &Value| match value.source {
         Source::Input(index) => format!("i{index}"),
-        Source::Captured(index) => format!("c{index}"),
+        Source::Captured(index) => format!("c{}", captured[index]),
         Source::Node(index) => names[index][value.output].clone(),
     };
     for node in &graph.nodes {
@@ -48,14 +79,7 @@ pub(super) fn encode(graph: &TracedGraph) -> Result<(Json, Vec<(String, Array)>)
     }
     let outputs: Vec<String> = graph.outputs.iter().map(|output| name(&names, output)).collect();
     let inputs: Vec<Json> = graph.inputs.iter().map(spec_to_json).collect();
-    let json = json!({
-        "version": VERSION,
-        "inputs": inputs,
-        "constants": constants,
-        "nodes": nodes,
-        "outputs": outputs,
-    });
-    Ok((json, tensors))
+    Ok(json!({ "inputs": inputs, "nodes": nodes, "outputs": outputs }))
 }
 
 /// A constant's entry; its tensors are added to the list.
@@ -189,18 +213,32 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
         Op::Tracer(_) | Op::Fused(_) | Op::Custom(_) => {
             return Err(Error::Kernel(format!("{} should have been opened", describe(op)).into()));
         }
-        Op::Conv(_)
-        | Op::Fft(_)
-        | Op::Linalg(_)
-        | Op::Hadamard { .. }
-        | Op::GatherMatmul
-        | Op::SegmentedMatmul
-        | Op::Codec(_) => {
-            return Err(Error::unsupported(
-                "export_function",
-                format!("the file format has no {} yet", op.name()),
-            ));
-        }
+        Op::GatherMatmul | Op::SegmentedMatmul => json!({}),
+        Op::Hadamard { scale } => json!({ "scale": scale }),
+        Op::Conv(spec) => json!({
+            "stride": spec.stride.as_slice(),
+            "low": spec.low.as_slice(),
+            "high": spec.high.as_slice(),
+            "kernel_dilation": spec.kernel_dilation.as_slice(),
+            "input_dilation": spec.input_dilation.as_slice(),
+            "groups": spec.groups,
+            "flip": spec.flip,
+        }),
+        Op::Fft(spec) => json!({ "axis": spec.axis, "scale": spec.scale }),
+        Op::Linalg(op) => match op {
+            LinalgOp::Qr | LinalgOp::Inverse | LinalgOp::Lu | LinalgOp::Determinant => json!({}),
+            LinalgOp::Svd { vectors } | LinalgOp::Eig { vectors } => json!({ "vectors": vectors }),
+            LinalgOp::TriangularInverse { upper } | LinalgOp::Cholesky { upper } => json!({ "upper": upper }),
+            LinalgOp::Eigh { upper, vectors } => json!({ "upper": upper, "vectors": vectors }),
+        },
+        Op::Codec(op) => match op {
+            CodecOp::Quantize(format) | CodecOp::Dequantize(format) => json!({
+                "mode": format.mode().name(),
+                "bits": format.bits(),
+                "group_size": format.group_size(),
+            }),
+            CodecOp::ToFp8 | CodecOp::FromFp8 => json!({}),
+        },
         Op::PagedAttention(_) => {
             return Err(Error::unsupported(
                 "export_function",
