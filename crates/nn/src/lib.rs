@@ -18,6 +18,7 @@ pub mod init;
 mod layers;
 pub mod losses;
 mod module;
+mod nested;
 pub mod optim;
 mod parameter;
 mod train;
@@ -27,11 +28,13 @@ pub use activations::*;
 pub use context::{Context, Keys};
 pub use layers::*;
 pub use module::{Item, ItemMut, Module, join};
+pub use nested::Nested;
 pub use parameter::{Parameter, Role};
 pub use train::{checkpoint, gradients, value_and_grad, with_parameters};
 pub use tree::{
-    Which, apply, children, filter_map, freeze, leaf_modules, load_parameters, named_modules, parameters,
-    quantize, set_dtype, set_parameters, trainable_parameters, unfreeze,
+    Which, apply, apply_to_modules, children, filter_map, freeze, leaf_modules, load_parameters,
+    named_modules, parameters, quantize, set_dtype, set_parameters, trainable_parameters, unfreeze,
+    update_modules,
 };
 
 pub use mica_array::{Error, Result};

@@ -2,7 +2,7 @@
 
 use mica_array::{Error, Result};
 
-use crate::{Parameter, Quantization};
+use crate::{Layer, Parameter, Quantization};
 
 /// What a walk over a module comes by.
 pub enum Item<'a> {
@@ -18,6 +18,9 @@ pub enum ItemMut<'a> {
     Parameter(&'a mut Parameter),
     /// A module, before what is in it.
     Module(&'a mut dyn Module),
+    /// A boxed layer, before it is shown as a module: another may be put in its place, and the
+    /// walk goes on with that one.
+    Layer(&'a mut Box<dyn Layer>),
 }
 
 /// Something with named parameters.
@@ -88,27 +91,41 @@ impl<M: Module> Module for Option<M> {
     }
 }
 
-impl<M: Module + ?Sized> Module for Box<M> {
-    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
-        (**self).visit(name, see);
-    }
+macro_rules! boxed_module {
+    ($type:ty, [$($bound:tt)*], $slot:expr) => {
+        impl<$($bound)*> Module for $type {
+            fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+                (**self).visit(name, see);
+            }
 
-    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
-        (**self).visit_mut(name, see);
-    }
+            fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+                $slot(self, name, see);
+                (**self).visit_mut(name, see);
+            }
 
-    fn kind(&self) -> &'static str {
-        (**self).kind()
-    }
+            fn kind(&self) -> &'static str {
+                (**self).kind()
+            }
 
-    fn can_quantize(&self) -> bool {
-        (**self).can_quantize()
-    }
+            fn can_quantize(&self) -> bool {
+                (**self).can_quantize()
+            }
 
-    fn quantize(&mut self, quantization: Quantization) -> Result<()> {
-        (**self).quantize(quantization)
-    }
+            fn quantize(&mut self, quantization: Quantization) -> Result<()> {
+                (**self).quantize(quantization)
+            }
+        }
+    };
 }
+
+/// What a walk that changes things is called with.
+type See<'a> = &'a mut dyn FnMut(&str, ItemMut<'_>);
+
+boxed_module!(Box<M>, [M: Module], |_: &mut Box<M>, _: &str, _: See| {});
+boxed_module!(Box<dyn Module>, [], |_: &mut Box<dyn Module>, _: &str, _: See| {});
+boxed_module!(Box<dyn Layer>, [], |layer: &mut Box<dyn Layer>, name: &str, see: See| {
+    see(name, ItemMut::Layer(layer))
+});
 
 impl<M: Module> Module for Vec<M> {
     fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use mica_array::{Array, Dtype, Error, Result};
 
 use crate::parameter::Role;
-use crate::{Item, ItemMut, Module, Parameter, Quantization};
+use crate::{Item, ItemMut, Layer, Module, Parameter, Quantization};
 
 fn invalid(op: &'static str, message: String) -> Error {
     Error::Invalid { op, message: message.into() }
@@ -239,6 +239,75 @@ pub fn leaf_modules<M: Module + ?Sized>(module: &M) -> Vec<(String, &'static str
     };
     let is_leaf = |(name, _): &&(String, &str)| !all.iter().any(|(other, _)| holds(name, other));
     all.iter().filter(is_leaf).cloned().collect()
+}
+
+/// Lends every module of a tree to `f`, by name, each before what is in it.
+///
+/// ```
+/// use mica_nn::*;
+///
+/// let keys = &mut Keys::new(0)?;
+/// let mut model = MultiHeadAttention::new(8, 2, true, keys)?;
+/// // Train the output alone.
+/// freeze(&mut model, Which::default())?;
+/// apply_to_modules(&mut model, |name, module| match name {
+///     "out_proj" => unfreeze(module, Which::default()),
+///     _ => Ok(()),
+/// })?;
+/// assert_eq!(trainable_parameters(&model).len(), 2);
+/// # Ok::<(), mica_array::Error>(())
+/// ```
+///
+/// # Errors
+/// The first of `f`, which is not called any more after it.
+pub fn apply_to_modules<M: Module + ?Sized>(
+    module: &mut M,
+    mut f: impl FnMut(&str, &mut dyn Module) -> Result<()>,
+) -> Result<()> {
+    let mut result = Ok(());
+    module.visit_mut("", &mut |name, item| {
+        if let (ItemMut::Module(module), Ok(())) = (item, &result) {
+            result = f(name, module);
+        }
+    });
+    result
+}
+
+/// Puts other layers in the place of boxed ones, by name: those of a [`Sequential`](crate::Sequential)
+/// and of fields that are a `Box<dyn Layer>`. A field of a type of its own is assigned to instead.
+///
+/// # Errors
+/// If `strict`, and a name is not that of a boxed layer, or given twice. Nothing is replaced then.
+pub fn update_modules<M: Module + ?Sized>(
+    module: &mut M,
+    layers: Vec<(String, Box<dyn Layer>)>,
+    strict: bool,
+) -> Result<()> {
+    let mut places = Vec::new();
+    module.visit_mut("", &mut |name, item| {
+        if let ItemMut::Layer(_) = item {
+            places.push(name.to_string());
+        }
+    });
+    let mut given = HashMap::new();
+    for (name, layer) in layers {
+        if strict && !places.contains(&name) {
+            let message = format!("there is no boxed layer {name:?}, those there are: {}", places.join(", "));
+            return Err(invalid("update_modules", message));
+        }
+        if let Some((name, _)) = given.remove_entry(&name).filter(|_| strict) {
+            return Err(invalid("update_modules", format!("{name} is given twice")));
+        }
+        given.insert(name, layer);
+    }
+    module.visit_mut("", &mut |name, item| {
+        if let ItemMut::Layer(place) = item
+            && let Some(layer) = given.remove(name)
+        {
+            *place = layer;
+        }
+    });
+    Ok(())
 }
 
 /// Quantizes the weights of layers that can be: [`Linear`](crate::Linear) and

@@ -1,5 +1,6 @@
 //! The module tree: names, freezing, loading; and models that train.
 
+use mica_array::quantized::{Format, QuantizeMode};
 use mica_array::{Array, Dtype, Precision, random};
 use mica_nn::losses::{Reduction, cross_entropy, mse_loss};
 use mica_nn::optim::{Adam, AdamW, Optimizer, Sgd, Stepper};
@@ -233,6 +234,128 @@ fn quantization_is_chosen_by_name_and_module() {
     assert!(error.to_string().contains("group size 48"), "{error}");
     let mut relu = Relu;
     assert!(relu.quantize(Quantization::default()).unwrap_err().to_string().contains("type Relu"));
+}
+
+#[derive(Debug)]
+struct Mixed {
+    body: Sequential,
+    head: Box<dyn Layer>,
+    fixed: Linear,
+}
+
+module!(Mixed { body, head, fixed });
+
+fn mixed() -> Mixed {
+    let keys = &mut Keys::new(0).unwrap();
+    Mixed {
+        body: Sequential::new(vec![
+            Box::new(Embedding::new(5, 64, keys).unwrap()),
+            Box::new(Relu),
+            Box::new(Linear::new(64, 64, false, keys).unwrap()),
+        ]),
+        head: Box::new(Linear::new(64, 32, true, keys).unwrap()),
+        fixed: Linear::new(64, 2, true, keys).unwrap(),
+    }
+}
+
+fn kinds(module: &dyn Module) -> Vec<&'static str> {
+    named_modules(module).into_iter().map(|(_, kind)| kind).collect()
+}
+
+#[test]
+fn boxed_layers_are_replaced_by_name() {
+    let keys = &mut Keys::new(1).unwrap();
+    let mut linear = |out| -> Box<dyn Layer> { Box::new(Linear::new(64, out, true, keys).unwrap()) };
+    let mut model = mixed();
+    let new: Vec<(String, Box<dyn Layer>)> =
+        vec![("head".into(), linear(7)), ("body.layers.1".into(), Box::new(Tanh))];
+    update_modules(&mut model, new, true).unwrap();
+    assert_eq!(kinds(&model), ["Mixed", "Sequential", "Embedding", "Tanh", "Linear", "Linear", "Linear"]);
+    assert!(parameters(&model).iter().any(|(name, array)| name == "head.weight" && array.dim(0) == 7));
+    for (name, part) in [
+        ("fixed", "there is no boxed layer \"fixed\", those there are: body.layers.0, body.layers.1"),
+        ("nothing", "there is no boxed layer"),
+    ] {
+        let update = vec![("head".to_string(), linear(9)), (name.to_string(), linear(9))];
+        let error = update_modules(&mut model, update, true).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        assert!(parameters(&model).iter().all(|(_, array)| array.dim(0) != 9), "nothing is replaced then");
+    }
+    update_modules(&mut model, vec![("nothing".into(), linear(9)), ("head".into(), linear(9))], false)
+        .unwrap();
+    assert!(parameters(&model).iter().any(|(name, array)| name == "head.weight" && array.dim(0) == 9));
+    let twice = vec![("head".to_string(), linear(3)), ("head".to_string(), linear(3))];
+    assert!(update_modules(&mut model, twice, true).unwrap_err().to_string().contains("given twice"));
+}
+
+#[test]
+fn boxed_layers_are_quantized_in_any_mode() {
+    let how = |mode, quantize_input| {
+        Some(LayerQuantization { format: Format::new(mode, None, None).unwrap(), quantize_input })
+    };
+    let mut model = mixed();
+    let mut asked = Vec::new();
+    quantize_layers(&mut model, |name, layer| {
+        asked.push(format!("{name} {}", layer.kind()));
+        how(QuantizeMode::Nvfp4, name == "body.layers.2")
+    })
+    .unwrap();
+    assert_eq!(asked, ["body.layers.0 Embedding", "body.layers.2 Linear", "head Linear"]);
+    let expected =
+        ["Mixed", "Sequential", "QuantizedEmbedding", "Relu", "QQLinear", "QuantizedLinear", "Linear"];
+    assert_eq!(kinds(&model), expected);
+    let x = Array::from_slice(&[1i32, 4], &[2]).unwrap();
+    let hidden = model.body.forward(&x, &Context::default()).unwrap();
+    assert_eq!(model.head.forward(&hidden, &Context::default()).unwrap().shape(), [2, 32]);
+    // What is quantized is not asked for again.
+    quantize_layers(&mut model, |name, _| panic!("{name}")).unwrap();
+    for (mode, input, part) in [
+        (QuantizeMode::Nvfp4, true, "inputs are indices"),
+        (QuantizeMode::Affine, true, "inputs are indices"),
+        (QuantizeMode::Mxfp4, false, ""),
+    ] {
+        let result = quantize_layers(&mut mixed(), |_, _| how(mode, input));
+        match part {
+            "" => result.unwrap(),
+            part => assert!(result.unwrap_err().to_string().contains(part)),
+        }
+    }
+    let error = Relu.to_quantized(how(QuantizeMode::Affine, false).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("type Relu has no quantized form"), "{error}");
+}
+
+#[test]
+fn a_walk_tells_modules_from_parameters_and_what_learns() {
+    let mut net = net();
+    freeze(&mut net.embed, Which::default()).unwrap();
+    let (mut modules, mut all, mut trained) = (Vec::new(), Vec::new(), Vec::new());
+    net.visit("", &mut |name, item| match item {
+        Item::Module(module) => modules.push((name.to_string(), module.kind())),
+        Item::Parameter(parameter) => {
+            all.push(name.to_string());
+            if parameter.role() == Role::Trained {
+                trained.push(name.to_string());
+            }
+        }
+    });
+    assert_eq!(modules, named_modules(&net));
+    let names = |list: Vec<(String, Array)>| list.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    assert_eq!(all, names(parameters(&net)));
+    assert_eq!(trained, names(trainable_parameters(&net)));
+    assert_eq!(trained.len() + 1, all.len());
+    let mut seen = Vec::new();
+    apply_to_modules(&mut net, |name, module| {
+        seen.push((name.to_string(), module.kind()));
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(seen, modules, "each before what is in it");
+    let error = apply_to_modules(&mut net, |name, module| match name {
+        "blocks.0" => module.quantize(Quantization::default()),
+        "blocks.1" => panic!("it goes on after an error"),
+        _ => Ok(()),
+    });
+    assert!(error.unwrap_err().to_string().contains("type Block"));
 }
 
 #[test]

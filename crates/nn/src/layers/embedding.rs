@@ -3,6 +3,7 @@
 use mica_array::{Array, Dtype, Result};
 
 use super::quantized::Quantization;
+use super::{LayerQuantization, QuantizedEmbedding, invalid};
 use crate::{Context, Keys, Layer, Parameter, Role, init, module};
 
 /// Rows of a table by index.
@@ -47,5 +48,19 @@ impl Embedding {
 impl Layer for Embedding {
     fn forward(&self, indices: &Array, _: &Context) -> Result<Array> {
         self.rows(indices, self.weight.dtype())
+    }
+
+    fn has_quantized_form(&self) -> bool {
+        self.weight.packed().is_none()
+    }
+
+    fn to_quantized(&self, how: LayerQuantization) -> Result<Box<dyn Layer>> {
+        if how.quantize_input {
+            return Err(invalid(
+                "to_quantized",
+                "an Embedding's inputs are indices, not to be quantized".into(),
+            ));
+        }
+        Ok(Box::new(QuantizedEmbedding::from_embedding(self, how.format)?))
     }
 }

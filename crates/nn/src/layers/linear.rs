@@ -3,6 +3,7 @@
 use mica_array::{Array, Dtype, Error, Result, promote};
 
 use super::quantized::Quantization;
+use super::{LayerQuantization, QQLinear, QuantizedLinear};
 use crate::{Context, Keys, Layer, Parameter, Role, init, module};
 
 /// y = x · weightᵀ + bias, plus what an adapter adds.
@@ -88,6 +89,17 @@ impl Layer for Linear {
         match &self.bias {
             Some(bias) => y.add(bias.astype(y.dtype())?),
             None => Ok(y),
+        }
+    }
+
+    fn has_quantized_form(&self) -> bool {
+        self.weight.packed().is_none()
+    }
+
+    fn to_quantized(&self, how: LayerQuantization) -> Result<Box<dyn Layer>> {
+        match how.quantize_input {
+            true => Ok(Box::new(QQLinear::from_linear(self, how.format)?)),
+            false => Ok(Box::new(QuantizedLinear::from_linear(self, how.format)?)),
         }
     }
 }

@@ -4,7 +4,7 @@ use mica_array::{Array, Result};
 
 use super::{Dropout, LayerNorm, MultiHeadAttention};
 use crate::activations::relu;
-use crate::{Context, Keys, Layer, Linear, checkpoint, module};
+use crate::{Context, Item, ItemMut, Keys, Layer, Linear, Module, checkpoint, join, module};
 
 /// Sizes and options of a transformer.
 #[derive(Clone, Debug)]
@@ -57,8 +57,32 @@ impl TransformerSpec {
         norm.forward(&x.add(f(x)?)?, context)
     }
 
-    fn run(&self, x: &Array, f: impl FnOnce(&Array) -> Result<Array>) -> Result<Array> {
-        if self.checkpoint { checkpoint(f, x) } else { f(x) }
+    /// Two linear maps with the activation and dropout between them.
+    fn feed_forward(
+        &self,
+        x: &Array,
+        [wide, narrow]: [&Linear; 2],
+        dropout: &Dropout,
+        context: &Context,
+    ) -> Result<Array> {
+        let y = (self.activation)(&wide.forward(x, context)?)?;
+        narrow.forward(&dropout.forward(&y, context)?, context)
+    }
+
+    /// Layers one after another and the last norm.
+    fn stack<L>(
+        &self,
+        x: &Array,
+        layers: &[L],
+        norm: &LayerNorm,
+        context: &Context,
+        forward: impl Fn(&L, &Array) -> Result<Array>,
+    ) -> Result<Array> {
+        let run = |x: Array, layer| match self.checkpoint {
+            true => checkpoint(|x| forward(layer, x), &x),
+            false => forward(layer, &x),
+        };
+        norm.forward(&layers.iter().try_fold(x.clone(), run)?, context)
     }
 }
 
@@ -97,10 +121,9 @@ impl TransformerEncoderLayer {
         let x = self.spec.residual(x, &self.ln1, context, |y| {
             self.dropout1.forward(&self.attention.forward(y, y, y, mask, context)?, context)
         })?;
-        self.spec.residual(&x, &self.ln2, context, |y| {
-            let y = (self.spec.activation)(&self.linear1.forward(y, context)?)?;
-            self.linear2.forward(&self.dropout2.forward(&y, context)?, context)
-        })
+        let linears = [&self.linear1, &self.linear2];
+        self.spec
+            .residual(&x, &self.ln2, context, |y| self.spec.feed_forward(y, linears, &self.dropout2, context))
     }
 }
 
@@ -125,11 +148,7 @@ impl TransformerEncoder {
 
     /// x [batch, length, dims] → the same shape.
     pub fn forward(&self, x: &Array, mask: Option<&Array>, context: &Context) -> Result<Array> {
-        let x = self
-            .layers
-            .iter()
-            .try_fold(x.clone(), |x, layer| self.spec.run(&x, |x| layer.forward(x, mask, context)))?;
-        self.ln.forward(&x, context)
+        self.spec.stack(x, &self.layers, &self.ln, context, |layer, x| layer.forward(x, mask, context))
     }
 }
 
@@ -196,10 +215,9 @@ impl TransformerDecoderLayer {
             let y = self.cross_attention.forward(y, memory, memory, memory_mask, context)?;
             self.dropout2.forward(&y, context)
         })?;
-        self.spec.residual(&x, &self.ln3, context, |y| {
-            let y = (self.spec.activation)(&self.linear1.forward(y, context)?)?;
-            self.linear2.forward(&self.dropout3.forward(&y, context)?, context)
-        })
+        let linears = [&self.linear1, &self.linear2];
+        self.spec
+            .residual(&x, &self.ln3, context, |y| self.spec.feed_forward(y, linears, &self.dropout3, context))
     }
 }
 
@@ -231,23 +249,73 @@ impl TransformerDecoder {
         memory_mask: Option<&Array>,
         context: &Context,
     ) -> Result<Array> {
-        let x = self.layers.iter().try_fold(x.clone(), |x, layer| {
-            self.spec.run(&x, |x| layer.forward(x, memory, x_mask, memory_mask, context))
-        })?;
-        self.ln.forward(&x, context)
+        self.spec.stack(x, &self.layers, &self.ln, context, |layer, x| {
+            layer.forward(x, memory, x_mask, memory_mask, context)
+        })
     }
 }
 
-/// An encoder and a decoder that looks at what it gives.
-#[derive(Clone, Debug)]
-pub struct Transformer {
-    /// Of the source.
-    pub encoder: TransformerEncoder,
-    /// Of the target.
-    pub decoder: TransformerDecoder,
+/// What a [`Transformer`] may have as its encoder.
+pub trait Encode: Module {
+    /// The source as the decoder sees it: [batch, length, dims] → the same shape.
+    fn encode(&self, source: &Array, mask: Option<&Array>, context: &Context) -> Result<Array>;
 }
 
-module!(Transformer { encoder, decoder });
+/// What a [`Transformer`] may have as its decoder.
+pub trait Decode: Module {
+    /// The target, given what the encoder made: [batch, length, dims] → the same shape.
+    fn decode(
+        &self,
+        target: &Array,
+        memory: &Array,
+        target_mask: Option<&Array>,
+        memory_mask: Option<&Array>,
+        context: &Context,
+    ) -> Result<Array>;
+}
+
+impl Encode for TransformerEncoder {
+    fn encode(&self, source: &Array, mask: Option<&Array>, context: &Context) -> Result<Array> {
+        self.forward(source, mask, context)
+    }
+}
+
+impl Decode for TransformerDecoder {
+    fn decode(
+        &self,
+        target: &Array,
+        memory: &Array,
+        target_mask: Option<&Array>,
+        memory_mask: Option<&Array>,
+        context: &Context,
+    ) -> Result<Array> {
+        self.forward(target, memory, target_mask, memory_mask, context)
+    }
+}
+
+/// An encoder and a decoder that looks at what it gives. Either may be another than MLX's own: fill
+/// in the fields.
+#[derive(Clone, Debug)]
+pub struct Transformer<E = TransformerEncoder, D = TransformerDecoder> {
+    /// Of the source.
+    pub encoder: E,
+    /// Of the target.
+    pub decoder: D,
+}
+
+impl<E: Module, D: Module> Module for Transformer<E, D> {
+    fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+        see(name, Item::Module(self));
+        self.encoder.visit(&join(name, "encoder"), see);
+        self.decoder.visit(&join(name, "decoder"), see);
+    }
+
+    fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+        see(name, ItemMut::Module(self));
+        self.encoder.visit_mut(&join(name, "encoder"), see);
+        self.decoder.visit_mut(&join(name, "decoder"), see);
+    }
+}
 
 impl Transformer {
     /// MLX's defaults are 6 and 6 layers of 512 features and 8 heads.
@@ -262,7 +330,9 @@ impl Transformer {
             decoder: TransformerDecoder::new(num_decoder_layers, spec, keys)?,
         })
     }
+}
 
+impl<E: Encode, D: Decode> Transformer<E, D> {
     /// `source` and `target` [batch, length, dims] → the target's shape.
     pub fn forward(
         &self,
@@ -273,7 +343,7 @@ impl Transformer {
         memory_mask: Option<&Array>,
         context: &Context,
     ) -> Result<Array> {
-        let memory = self.encoder.forward(source, source_mask, context)?;
-        self.decoder.forward(target, &memory, target_mask, memory_mask, context)
+        let memory = self.encoder.encode(source, source_mask, context)?;
+        self.decoder.decode(target, &memory, target_mask, memory_mask, context)
     }
 }

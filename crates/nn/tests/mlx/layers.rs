@@ -1,5 +1,6 @@
 //! Layers: outputs, and gradients of Σ y² by input and parameters.
 
+use mica_array::quantized::{Format, QuantizeMode};
 use mica_array::transforms::grad;
 use mica_array::{Array, Dtype, Precision, Result, random};
 use mica_nn::*;
@@ -87,21 +88,9 @@ fn layers_and_their_gradients() {
     positions(&mut cases);
     pools(&mut cases);
     upsampling(&mut cases);
-    let ran: Vec<&str> = cases.ran.iter().copied().chain(LATER.iter().copied()).collect();
-    assert_all_ran(&cases.golden, "layer", &ran);
+    convolutions(&mut cases, keys);
+    assert_all_ran(&cases.golden, "layer", &cases.ran);
 }
-
-/// Convolutions have a test of their own.
-const LATER: [&str; 8] = [
-    "conv1d",
-    "conv1d_groups",
-    "conv2d",
-    "conv2d_dilated",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-];
 
 fn dense(cases: &mut Cases, keys: &mut Keys) {
     cases.layer("linear", Linear::new(8, 6, true, keys).unwrap());
@@ -205,6 +194,29 @@ fn pools(cases: &mut Cases) {
     cases.layer("avg_pool3d", AvgPool3d::new([2, 1, 3], None, [0; 3]).unwrap());
 }
 
+fn convolutions(cases: &mut Cases, keys: &mut Keys) {
+    cases.layer("conv1d", Conv1d::new(3, 4, [3], 1, true, keys).unwrap());
+    let grouped = Conv1d::new(3, 6, [2], 3, false, keys).unwrap();
+    cases.layer("conv1d_groups", Conv1d { stride: [2], padding: [1], dilation: [2], ..grouped });
+    let conv = Conv2d::new(3, 4, [3, 2], 1, true, keys).unwrap();
+    cases.layer("conv2d", Conv2d { stride: [2, 1], padding: [1, 0], ..conv });
+    let grouped = Conv2d::new(3, 3, [2, 2], 3, true, keys).unwrap();
+    cases.layer("conv2d_dilated", Conv2d { dilation: [2, 2], ..grouped });
+    let conv = Conv3d::new(2, 3, [2; 3], 1, true, keys).unwrap();
+    cases.layer("conv3d", Conv3d { padding: [1; 3], stride: [2; 3], ..conv });
+    let conv = ConvTranspose1d::new(3, 4, [3], true, keys).unwrap();
+    cases.layer(
+        "conv_transpose1d",
+        ConvTranspose1d { stride: [2], padding: [1], output_padding: [1], ..conv },
+    );
+    let conv = ConvTranspose2d::new(3, 4, [3, 2], true, keys).unwrap();
+    cases.layer("conv_transpose2d", ConvTranspose2d { stride: [2, 1], dilation: [1, 2], ..conv });
+    let conv = ConvTranspose3d::new(2, 3, [2; 3], false, keys).unwrap();
+    cases.layer("conv_transpose3d", ConvTranspose3d { stride: [2; 3], ..conv });
+    let error = Conv2d::new(3, 4, [2, 2], 2, true, keys).unwrap_err().to_string();
+    assert!(error.contains("3 and 4 channels"), "{error}");
+}
+
 fn upsampling(cases: &mut Cases) {
     use Interpolation::*;
     let all: [(&'static str, &[f64], Interpolation, bool, bool); 24] = [
@@ -282,9 +294,8 @@ fn new_layers_draw_what_mlx_draws() {
     new(&Lstm::new(3, 2, true, keys).unwrap(), 4);
     new(&Gru::new(3, 2, true, keys).unwrap(), 5);
     new(&Rnn::new(3, 2, true, keys).unwrap(), 6);
-    // Two convolutions draw a weight each.
-    keys.draw().unwrap();
-    keys.draw().unwrap();
+    new(&Conv2d::new(4, 6, [3, 3], 2, true, keys).unwrap(), 7);
+    new(&ConvTranspose1d::new(4, 2, [3], true, keys).unwrap(), 8);
     new(&MultiHeadAttention::new(4, 2, false, keys).unwrap(), 9);
 }
 
@@ -364,6 +375,142 @@ fn affine_quantization_packs_what_mlx_quantizes() {
         let error = load_file_parameters(&mut other, &saved[1..], true).unwrap_err().to_string();
         assert!(error.contains("linear.weight is quantized and needs"), "{error}");
     }
+}
+
+const FORMATS: [(QuantizeMode, usize, usize); 6] = [
+    (QuantizeMode::Affine, 4, 64),
+    (QuantizeMode::Affine, 8, 32),
+    (QuantizeMode::Affine, 3, 32),
+    (QuantizeMode::Mxfp4, 4, 32),
+    (QuantizeMode::Nvfp4, 4, 16),
+    (QuantizeMode::Mxfp8, 8, 32),
+];
+
+#[test]
+fn layers_of_codes_are_mlxs_in_every_mode() {
+    let golden = golden();
+    let context = Context::default();
+    for (mode, bits, group_size) in FORMATS {
+        let case = format!("quant.{}_{bits}_{group_size}", mode.name());
+        let at = |name: &str| array(&golden, &format!("{case}.{name}"));
+        let format = Format::new(mode, Some(bits), Some(group_size)).unwrap();
+        let plain = Linear::from_arrays(at("weight"), Some(at("bias")));
+        let table = Embedding { weight: at("table").into() };
+        let linear = QuantizedLinear::from_linear(&plain, format).unwrap();
+        let embedding = QuantizedEmbedding::from_embedding(&table, format).unwrap();
+        let check = |name: &str, y: Result<Array>| {
+            let y = y.unwrap_or_else(|error| panic!("{case}.{name}: {error}"));
+            assert_matches(&golden, &format!("{case}.{name}"), &y, CLOSE);
+        };
+        check("y", linear.forward(&at("x"), &context));
+        check("rows", embedding.forward(&at("indices"), &context));
+        check("logits", embedding.as_linear(&at("x")));
+        let dx = grad(|x| linear.forward(&x[0], &context)?.square()?.sum(&[], false), &[at("x")]);
+        check("dx", dx.map(|mut grads| grads.remove(0)));
+        let mut count = 0;
+        for (module, name) in [(&linear as &dyn Module, "linear"), (&embedding, "embedding")] {
+            for (part, array) in parameters(module) {
+                assert_matches(&golden, &format!("{case}.{name}.{part}"), &array, 0.0);
+                count += 1;
+            }
+        }
+        let affine = mode == QuantizeMode::Affine;
+        assert_eq!(count, if affine { 7 } else { 5 }, "{case}");
+        // As in MLX, the bias of a quantized layer learns, and nothing else until it is unfrozen.
+        let mut linear = linear;
+        let trained = |linear: &QuantizedLinear| {
+            trainable_parameters(linear).into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(trained(&linear), ["bias"]);
+        unfreeze(&mut linear, Which::default()).unwrap();
+        let learns: &[&str] = if affine { &["scales", "biases", "bias"] } else { &["bias"] };
+        assert_eq!(trained(&linear), learns, "{case}");
+        let (_, grads) =
+            value_and_grad(&mut linear, |l| l.forward(&at("x"), &context)?.square()?.sum(&[], false))
+                .unwrap();
+        assert!(grads.iter().all(|(_, grad)| grad.eval().is_ok()), "{case}");
+        // Another layer takes what was saved.
+        let mut other = QuantizedLinear::from_linear(
+            &Linear::new(64, 16, true, &mut Keys::new(3).unwrap()).unwrap(),
+            format,
+        )
+        .unwrap();
+        load_parameters(&mut other, &parameters(&linear), true).unwrap();
+        check("y", other.forward(&at("x"), &context));
+    }
+}
+
+#[test]
+fn layers_that_quantize_their_inputs_learn_and_keep_codes() {
+    let golden = golden();
+    let context = Context::default();
+    for (mode, group) in [(QuantizeMode::Nvfp4, 16), (QuantizeMode::Mxfp8, 32)] {
+        let format = Format::new(mode, None, None).unwrap();
+        let weight = array(&golden, "quant.nvfp4_4_16.weight");
+        let weight = Array::concatenate(&[weight.clone(), weight], 0).unwrap();
+        let x = random::normal(&[group, 64], Dtype::F32, &random::key(8).unwrap()).unwrap();
+        let round = |x: &Array| {
+            let codes = mica_array::quantized::quantize(x, format, None).unwrap();
+            codes.dequantize(Some(Dtype::F32)).unwrap()
+        };
+        let turned = round(&weight).transpose(&[]).unwrap();
+        let expected = round(&x).matmul(&turned).unwrap().to_vec::<f32>().unwrap();
+        let mut layer = QQLinear::from_linear(&Linear::from_arrays(weight, None), format).unwrap();
+        let close = |name: &str, layer: &QQLinear| {
+            let y = layer.forward(&x, &context).unwrap().to_vec::<f32>().unwrap();
+            mica_testkit::assert_close(name, &y, &expected, 1e-5, 1e-5);
+        };
+        close("floats", &layer);
+        let (_, grads) =
+            value_and_grad(&mut layer, |layer| layer.forward(&x, &context)?.sum(&[], false)).unwrap();
+        assert_eq!(grads.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["weight"]);
+        assert_eq!(grads[0].1.shape(), [32, 64]);
+        grads[0].1.eval().unwrap();
+        layer.quantize().unwrap();
+        close("codes", &layer);
+        assert!(trainable_parameters(&layer).is_empty());
+        assert_eq!(parameters(&layer).len(), 2);
+        layer.dequantize().unwrap();
+        // Codes of what codes say are the same codes.
+        close("floats again", &layer);
+        assert_eq!(trainable_parameters(&layer).len(), 1);
+    }
+    let biased = Linear::new(64, 32, true, &mut Keys::new(0).unwrap()).unwrap();
+    let error = QQLinear::from_linear(&biased, Format::new(QuantizeMode::Nvfp4, None, None).unwrap());
+    assert!(error.unwrap_err().to_string().contains("without bias"));
+}
+
+#[test]
+fn a_transformer_takes_other_encoders_and_decoders() {
+    #[derive(Debug)]
+    struct Doubled(TransformerEncoder);
+    impl Module for Doubled {
+        fn visit(&self, name: &str, see: &mut dyn FnMut(&str, Item<'_>)) {
+            self.0.visit(name, see);
+        }
+
+        fn visit_mut(&mut self, name: &str, see: &mut dyn FnMut(&str, ItemMut<'_>)) {
+            self.0.visit_mut(name, see);
+        }
+    }
+    impl Encode for Doubled {
+        fn encode(&self, source: &Array, mask: Option<&Array>, context: &Context) -> Result<Array> {
+            self.0.forward(source, mask, context)?.multiply(2.0)
+        }
+    }
+    let (keys, context) = (&mut Keys::new(5).unwrap(), Context::default());
+    let model = Transformer::new(1, 1, &TransformerSpec::new(8, 2), keys).unwrap();
+    let names =
+        |module: &dyn Module| parameters(module).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    let expected = names(&model);
+    let (encoder, decoder) = (model.encoder.clone(), model.decoder.clone());
+    let other = Transformer { encoder: Doubled(model.encoder), decoder: model.decoder };
+    assert_eq!(names(&other), expected);
+    let x = random::normal(&[2, 3, 8], Dtype::F32, &random::key(6).unwrap()).unwrap();
+    let memory = encoder.forward(&x, None, &context).unwrap().multiply(2.0).unwrap();
+    let expected = decoder.forward(&x, &memory, None, None, &context).unwrap().to_vec::<f32>().unwrap();
+    let y = other.forward(&x, &x, None, None, None, &context).unwrap().to_vec::<f32>().unwrap();
+    assert_eq!(y, expected);
 }
 
 struct Model {
