@@ -60,8 +60,27 @@ fn engine() -> MutexGuard<'static, Option<Engine>> {
 
 /// `MICA_THREADS`, or the cores that this process may use.
 fn default_threads() -> usize {
-    let asked = std::env::var("MICA_THREADS").ok().and_then(|text| text.parse().ok());
+    let asked = threads_of_environment().unwrap_or_else(|error| {
+        eprintln!("mica: {error}; it is ignored");
+        None
+    });
     asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |count| count.get()))
+}
+
+/// What the variable `MICA_THREADS` asks for, if it is set (and not empty).
+///
+/// # Errors
+/// It is no number from 1 to 1024, in words.
+pub fn threads_of_environment() -> std::result::Result<Option<usize>, String> {
+    let Some(text) = std::env::var_os("MICA_THREADS").filter(|text| !text.is_empty()) else { return Ok(None) };
+    parse_threads(&text.to_string_lossy()).map(Some)
+}
+
+fn parse_threads(text: &str) -> std::result::Result<usize, String> {
+    match text.trim().parse() {
+        Ok(threads @ 1..=1024) => Ok(threads),
+        _ => Err(format!("MICA_THREADS must be a number from 1 to 1024, got {text:?}")),
+    }
 }
 
 /// Sets how many threads compute, from the next evaluation on. Results do not depend on it.

@@ -29,28 +29,31 @@ struct Cli {
     command: Command,
 }
 
-/// A number of bytes with or without a unit; as for memory chips, K, M and G are powers of 1000 and Ki, Mi and Gi of
-/// 1024.
+/// A number that is neither NaN nor infinite.
+fn parse_finite(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|number: &f64| number.is_finite())
+        .ok_or_else(|| "expected a finite number".to_string())
+}
+
+/// [`parse_finite`] for numbers of single precision.
+fn parse_finite_f32(text: &str) -> Result<f32, String> {
+    let narrow = parse_finite(text)? as f32;
+    if narrow.is_finite() {
+        Ok(narrow)
+    } else {
+        Err("expected a finite number of single precision".to_string())
+    }
+}
+
+/// A size of at least 1 MB: less is a number whose unit was forgotten.
 fn parse_size(text: &str) -> Result<u64, String> {
-    let bad = || format!("expected a size such as 8GB, 500MB or 2GiB, got {text:?}");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
-    let unit = match text[digits..].trim().trim_end_matches(['B', 'b']).to_ascii_lowercase().as_str() {
-        "" => 1.0,
-        "k" => 1e3,
-        "m" => 1e6,
-        "g" => 1e9,
-        "t" => 1e12,
-        "ki" => 1024.0,
-        "mi" => 1024.0 * 1024.0,
-        "gi" => 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(bad()),
-    };
-    let bytes = number * unit;
-    if !(1e6..1e18).contains(&bytes) {
+    let bytes = mica_lm::memory::parse_size(text)?;
+    if bytes < 1_000_000 {
         return Err(format!("{text:?} is {bytes} bytes; give a unit, as in 8GB, and at least 1MB"));
     }
-    Ok(bytes as u64)
+    Ok(bytes)
 }
 
 #[derive(Subcommand)]
@@ -77,8 +80,10 @@ fn main() -> std::process::ExitCode {
     // A reader that goes away (`mica … | head`) ends the program as it ends others.
     exit::restore_broken_pipe();
     let cli = Cli::parse();
-    if let Some(threads) = cli.threads {
-        mica_array::set_threads(threads.into());
+    match (cli.threads, mica_array::threads_of_environment()) {
+        (Some(threads), _) => mica_array::set_threads(threads.into()),
+        (None, Ok(_)) => {}
+        (None, Err(error)) => return exit::report(Err(exit::Usage(error).into())),
     }
     if let Some(bytes) = cli.memory_limit {
         // Arrays heed it once a model is loaded.

@@ -41,6 +41,17 @@ pub fn settings(file: Option<&Path>, flags: impl serde::Serialize) -> anyhow::Re
     Ok(settings)
 }
 
+/// What the variable `MICA_BUCKET_SIZE` has rows padded to multiples of, where neither flags nor the file say it.
+pub fn bucket_of_environment() -> anyhow::Result<Option<usize>> {
+    let Some(text) = std::env::var_os("MICA_BUCKET_SIZE").filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    match text.to_string_lossy().trim().parse() {
+        Ok(size @ 1..) => Ok(Some(size)),
+        _ => Err(Usage(format!("MICA_BUCKET_SIZE must be a number of at least 1, got {text:?}")).into()),
+    }
+}
+
 /// What defaults need to know of the model.
 pub fn facts(model: &str) -> anyhow::Result<ModelFacts> {
     Ok(session::facts(&mica_lm::locate::locate(model)?)?)

@@ -177,6 +177,7 @@ fn mlx_lms_command_reports_and_tests() {
         "Iter 2: Train loss ",
         "Iter 4: Train loss ",
         "Iter 1: Val loss ",
+        "Iter 4: Val loss ",
         "Test loss ",
         "Saved adapter weights",
     ];

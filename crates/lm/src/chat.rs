@@ -1,7 +1,7 @@
 //! Chat templates: from messages to the text, and the tokens, that a model was trained on.
 //!
 //! A template is a program in the Jinja language that came with the model, so it is run bounded (instructions,
-//! recursion, size of the output) and without any access to files. It behaves as `transformers` runs it
+//! recursion, sizes of values and of the output) and without any access to files. It behaves as `transformers` runs it
 //! (`apply_chat_template`): `trim_blocks` and `lstrip_blocks`, Python's methods on strings, lists and dictionaries,
 //! JSON as `json.dumps` writes it, `raise_exception`, `strftime_now`, and `{% generation %}` blocks that mark what
 //! the model is to learn.
@@ -13,6 +13,7 @@
 //! - [`ChatTemplate`]: loading, rendering, encoding.
 //! - [`tokenize_conversation`]: a training example with its loss masks.
 
+mod bounds;
 mod environment;
 mod guard;
 mod mask;

@@ -94,6 +94,7 @@ pub fn convert(source: impl AsRef<Path>, target: impl AsRef<Path>, recipe: &Reci
     for name in files.names() {
         out.tensor(name)?;
     }
+    out.check_quantized()?;
     let Out { mut writer, mut done, .. } = out;
     let mlx = if recipe.dequantize { false } else { config.quantization.is_quantized() };
     writer.metadata("format", if mlx || recipe.quantize.is_some() { "mlx" } else { "pt" });
@@ -167,6 +168,24 @@ impl<'a> Out<'a> {
             "weight" if coded => self.quantized(module),
             _ => self.plain(name),
         }
+    }
+
+    /// A model that should have been quantized, and of which nothing was, is no result.
+    fn check_quantized(&self) -> Result<()> {
+        let Some(spec) = self.recipe.quantize.filter(|_| self.done.quantized == 0) else { return Ok(()) };
+        let mut widths = std::collections::BTreeSet::new();
+        for name in self.files.names().filter(|name| name.ends_with(".weight")) {
+            if let [_, width] = *self.files.require(name)?.shape() {
+                widths.insert(width);
+            }
+        }
+        let widths: Vec<String> = widths.iter().map(usize::to_string).collect();
+        Err(Error::Usage(format!(
+            "no weight can be quantized in groups of {}: rows of {} weights are not whole groups; choose a smaller \
+             group size (--q-group-size 32)",
+            spec.group_size,
+            widths.join(", ")
+        )))
     }
 
     /// A weight that is quantized in the source.

@@ -243,23 +243,31 @@ impl Iterator for Generator<'_> {
     }
 }
 
-/// Whether the model can read these tokens.
+/// Whether the model can read these tokens as one sequence.
 pub fn check_tokens(model: &dyn LanguageModel, tokens: &[u32]) -> Result<()> {
     let info = model.info();
     if tokens.is_empty() {
         return Err(Error::Usage("the prompt is empty: give at least one token".to_string()));
     }
+    check_vocabulary(model, tokens)?;
+    if tokens.len() > info.max_positions {
+        let note = info.positions_note.map(|note| format!(" ({note})")).unwrap_or_default();
+        return Err(Error::Usage(format!(
+            "the prompt has {} tokens, the model reads at most {}{note}: shorten it",
+            tokens.len(),
+            info.max_positions
+        )));
+    }
+    Ok(())
+}
+
+/// Whether the model has a row for each of these tokens.
+pub fn check_vocabulary(model: &dyn LanguageModel, tokens: &[u32]) -> Result<()> {
+    let info = model.info();
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= info.vocabulary) {
         return Err(Error::Usage(format!(
             "token {token} is outside the model's vocabulary of {}",
             info.vocabulary
-        )));
-    }
-    if tokens.len() > info.max_positions {
-        return Err(Error::Usage(format!(
-            "the prompt has {} tokens, the model reads at most {}: shorten it",
-            tokens.len(),
-            info.max_positions
         )));
     }
     Ok(())

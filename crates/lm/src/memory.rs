@@ -22,6 +22,30 @@ pub fn check(bytes: u64, what: &str, todo: &str) -> Result<()> {
     )))
 }
 
+/// A number of bytes with or without a unit; as for memory chips, K, M and G are powers of 1000 and Ki, Mi and Gi of
+/// 1024.
+///
+/// # Errors
+/// What was expected, in words.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let bad = || format!("expected a size such as 8GB, 500MB or 2GiB, got {text:?}");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| bad())?;
+    let unit = match text[digits..].trim().trim_end_matches(['B', 'b']).to_ascii_lowercase().as_str() {
+        "" => 1.0,
+        "k" => 1e3,
+        "m" => 1e6,
+        "g" => 1e9,
+        "t" => 1e12,
+        "ki" => 1024.0,
+        "mi" => 1024.0 * 1024.0,
+        "gi" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(bad()),
+    };
+    let bytes = number * unit;
+    if bytes < 1e18 { Ok(bytes as u64) } else { Err(bad()) }
+}
+
 /// Bytes in the unit that suits them.
 pub fn size(bytes: u64) -> String {
     match bytes {

@@ -130,7 +130,9 @@ fn what_would_harm_is_refused() {
     let quantized = Recipe { quantize: Some(affine(4, 32)), ..Recipe::default() };
     let mode = QuantSpec { bits: 4, group_size: 32, mode: QuantMode::Mxfp4 };
     let other = parent.path().join("new");
-    let cases: [(&str, &str, &Path, Recipe, &str); 4] = [
+    let coarse = Recipe { quantize: Some(affine(4, 128)), ..Recipe::default() };
+    let cases: [(&str, &str, &Path, Recipe, &str); 5] = [
+        ("groups wider than all rows", "llama", &other, coarse, "rows of 64, 96 weights"),
         ("a folder with something in it", "llama", parent.path(), Recipe::default(), "not empty"),
         ("quantized twice", "llama-4bit", &other, quantized, "quantized already"),
         (

@@ -1,6 +1,7 @@
 //! Logits of tiny models against the programs that made them.
 
 use mica_array::{Array, Dtype, Precision};
+use mica_lm::generate::check_tokens;
 use mica_lm::load::{Loaded, load};
 use mica_lm::models::Input;
 use mica_lm::weights::Packing;
@@ -119,6 +120,40 @@ fn both_dialects_of_the_configuration_open() {
         let mut case = open(name, Packing::Frozen);
         case.loaded = load(folder.path(), Packing::Frozen).unwrap_or_else(|error| panic!("{name}: {error}"));
         case.check("the other dialect", &case.prefill());
+    }
+}
+
+/// Other rope settings on the tiny Llama (fixtures/rope/models.json, made by fixtures/make/make_rope_models.py).
+#[test]
+fn rope_settings_compute_and_reach_as_in_transformers() {
+    let text = std::fs::read_to_string(fixture("rope/models.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (name, case) in golden["cases"].as_object().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = fixture("models/llama");
+        std::fs::copy(source.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+        let text = std::fs::read_to_string(source.join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for (key, value) in case["config"].as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let loaded = load(folder.path(), Packing::Frozen).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let length = case["length"].as_u64().unwrap() as usize;
+        let tokens: Vec<u32> = (0..length as u32).map(|i| i * 7 % 331).collect();
+        check_tokens(loaded.model.as_ref(), &tokens).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let input = Input::new(&[&tokens], &[0]).unwrap();
+        let logits = loaded.model.logits(&input, None, &Context::new(Precision::Exact)).unwrap();
+        let got = logits.narrow(1, length - 1, length).unwrap().to_vec::<f32>().unwrap();
+        let expected: Vec<f32> =
+            case["logits"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect();
+        let error = max_abs_rel_to_max(&got, &expected);
+        assert!(error <= TOLERANCE, "{name}: largest error {error:.2e} of the largest logit");
+        // What would not be exact is refused, and the message says why.
+        let most = loaded.model.info().max_positions;
+        let bounded = name.starts_with("longrope") || name.starts_with("dynamic");
+        let error = check_tokens(loaded.model.as_ref(), &vec![1; most + 1]).unwrap_err().to_string();
+        assert_eq!(error.contains("context of training"), bounded, "{name}: {error}");
     }
 }
 

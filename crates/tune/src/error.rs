@@ -57,6 +57,10 @@ pub enum Error {
         cause: String,
     },
 
+    /// The data hold nothing that could be learnt.
+    #[error("{0}")]
+    NothingToLearn(String),
+
     /// Text could not be turned into tokens.
     #[error("tokenizing: {0}")]
     Tokenize(String),
@@ -161,6 +165,7 @@ impl Error {
             Error::BadLine { .. }
             | Error::TooManyBadLines { .. }
             | Error::Data { .. }
+            | Error::NothingToLearn(_)
             | Error::Tokenize(_)
             | Error::Adapter { .. } => ErrorKind::BadData,
             Error::Checkpoint { .. } => ErrorKind::Integrity,

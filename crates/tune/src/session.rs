@@ -57,7 +57,7 @@ pub fn facts(model: &Path) -> Result<ModelFacts> {
     let quantization = &config.quantization;
     let first = quantization.default.or_else(|| quantization.overrides.values().flatten().next().copied());
     let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits as u32);
-    let positions = config.text_fields()?.opt("max_position_embeddings")?;
+    let positions = mica_lm::models::max_positions(&config)?;
     Ok(ModelFacts { layers, bits, positions })
 }
 
@@ -83,6 +83,7 @@ pub fn run(
         _ if !config.train => None,
         Start::New(existing) => {
             RunFolder::check(&config.output, existing)?;
+            check_apart(&config.output, model)?;
             None
         }
         Start::Resume => Some(RunFolder::resume(&config.output)?),
@@ -161,9 +162,31 @@ pub fn run(
             batch
         })?;
         let seconds = begun.elapsed().as_secs_f64();
-        observer.event(&Event::Test(Evaluation { step: 0, loss, tokens, seconds }));
+        observer.event(&match tokens {
+            0 => Event::Note { warning: true, text: "the test data have nothing to learn: no loss".into() },
+            _ => Event::Test(Evaluation { step: 0, loss, tokens, seconds }),
+        });
     }
     Ok(outcome)
+}
+
+/// Refuses a run folder among the files of a model: settings, checkpoints and adapters would mix with them.
+fn check_apart(output: &Path, model: &Path) -> Result<()> {
+    let same = match (output.canonicalize(), model.canonicalize()) {
+        (Ok(output), Ok(model)) => output == model,
+        _ => false,
+    };
+    let holds_model = || {
+        let text = std::fs::read_to_string(output.join("config.json")).ok()?;
+        serde_json::from_str::<Value>(&text).ok()?.get("model_type").cloned()
+    };
+    if !same && holds_model().is_none() {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "{} holds a model; choose another folder for the run (--output of mica train, --adapter-path of mica lora)",
+        output.display()
+    )))
 }
 
 /// What training computes with: exact products for f32 models, bf16 for all others.
@@ -296,7 +319,7 @@ fn largest(mut loader: Loader) -> Result<Batch> {
             found = Some(batch);
         }
     }
-    found.ok_or_else(|| Error::Config("the data gives no batch".into()))
+    found.ok_or_else(|| Error::NothingToLearn("the data gives no batch".into()))
 }
 
 /// Tells the estimate, which is compared with the peak at the end.
@@ -409,6 +432,13 @@ impl Data {
     /// Whether there is all that was asked for, which is said before hours of training.
     fn check(&self, config: &RunConfig) -> Result<()> {
         let lacks = |cause: &str| Err(Error::Data { path: config.data.clone(), cause: cause.into() });
+        let sets = [("training", &self.train), ("validation", &self.valid), ("test", &self.test)];
+        for (name, samples) in sets {
+            if samples.as_ref().is_some_and(|samples| samples.is_empty()) {
+                let cause = "rows are empty, or cut before the answer (--max-seq-length)";
+                return lacks(&format!("no row of the {name} data holds anything to learn: {cause}"));
+            }
+        }
         if config.train && self.train.is_none() {
             return lacks("holds no training data: a file, or a folder with train.jsonl, is needed");
         }

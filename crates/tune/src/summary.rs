@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::events::Step;
 
-/// What a run came to.
+/// What a run came to. What was not measured, as in a run that was finished already, is `None`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Optimizer steps in this process.
@@ -15,18 +15,18 @@ pub struct Summary {
     pub training_seconds: f64,
     /// Targets trained on.
     pub tokens: u64,
-    /// Loss of the first and of the last step, as means over up to ten of them.
-    pub loss_first: f64,
+    /// Loss at the beginning and at the end, as means over up to ten steps that are not in the other mean.
+    pub loss_first: Option<f64>,
     /// See `loss_first`.
-    pub loss_last: f64,
+    pub loss_last: Option<f64>,
     /// Micro-batches a second, over all and in each third of the run.
     pub it_per_s: Speed,
     /// Targets a second, over all and in each third of the run.
     pub tokens_per_s: Speed,
     /// Largest memory use, in 10⁹ bytes.
-    pub peak_memory_gb: f64,
+    pub peak_memory_gb: Option<f64>,
     /// How much the peak grew after the first third.
-    pub memory_growth_gb: f64,
+    pub memory_growth_gb: Option<f64>,
     /// Trained parameters.
     pub trainable: u64,
     /// All parameters.
@@ -37,11 +37,11 @@ pub struct Summary {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Speed {
     /// Over the whole run.
-    pub mean: f64,
-    /// In the first, second and last third of the steps.
-    pub thirds: [f64; 3],
-    /// Standard deviation between the steps of each third.
-    pub deviation: [f64; 3],
+    pub mean: Option<f64>,
+    /// In the first, second and last third of the steps, where there are such.
+    pub thirds: [Option<f64>; 3],
+    /// Standard deviation between the steps of each third, of two steps at least.
+    pub deviation: [Option<f64>; 3],
 }
 
 /// Gathers steps for a [`Summary`]: 40 bytes a step.
@@ -75,22 +75,24 @@ impl Recorder {
     /// The summary of a run that took `seconds` in all.
     pub fn summary(&self, seconds: f64, trainable: u64, parameters: u64) -> Summary {
         let steps = &self.steps;
-        let peak = |part: &[Record]| part.iter().map(|step| step.peak).fold(0.0, f64::max);
-        let first_third = &steps[..steps.len().div_ceil(3)];
-        let few = steps.len().min(10);
-        let mean_loss =
-            |part: &[Record]| part.iter().map(|step| step.loss).sum::<f64>() / part.len().max(1) as f64;
+        let peak = |part: &[Record]| part.iter().map(|step| step.peak).reduce(f64::max);
+        let (overall, first_third) = (peak(steps), peak(&steps[..steps.len().div_ceil(3)]));
+        let few = (steps.len() / 2).clamp(1, 10).min(steps.len());
+        let mean_loss = |part: &[Record]| {
+            (!part.is_empty()).then(|| part.iter().map(|step| step.loss).sum::<f64>() / part.len() as f64)
+        };
         Summary {
             steps: steps.len() as u64,
             seconds,
-            training_seconds: steps.iter().map(|step| step.seconds).sum(),
+            // (The sum of nothing is −0.)
+            training_seconds: steps.iter().fold(0.0, |sum, step| sum + step.seconds),
             tokens: steps.iter().map(|step| step.tokens).sum(),
             loss_first: mean_loss(&steps[..few]),
             loss_last: mean_loss(&steps[steps.len() - few..]),
             it_per_s: speed(steps, |step| step.iterations),
             tokens_per_s: speed(steps, |step| step.tokens as f64),
-            peak_memory_gb: peak(steps),
-            memory_growth_gb: if steps.is_empty() { 0.0 } else { peak(steps) - peak(first_third) },
+            peak_memory_gb: overall,
+            memory_growth_gb: overall.zip(first_third).map(|(overall, first)| overall - first),
             trainable,
             parameters,
         }
@@ -101,14 +103,14 @@ impl Recorder {
 fn speed(steps: &[Record], amount: impl Fn(&Record) -> f64) -> Speed {
     let rate = |part: &[Record]| {
         let seconds: f64 = part.iter().map(|step| step.seconds).sum();
-        if seconds > 0.0 { part.iter().map(&amount).sum::<f64>() / seconds } else { 0.0 }
+        (seconds > 0.0).then(|| part.iter().map(&amount).sum::<f64>() / seconds)
     };
     let deviation = |part: &[Record]| {
         let rates: Vec<f64> =
             part.iter().filter(|step| step.seconds > 0.0).map(|step| amount(step) / step.seconds).collect();
         let mean = rates.iter().sum::<f64>() / rates.len().max(1) as f64;
         let squares: f64 = rates.iter().map(|rate| (rate - mean).powi(2)).sum();
-        if rates.len() < 2 { 0.0 } else { (squares / (rates.len() - 1) as f64).sqrt() }
+        (rates.len() >= 2).then(|| (squares / (rates.len() - 1) as f64).sqrt())
     };
     let n = steps.len();
     let thirds = [&steps[..n / 3], &steps[n / 3..n * 2 / 3], &steps[n * 2 / 3..]];
@@ -145,35 +147,43 @@ impl Summary {
     /// The summary for a person, a few lines.
     pub fn text(&self) -> String {
         let Summary { it_per_s, tokens_per_s, .. } = self;
+        // Thirds of a run of few steps, or their deviations, are not there.
         let thirds = |speed: &Speed| {
-            let parts: Vec<String> = speed
+            let parts: Option<Vec<String>> = speed
                 .thirds
                 .iter()
                 .zip(speed.deviation)
-                .map(|(mean, deviation)| format!("{mean:.2} ± {deviation:.2}"))
+                .map(|(mean, deviation)| {
+                    let deviation = deviation.map(|value| format!(" ± {value:.2}")).unwrap_or_default();
+                    mean.map(|mean| format!("{mean:.2}{deviation}"))
+                })
                 .collect();
-            parts.join(", ")
+            parts.map(|parts| format!(" (by thirds {})", parts.join(", "))).unwrap_or_default()
+        };
+        let number = |value: Option<f64>, digits: usize| match value {
+            Some(value) => format!("{value:.digits$}"),
+            None => "not measured".into(),
         };
         let share = 100.0 * self.trainable as f64 / self.parameters.max(1) as f64;
         format!(
             "{} steps and {} tokens in {:.1} s ({:.1} s of them training)\n\
-             Loss {:.3} → {:.3}\n\
-             It/sec {:.3} (by thirds {})\n\
-             Tokens/sec {:.1} (by thirds {})\n\
-             Peak memory {:.3} GB, grown by {:.3} GB after the first third\n\
+             Loss {} → {}\n\
+             It/sec {}{}\n\
+             Tokens/sec {}{}\n\
+             Peak memory {} GB, grown by {} GB after the first third\n\
              Trainable parameters {} of {} ({share:.3} %)",
             self.steps,
             self.tokens,
             self.seconds,
             self.training_seconds,
-            self.loss_first,
-            self.loss_last,
-            it_per_s.mean,
+            number(self.loss_first, 3),
+            number(self.loss_last, 3),
+            number(it_per_s.mean, 3),
             thirds(it_per_s),
-            tokens_per_s.mean,
+            number(tokens_per_s.mean, 1),
             thirds(tokens_per_s),
-            self.peak_memory_gb,
-            self.memory_growth_gb,
+            number(self.peak_memory_gb, 3),
+            number(self.memory_growth_gb, 3),
             self.trainable,
             self.parameters,
         )
@@ -197,17 +207,47 @@ mod tests {
         }
         let summary = recorder.summary(20.0, 5, 100);
         assert_eq!((summary.steps, summary.tokens, summary.training_seconds), (6, 48, 14.0));
-        assert_eq!(summary.tokens_per_s.thirds, [8.0, 4.0, 2.0]);
-        assert_eq!(summary.tokens_per_s.deviation, [0.0; 3]);
-        assert_eq!(summary.tokens_per_s.mean, 48.0 / 14.0);
-        assert_eq!(summary.it_per_s.thirds, [2.0, 1.0, 0.5]);
-        assert_eq!((summary.peak_memory_gb, summary.memory_growth_gb), (1.75, 0.75));
+        assert_eq!(summary.tokens_per_s.thirds, [8.0, 4.0, 2.0].map(Some));
+        assert_eq!(summary.tokens_per_s.deviation, [Some(0.0); 3]);
+        assert_eq!(summary.tokens_per_s.mean, Some(48.0 / 14.0));
+        assert_eq!(summary.it_per_s.thirds, [2.0, 1.0, 0.5].map(Some));
+        assert_eq!((summary.peak_memory_gb, summary.memory_growth_gb), (Some(1.75), Some(0.75)));
         let text = summary.text();
         assert!(
             text.contains("5 of 100 (5.000 %)") && text.contains("8.00 ± 0.00, 4.00 ± 0.00, 2.00 ± 0.00"),
             "{text}"
         );
         assert_eq!(Recorder::default().summary(0.0, 0, 0), Summary::default());
+    }
+
+    #[test]
+    fn losses_at_both_ends_are_of_different_steps() {
+        // n steps with the losses n, n − 1, …, 1.
+        for (steps, first, last) in
+            [(1, 1.0, 1.0), (2, 2.0, 1.0), (3, 3.0, 1.0), (10, 8.0, 3.0), (20, 15.5, 5.5), (30, 25.5, 5.5)]
+        {
+            let mut recorder = Recorder::default();
+            (0..steps).for_each(|i| recorder.step(&step((steps - i) as f64, 1.0, 8, 1.0)));
+            let summary = recorder.summary(1.0, 1, 1);
+            assert_eq!((summary.loss_first, summary.loss_last), (Some(first), Some(last)), "{steps} steps");
+        }
+    }
+
+    #[test]
+    fn what_was_not_measured_is_no_zero() {
+        let nothing = serde_json::to_value(Recorder::default().summary(0.5, 1, 2)).unwrap();
+        for key in ["loss_first", "loss_last", "peak_memory_gb", "memory_growth_gb"] {
+            assert!(nothing[key].is_null(), "{key} in {nothing}");
+        }
+        assert!(nothing["it_per_s"]["mean"].is_null(), "{nothing}");
+        assert_eq!(nothing["training_seconds"].to_string(), "0.0");
+        for steps in [1, 2, 3] {
+            let mut recorder = Recorder::default();
+            (0..steps).for_each(|_| recorder.step(&step(1.0, 0.5, 8, 1.0)));
+            let text = recorder.summary(1.0, 1, 1).text();
+            assert!(!text.contains('±'), "{steps}: {text}");
+            assert_eq!(text.contains("by thirds 16.00, 16.00, 16.00"), steps == 3, "{text}");
+        }
     }
 
     #[test]

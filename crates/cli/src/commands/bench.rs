@@ -20,19 +20,19 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Tokens of the prompt
-    #[arg(long, short, default_value_t = 512, value_name = "N")]
+    #[arg(long, short, default_value_t = 512, value_name = "N", conflicts_with = "train")]
     prompt_tokens: usize,
     /// Tokens to generate
-    #[arg(long, short, default_value_t = 128, value_name = "N")]
+    #[arg(long, short, default_value_t = 128, value_name = "N", conflicts_with = "train")]
     generate_tokens: usize,
     /// Runs; the medians are reported
-    #[arg(long, short = 'n', default_value_t = 5, value_name = "N")]
+    #[arg(long, short = 'n', default_value_t = 5, value_name = "N", conflicts_with = "train")]
     runs: usize,
     /// Start decoding behind this many cached tokens, instead of behind the prompt
     #[arg(long, value_name = "N")]
     depth: Option<usize>,
     /// Decode so many sequences at once, or train on so many rows
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_batch)]
     batch: usize,
     /// Form products exactly in f32
     #[arg(long)]
@@ -42,6 +42,14 @@ pub struct Args {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+}
+
+/// Sequences at once: far more than any machine decodes, few enough that no size of theirs overflows.
+fn parse_batch(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(batch @ 1..=65_536) => Ok(batch),
+        _ => Err("expected a number from 1 to 65536".to_string()),
+    }
 }
 
 struct Run {
@@ -61,15 +69,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
         return bench_train::run(&args.model.model, &args.train, args.batch, args.json);
     }
-    if args.runs == 0 || args.prompt_tokens == 0 || args.batch == 0 {
-        return Err(Usage("-n, -p and --batch must be at least 1".to_string()).into());
+    if args.runs == 0 || args.prompt_tokens == 0 {
+        return Err(Usage("-n and -p must be at least 1".to_string()).into());
     }
     let started = Instant::now();
     let loaded = args.model.open()?;
     let load_s = started.elapsed().as_secs_f64();
     let depth = args.depth.unwrap_or(args.prompt_tokens);
     let limit = loaded.model.info().max_positions;
-    if depth.max(args.prompt_tokens) + args.generate_tokens > limit {
+    let longest = depth.max(args.prompt_tokens).saturating_add(args.generate_tokens);
+    if longest > limit {
         return Err(Usage(format!(
             "{} cached and {} generated tokens are more than the model's {limit} positions",
             depth.max(args.prompt_tokens),
@@ -80,7 +89,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let defaults = Options::for_model(&loaded);
     let (precision, kv_dtype) =
         if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
-    let longest = depth.max(args.prompt_tokens) + args.generate_tokens;
     let types = (kv_dtype, precision);
     let model = loaded.model.as_ref();
     let needed = mica_lm::memory::generation(model, args.prompt_tokens, longest, args.batch, types)?;

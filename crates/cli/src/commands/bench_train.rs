@@ -23,6 +23,9 @@ use crate::exit::Usage;
 use crate::machine::peak_memory_gb;
 use crate::output::say;
 
+/// Positions of a step: more than fit into any memory.
+const MOST_POSITIONS: usize = 1 << 22;
+
 /// What to train.
 #[derive(clap::Args)]
 #[command(next_help_heading = "Training (--train)")]
@@ -49,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 8, requires = "train")]
     lora_rank: usize,
     /// The learning rate
-    #[arg(long, value_name = "R", default_value_t = 1e-4, requires = "train")]
+    #[arg(long, value_name = "R", default_value_t = 1e-4, requires = "train", value_parser = crate::parse_finite)]
     learning_rate: f64,
     /// Recompute activations in the backward pass, to save memory
     #[arg(long, requires = "train")]
@@ -67,8 +70,8 @@ fn parse_type(text: &str) -> Result<FineTune, String> {
 
 /// Runs the measurement on a batch of so many rows.
 pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow::Result<()> {
-    if rows == 0 || args.steps == 0 || args.seq == 0 || args.lora_rank == 0 {
-        return Err(Usage("--batch, --seq, --steps and --lora-rank must be at least 1".to_string()).into());
+    if args.steps == 0 || args.seq == 0 || args.lora_rank == 0 {
+        return Err(Usage("--seq, --steps and --lora-rank must be at least 1".to_string()).into());
     }
     let layers = match args.num_layers {
         -1 => None,
@@ -83,6 +86,11 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     let longest = loaded.model.info().max_positions;
     if args.seq > longest {
         return Err(Usage(format!("--seq {} is more than the model's {longest} positions", args.seq)).into());
+    }
+    if rows.saturating_mul(args.seq) > MOST_POSITIONS {
+        let text =
+            format!("--batch {rows} of --seq {} tokens is more than {MOST_POSITIONS} positions", args.seq);
+        return Err(Usage(text).into());
     }
     if !full {
         let adapter = AdapterConfig {

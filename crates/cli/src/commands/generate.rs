@@ -21,10 +21,10 @@ pub struct Args {
     #[arg(long, short, value_name = "TEXT")]
     prompt: Option<String>,
     /// The prompt as token ids, instead of text
-    #[arg(long, value_name = "1,2,3", conflicts_with = "prompt", value_parser = parse_tokens)]
+    #[arg(long, value_name = "1,2,3", conflicts_with_all = ["prompt", "system_prompt", "raw"], value_parser = parse_tokens)]
     prompt_tokens: Option<Tokens>,
     /// A system message before the prompt
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system_prompt: Option<String>,
     /// Give the prompt to the model as it is, also where there is a chat template
     #[arg(long, visible_alias = "ignore-chat-template")]

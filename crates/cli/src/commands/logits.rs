@@ -35,6 +35,10 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if std::fs::metadata(&args.output).is_ok_and(|about| !about.is_file()) {
+        let text = "is a folder or a device; name a file to write, as logits.npy";
+        return Err(Usage(format!("--output {}: {text}", args.output.display())).into());
+    }
     let loaded = args.model.open()?;
     let tokens = match (args.tokens, args.prompt) {
         (Some(tokens), _) => tokens,

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::train::AdapterFlags;
 use crate::exit::Usage;
-use crate::training::{Job, facts, resumed, run as run_job, settings};
+use crate::training::{Job, bucket_of_environment, facts, resumed, run as run_job, settings};
 
 /// Fine-tune with mlx-lm's flags, defaults and meanings
 #[derive(clap::Args)]
@@ -67,7 +67,7 @@ struct Flags {
     #[arg(long, allow_negative_numbers = true)]
     val_batches: Option<i64>,
     /// The learning rate
-    #[arg(long)]
+    #[arg(long, value_parser = crate::parse_finite)]
     learning_rate: Option<f64>,
     /// Micro-batches between report lines
     #[arg(long)]
@@ -99,9 +99,9 @@ struct Flags {
     /// Recompute activations in the backward pass, to save memory
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     grad_checkpoint: Option<bool>,
-    /// Bytes of freed memory that are kept for reuse; 0 leaves it to the allocator
-    #[arg(long)]
-    clear_cache_threshold: Option<u64>,
+    /// Freed memory that is kept for reuse, as 1GB or in bytes; 0 leaves it to the allocator
+    #[arg(long, value_name = "SIZE")]
+    clear_cache_threshold: Option<String>,
     /// Refused: there is no reporting to services
     #[arg(long, hide = true)]
     report_to: Option<String>,
@@ -126,8 +126,8 @@ struct Flags {
     /// Bad lines that may be passed over
     #[arg(long)]
     skip_bad_lines: Option<usize>,
-    /// Rows are padded to multiples of this
-    #[arg(long, env = "MICA_BUCKET_SIZE")]
+    /// Rows are padded to multiples of this [default: MICA_BUCKET_SIZE, or 64]
+    #[arg(long)]
     bucket_size: Option<usize>,
     /// Rows are padded to the smallest of these that fits
     #[arg(long, value_delimiter = ',', value_name = "N,N")]
@@ -144,7 +144,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let config = if args.resume && alone {
         resumed(None, &output)?
     } else {
-        let parsed = LoraConfig::new(given)?;
+        let mut parsed = LoraConfig::new(given)?;
+        if parsed.bucket_size.is_none() && parsed.bucket_sizes.is_none() {
+            parsed.bucket_size = bucket_of_environment()?;
+        }
         let model = parsed.model.clone().ok_or_else(|| Usage("--model is missing".to_string()))?;
         let facts = facts(&model)?;
         let (mut config, mut notes) = parsed.resolve(&facts)?;
@@ -152,6 +155,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         notes.iter().for_each(|note| eprintln!("{note}"));
         if args.resume { resumed(Some(config), &output)? } else { config }
     };
+    let adapter =
+        [args.flags.num_layers, args.flags.lora_layers].iter().any(Option::is_some) || args.adapter.given();
+    if !config.train && adapter {
+        eprintln!(
+            "Warning: without --train the adapter is tested as it was trained; flags of its shape have no effect"
+        );
+    }
     let resume_command = format!("mica lora --resume --adapter-path {}", config.output.display());
     // As in mlx-lm, a new run takes the place of an older one.
     let resume = args.resume && config.output.is_dir();

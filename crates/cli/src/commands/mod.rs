@@ -49,23 +49,24 @@ impl ModelArgs {
 /// How to choose tokens.
 #[derive(clap::Args)]
 pub struct SamplingArgs {
-    /// Most tokens to generate
+    /// Most tokens to generate (in mlx_lm.generate this is -m, which names the model here)
     #[arg(long, short = 'n', default_value_t = 256, value_name = "N")]
     pub max_tokens: usize,
     /// Temperature; 0 takes the likeliest token
-    #[arg(long, visible_alias = "temperature", default_value_t = 0.0, value_name = "T")]
+    #[arg(long, visible_alias = "temperature", default_value_t = 0.0, value_name = "T", value_parser = crate::parse_finite_f32)]
     pub temp: f32,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(long, default_value_t = 1.0, value_name = "P", value_parser = crate::parse_finite_f32)]
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the likeliest
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    #[arg(long, default_value_t = 0.0, value_name = "P", value_parser = crate::parse_finite_f32)]
     pub min_p: f32,
     /// Draw from the N likeliest tokens; 0 from all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub top_k: usize,
-    /// Divide the logits of tokens that occurred by this
-    #[arg(long, default_value_t = 1.0, value_name = "R")]
+    /// Make tokens that are among the last 20 less likely: their logits are divided by this if they are above 0, else
+    /// multiplied
+    #[arg(long, default_value_t = 1.0, value_name = "R", value_parser = crate::parse_finite_f32)]
     pub repetition_penalty: f32,
     /// Seed of the random choice
     #[arg(long, default_value_t = 0)]

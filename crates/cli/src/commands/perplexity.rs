@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use mica_array::op::CrossEntropySpec;
 use mica_array::{Array, Precision};
+use mica_lm::generate::check_vocabulary;
 use mica_lm::load::Loaded;
 use mica_lm::models::Input;
 use mica_lm::tokenizer::{Specials, Tokenizer};
@@ -51,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let longest = loaded.model.info().max_positions;
     let length = args.length.unwrap_or(longest.min(2048));
     let overlap = args.overlap.unwrap_or(length / 4);
-    if length < 2 || length > longest || overlap + 1 >= length {
+    if length < 2 || length > longest || overlap >= length - 1 {
         let text = format!(
             "--length must be from 2 to the model's {longest} positions and more than --overlap + 1, got {length} \
              and {overlap}"
@@ -65,11 +66,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     })?;
     let tokenizer = Tokenizer::load(&loaded.folder)?;
     let mut tokens = tokenizer.encode(&text, Specials::ParseAndAdd)?;
+    if tokens.len() < 2 || text.is_empty() {
+        let cause = format!("comes to {} tokens; two at least are needed", tokens.len());
+        return Err(mica_tune::Error::Data { path: args.file.clone(), cause }.into());
+    }
     tokens.truncate(args.max_tokens.unwrap_or(usize::MAX));
     if tokens.len() < 2 {
-        return Err(Usage(format!("{}: two tokens at least are needed", args.file.display())).into());
+        return Err(Usage("--max-tokens must be at least 2".to_string()).into());
     }
-    mica_lm::generate::check_tokens(loaded.model.as_ref(), &tokens)?;
+    // The text may be of any length: only windows of it are read.
+    check_vocabulary(loaded.model.as_ref(), &tokens)?;
     let precision = match (args.fast, args.exact) {
         (true, _) => Precision::Fast,
         (_, true) => Precision::Exact,

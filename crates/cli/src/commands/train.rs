@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::exit::Usage;
-use crate::training::{Job, facts, resumed, run as run_job, settings};
+use crate::training::{Job, bucket_of_environment, facts, resumed, run as run_job, settings};
 
 /// Fine-tune a model: LoRA, DoRA or all weights
 #[derive(clap::Args)]
@@ -90,8 +90,8 @@ struct Flags {
     /// Several samples a row, isolated from each other
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     packing: Option<bool>,
-    /// Rows are padded to multiples of this
-    #[arg(long, env = "MICA_BUCKET_SIZE")]
+    /// Rows are padded to multiples of this [default: MICA_BUCKET_SIZE, or 64]
+    #[arg(long)]
     bucket_size: Option<usize>,
     /// Rows are padded to the smallest of these that fits
     #[arg(long, value_delimiter = ',', value_name = "N,N")]
@@ -100,16 +100,16 @@ struct Flags {
     #[arg(long)]
     steps: Option<u64>,
     /// Passes over the data
-    #[arg(long)]
+    #[arg(long, value_parser = crate::parse_finite)]
     epochs: Option<f64>,
     /// adamw or adam
     #[arg(long)]
     optimizer: Option<String>,
     /// Weight decay
-    #[arg(long)]
+    #[arg(long, value_parser = crate::parse_finite)]
     weight_decay: Option<f64>,
     /// The highest learning rate
-    #[arg(long, visible_alias = "lr")]
+    #[arg(long, visible_alias = "lr", value_parser = crate::parse_finite)]
     learning_rate: Option<f64>,
     /// constant, linear, cosine; others need their numbers in the file
     #[arg(long)]
@@ -118,10 +118,10 @@ struct Flags {
     #[arg(long)]
     warmup_steps: Option<u64>,
     /// Share of the run that is warm-up
-    #[arg(long)]
+    #[arg(long, value_parser = crate::parse_finite)]
     warmup_ratio: Option<f64>,
     /// Gradients are scaled down to this norm; 0 turns it off
-    #[arg(long)]
+    #[arg(long, value_parser = crate::parse_finite)]
     max_grad_norm: Option<f64>,
     /// Recompute activations in the backward pass, to save memory
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
@@ -156,13 +156,13 @@ pub struct AdapterFlags {
     #[arg(long, visible_alias = "lora-rank", value_name = "N")]
     pub rank: Option<usize>,
     /// Adapters are scaled by alpha / rank
-    #[arg(long, value_name = "A")]
+    #[arg(long, value_name = "A", value_parser = crate::parse_finite)]
     pub lora_alpha: Option<f64>,
     /// Adapters are scaled by this
-    #[arg(long, value_name = "S", conflicts_with = "lora_alpha")]
+    #[arg(long, value_name = "S", conflicts_with = "lora_alpha", value_parser = crate::parse_finite)]
     pub lora_scale: Option<f64>,
     /// Share of an adapter's inputs that is dropped
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = crate::parse_finite)]
     pub lora_dropout: Option<f64>,
     /// Layers that get an adapter, by path or suffix
     #[arg(long, value_delimiter = ',', value_name = "q_proj,v_proj")]
@@ -170,6 +170,12 @@ pub struct AdapterFlags {
 }
 
 impl AdapterFlags {
+    /// Whether there is any.
+    pub fn given(&self) -> bool {
+        let numbers = [self.lora_alpha, self.lora_scale, self.lora_dropout];
+        self.rank.is_some() || numbers.iter().any(Option::is_some) || self.lora_keys.is_some()
+    }
+
     /// Lays the flags over the section.
     pub fn overlay(&self, settings: &mut Settings) {
         let mut section = json!({
@@ -203,7 +209,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let output = output.ok_or_else(|| Usage("--resume needs --output, the run folder".to_string()))?;
         resumed(None, &output)?
     } else {
-        let parsed = TrainConfig::new(given)?;
+        let mut parsed = TrainConfig::new(given)?;
+        if parsed.bucket_size.is_none() && parsed.bucket_sizes.is_none() {
+            parsed.bucket_size = bucket_of_environment()?;
+        }
         let model = parsed.model.clone();
         let model = model.ok_or_else(|| Usage("--model is missing".to_string()))?;
         let facts = facts(&model)?;

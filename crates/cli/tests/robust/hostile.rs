@@ -428,7 +428,9 @@ fn targets_that_cannot_be_written() {
         ("train, a file", train, "@file", 3),
         ("train, a run", train, "@adapter", 2),
         ("train, below a file", train, "@file/out", 3),
-        ("logits, a folder", logits, "@filled", 1),
+        ("logits, a folder", logits, "@filled", 2),
+        ("logits, a device", logits, "/dev/null", 2),
+        ("train, a model", train, "@whole", 2),
         ("logits, no folder", logits, "@nowhere/x.npy", 3),
     ] {
         room.run(&format!("{command} {target}")).failed(name, code);

@@ -8,3 +8,4 @@ mod kill;
 mod memory;
 mod newcomer;
 mod program;
+mod refusals;

@@ -10,7 +10,7 @@ use minijinja::value::{Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
 
-use super::{python, source};
+use super::{bounds, python, source};
 
 const NAME: &str = "template";
 
@@ -47,6 +47,7 @@ pub(super) fn new(source: String, fuel: u64, recursion: usize) -> Result<Environ
     env.set_recursion_limit(recursion);
     env.set_unknown_method_callback(python::method);
     minijinja_contrib::add_to_environment(&mut env);
+    bounds::add_to(&mut env);
     env.add_filter("tojson", python::tojson);
     env.add_filter(source::PERCENT, python::percent);
     env.add_filter("int", python::int);
@@ -74,6 +75,7 @@ pub(super) fn run(
     let mut output = Bounded { bytes: Vec::new(), limit };
     let template = env.get_template(NAME)?;
     NOW.set(now);
+    bounds::begin();
     // The engine panics on some slices that step backwards (`[][::-1]`, in 3.0.5).
     let result = catch_unwind(AssertUnwindSafe(|| {
         template.render_captured_to(Value::from(Serde(context)), &mut output).map(drop)

@@ -4,6 +4,8 @@
 use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State};
 
+use super::bounds;
+
 /// A method that the engine does not know on a value.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     if let Some(text) = value.as_str()
@@ -19,6 +21,11 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value
             }
         }
         return Err(invalid(format!("{wanted:?} is not in the list")));
+    }
+    if name == "join"
+        && let (Some(between), [list]) = (value.as_str(), args)
+    {
+        bounds::charge(bounds::joined(list, between.len()))?;
     }
     if value.kind() == ValueKind::Map && name == "copy" {
         return Ok(value.clone());
@@ -38,6 +45,11 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>
             let strip = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
             let text = if name == "rstrip" { text } else { text.trim_start_matches(strip) };
             Value::from(if name == "lstrip" { text } else { text.trim_end_matches(strip) })
+        }
+        "replace" => {
+            let (from, to, most): (&str, &str, Option<i64>) = from_args(args)?;
+            let most = most.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX);
+            Value::from(bounds::replaced(text, from, to, most)?)
         }
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(args)?;
@@ -243,6 +255,7 @@ pub(super) fn tojson(value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Result
         out: String::new(),
     };
     json.value(value, 0)?;
+    bounds::charge(json.out.len())?;
     Ok(Value::from(json.out))
 }
 
@@ -260,6 +273,7 @@ impl Json {
         if depth > 200 {
             return Err(invalid("tojson: nested more than 200 deep"));
         }
+        bounds::fits(self.out.len())?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -437,6 +451,22 @@ mod tests {
             ("[1, 2, 3][::-1] ~ 'abc'[1:] ~ [1, 2][-1]", "[3, 2, 1]bc2"),
             ("'%s-%d'|format('a', 3) ~ '{} {x}'.format(1, x=2)", "a-31 2"),
             ("'ab' * 2", "abab"),
+            (
+                "'aXbXc'.replace('X', '--', 1) ~ 'ab'.replace('', '-') ~ 'aXX'|replace('X', 'y')",
+                "a--bXc-a-b-ayy",
+            ),
+            ("'aXbX'.replace('X', '', -1) ~ 'aX'.replace('X', 'y', 0)", "abaX"),
+            ("'-'.join(['a', 'b']) ~ [1, 2]|join(', ') ~ [{'a': 3}]|join('', attribute='a')", "a-b1, 23"),
+            ("'a\nb'|indent(2) ~ '|' ~ 'a\nb'|indent(width=1, first=true)", "a\n  b| a\n b"),
+            (
+                "[3, 1, 2]|sort(reverse=true)|list ~ [1, 1]|unique|list ~ [[1, 2]]|map('first')|list",
+                "[3, 2, 1][1][1]",
+            ),
+            (
+                "[{'a': 1}, {'a': 2}]|selectattr('a', 'equalto', 2)|list ~ ([1] + [2])|string",
+                "[{'a': 2}][1, 2]",
+            ),
+            ("(1 + 2) ~ (3 + 4) ~ 'x + y' ~ (5 if none is defined else 6)", "37x + y5"),
             ("\"it's <|im_end|> o2x éA\".title()", "It'S <|Im_End|> O2X Éa"),
             ("'%s is %05.1f' % ('x', 2.25) ~ '%d%%' % 5", "x is 002.25%"),
         ] {

@@ -6,7 +6,11 @@
 //!
 //! `'%s-%d' % (a, b)`, Python's formatting of a literal string, becomes a filter: `'%s-%d'|mica_percent((a, b))`. (With
 //! a variable on the left it stays an arithmetic operator, and fails on strings.)
+//!
+//! The left operands of `~` and `+` go through a filter that counts them: `a|mica_piece ~ b` (see `bounds`). Filters
+//! bind tighter than both, so what is counted is the operand's last part; every part of a long sum is one.
 
+use super::bounds::PIECE;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -30,7 +34,7 @@ pub(super) fn rewrite(source: &str) -> (String, bool) {
             rest.find("#}").map_or(rest.len(), |end| end + 2)
         } else if rest.starts_with("{{") {
             let length = inside(rest, "}}");
-            out.push_str(&percent(&rest[..length]));
+            out.push_str(&pieces(&percent(&rest[..length])));
             rest = &rest[length..];
             continue;
         } else if rest.starts_with("{%") {
@@ -52,7 +56,7 @@ pub(super) fn rewrite(source: &str) -> (String, bool) {
                 }
                 "raw" => raw_end(rest, length),
                 _ => {
-                    out.push_str(&percent(tag));
+                    out.push_str(&pieces(&percent(tag)));
                     rest = &rest[length..];
                     continue;
                 }
@@ -105,6 +109,47 @@ fn percent(tag: &str) -> Cow<'_, str> {
     }
     out.push_str(&tag[done..]);
     Cow::Owned(out)
+}
+
+/// A tag whose sums are counted.
+fn pieces(tag: &str) -> Cow<'_, str> {
+    if !tag.ends_with("}}") && !tag.ends_with("%}") {
+        return Cow::Borrowed(tag);
+    }
+    // Whitespace control at the edges is no operator.
+    let (left, right) = edges(tag);
+    let (start, end) = (2 + left.len(), tag.len().saturating_sub(2 + right.len()));
+    if start >= end || !tag[start..end].contains(['~', '+']) {
+        return Cow::Borrowed(tag);
+    }
+    let bytes = tag.as_bytes();
+    let (mut out, mut done, mut i) = (String::with_capacity(tag.len() + 64), 0, start);
+    while i < end {
+        if matches!(bytes[i], b'"' | b'\'') {
+            i = string_end(tag, i);
+            continue;
+        }
+        if matches!(bytes[i], b'~' | b'+') && ends_operand(&tag[start..i]) {
+            out.push_str(&tag[done..i]);
+            out.push_str(&format!("|{PIECE} "));
+            done = i;
+        }
+        i += 1;
+    }
+    out.push_str(&tag[done..]);
+    Cow::Owned(out)
+}
+
+/// Whether an operand may end here, rather than that an operator or the exponent of a number goes on.
+fn ends_operand(before: &str) -> bool {
+    let tight = before.ends_with(|c: char| !c.is_whitespace());
+    let before = before.trim_end();
+    if before.ends_with([')', ']', '}', '"', '\'']) {
+        return true;
+    }
+    let word = before.rsplit(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+    let exponent = tight && word.starts_with(|c: char| c.is_ascii_digit()) && word.ends_with(['e', 'E']);
+    !word.is_empty() && !exponent
 }
 
 fn skip_space(text: &str, from: usize) -> usize {
@@ -208,7 +253,7 @@ fn tag_name(tag: &str) -> &str {
 fn edges(tag: &str) -> (&str, &str) {
     let control = |c: Option<char>| if matches!(c, Some('-' | '+')) { 1 } else { 0 };
     let left = control(tag[2..].chars().next());
-    let inner = tag.strip_suffix("%}").unwrap_or(tag);
+    let inner = tag.strip_suffix("%}").or(tag.strip_suffix("}}")).unwrap_or(tag);
     let right = control(inner[2 + left..].chars().next_back());
     (&tag[2..2 + left], &inner[inner.len() - right..])
 }
@@ -264,10 +309,28 @@ mod tests {
     }
 
     #[test]
+    fn sums_are_counted() {
+        for (source, expected) in [
+            ("{{ a ~ b.c('~') + d[0] }}", "{{ a |mica_piece ~ b.c('~') |mica_piece + d[0] }}"),
+            ("{%+ set x = x~'+' +%}", "{%+ set x = x|mica_piece ~'+' +%}"),
+            ("{{+ 1e+5 + -2 }}", "{{+ 1e+5 |mica_piece + -2 }}"),
+            ("{% if x %}+{% endif +%}", "{% if x %}+{% endif +%}"),
+            ("{{ '~ + ' }}~", "{{ '~ + ' }}~"),
+            ("{{ ~ + é~é }}", "{{ ~ + é|mica_piece ~é }}"),
+            ("{{ a ~ 日", "{{ a ~ 日"),
+        ] {
+            assert_eq!(rewrite(source).0, expected, "{source}");
+        }
+    }
+
+    #[test]
     fn formatting_becomes_a_filter() {
         for (source, expected) in [
             ("{{ '%s-%d' % (a, b) }}", "{{ '%s-%d'|mica_percent((a, b)) }}"),
-            ("{{ '%s' % a.b[1]('x)')|upper ~ c }}", "{{ '%s'|mica_percent(a.b[1]('x)')|upper) ~ c }}"),
+            (
+                "{{ '%s' % a.b[1]('x)')|upper ~ c }}",
+                "{{ '%s'|mica_percent(a.b[1]('x)')|upper) |mica_piece ~ c }}",
+            ),
             ("{% if '%s%%' % '%s' % x == y %}", "{% if '%s%%'|mica_percent('%s') % x == y %}"),
             ("{{ a % 2 % 3 }}", "{{ a % 2 % 3 }}"),
             ("{% set x = '50% of %' %}", "{% set x = '50% of %' %}"),

@@ -29,7 +29,9 @@ pub enum RopeKind {
         /// By how much.
         factor: f64,
     },
-    /// The base grows with the sequence once it is longer than in training (NTK).
+    /// The base grows with the sequence once it is longer than in training (NTK). Keys of a cache were rotated with
+    /// the base of their time and can't follow, so models read no more than the context of training
+    /// ([`RopeConfig::reach`]), up to which nothing is changed.
     Dynamic {
         /// How many times longer contexts may become.
         factor: f64,
@@ -51,7 +53,9 @@ pub enum RopeKind {
         /// What queries · keys are scaled by, through sine and cosine (each is multiplied by it).
         attention_factor: f64,
     },
-    /// A factor per frequency, one list for short contexts and one for long (Phi-3).
+    /// A factor per frequency, one list for short contexts and one for long (Phi-3). `transformers` takes the long
+    /// list as soon as a sequence is longer than in training; keys of a cache were rotated with the short one by then,
+    /// so models read no more than the context of training.
     LongRope {
         /// Divisors up to the original context.
         short: Vec<f64>,
@@ -138,6 +142,52 @@ impl RopeConfig {
         let partial = given.get_or("partial_rotary_factor", partial)?;
         let kind = kind(fields, &given)?;
         Self { theta, kind, partial }.checked(&given)
+    }
+
+    /// As models take it that rotate whole heads: `transformers` ignores `partial_rotary_factor` in their plain
+    /// embeddings, and fails with it in the scaled kinds.
+    ///
+    /// # Errors
+    /// A scaled kind with a part of the head.
+    pub fn of_whole_heads(self, fields: &Fields) -> Result<Self> {
+        match self.kind {
+            RopeKind::Default => Ok(Self { partial: 1.0, ..self }),
+            RopeKind::Proportional { .. } => Ok(self),
+            _ if self.partial == 1.0 => Ok(self),
+            _ => Err(fields.bad(
+                "partial_rotary_factor",
+                "1, since models of this family rotate whole heads",
+                &self.partial.into(),
+            )),
+        }
+    }
+
+    /// The longest sequence of a model whose `max_position_embeddings` is `stated`, and what bounds it if that is
+    /// less than the scaling is made for. Recipes that scale often leave `max_position_embeddings` as it was in
+    /// training: then the context is that of training times the factor.
+    pub fn reach(&self, stated: usize) -> (usize, Option<&'static str>) {
+        let times = |factor: f64, context: usize| ((factor * context as f64) as usize).min(i32::MAX as usize);
+        match &self.kind {
+            RopeKind::Default | RopeKind::Proportional { .. } => (stated, None),
+            RopeKind::Linear { factor } => (times(*factor, stated).max(stated), None),
+            RopeKind::Yarn { factor, original_max_position, .. } => {
+                (times(*factor, *original_max_position).max(stated), None)
+            }
+            // Llama 3.2 has a factor of 32 for 16 times the context: what is stated is meant, unless it is the old one.
+            RopeKind::Llama3 { original_max_position, .. } if stated > *original_max_position => {
+                (stated, None)
+            }
+            RopeKind::Llama3 { factor, original_max_position, .. } => {
+                (times(*factor, *original_max_position).max(stated), None)
+            }
+            RopeKind::Dynamic { .. } => {
+                (stated, Some("dynamic rope is not stretched beyond the context of training"))
+            }
+            RopeKind::LongRope { original_max_position, .. } => (
+                stated.min(*original_max_position),
+                Some("the long factors of longrope are not used, so this is the context of training"),
+            ),
+        }
     }
 
     fn checked(self, fields: &Fields) -> Result<Self> {

@@ -79,6 +79,73 @@ fn dialects_and_defaults() {
 }
 
 #[test]
+fn families_of_whole_heads_ignore_or_refuse_a_part() {
+    let fields = |value: &Value, check: &dyn Fn(Result<RopeConfig>)| {
+        let fields = Fields::new(Path::new("config.json"), value.as_object().unwrap());
+        check(RopeConfig::read(&fields, 10_000.0, None).unwrap().of_whole_heads(&fields));
+    };
+    fields(&json!({"partial_rotary_factor": 0.5}), &|rope| {
+        assert_eq!(rope.unwrap(), RopeConfig::new(10_000.0));
+    });
+    let scaled = json!({"rope_scaling": {"type": "linear", "factor": 2, "partial_rotary_factor": 0.5}});
+    fields(&scaled, &|rope| {
+        let error = rope.unwrap_err().to_string();
+        assert!(error.contains("partial_rotary_factor") && error.contains("whole heads"), "{error}");
+    });
+    let proportional = json!({"rope_scaling": {"type": "proportional", "partial_rotary_factor": 0.5}});
+    fields(&proportional, &|rope| assert_eq!(rope.unwrap().partial, 0.5));
+}
+
+#[test]
+fn scaling_reaches_as_far_as_it_is_made_for() {
+    let factors = json!([1.0, 1.0, 1.0, 1.0]);
+    for (name, scaling, reach, bounded) in [
+        ("none", Value::Null, 256, false),
+        (
+            "yarn as Qwen publishes it",
+            json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
+            1024,
+            false,
+        ),
+        ("yarn without a context", json!({"type": "yarn", "factor": 2.0}), 512, false),
+        (
+            "yarn, stated already",
+            json!({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
+            256,
+            false,
+        ),
+        ("linear", json!({"type": "linear", "factor": 4.0}), 1024, false),
+        ("linear that shrinks", json!({"type": "linear", "factor": 0.5}), 256, false),
+        ("huge", json!({"type": "linear", "factor": 1e300}), i32::MAX as usize, false),
+        (
+            "llama3, stated",
+            json!({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64}),
+            256,
+            false,
+        ),
+        (
+            "llama3, not stated",
+            json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+            2048,
+            false,
+        ),
+        ("dynamic", json!({"type": "dynamic", "factor": 4.0}), 256, true),
+        (
+            "longrope",
+            json!({"type": "longrope", "short_factor": factors, "long_factor": factors,
+                "original_max_position_embeddings": 32}),
+            32,
+            true,
+        ),
+    ] {
+        let rope = read(&json!({"max_position_embeddings": 256, "rope_scaling": scaling}), None).unwrap();
+        let (got, note) = rope.reach(256);
+        assert_eq!((got, note.is_some()), (reach, bounded), "{name}");
+    }
+}
+
+#[test]
 fn impossible_settings_name_the_field() {
     for (name, config, words) in [
         ("kind", json!({"rope_scaling": {"type": "ntk"}}), "`rope_scaling.rope_type`"),

@@ -64,18 +64,21 @@ pub(super) fn build(config: &Reader, source: &mut dyn Source) -> Result<Box<dyn 
     let taps = config.size_or("conv_L_cache", 3)?;
     let conv_bias = config.fields().get_or("conv_bias", false)?;
     let inner = feed_forward_width(config)?;
+    let rope = config.rope(1_000_000.0)?;
+    let (max_positions, positions_note) = rope.reach(config.size_or("max_position_embeddings", 128_000)?);
     let info = ModelInfo {
         family: "lfm2",
         vocabulary: config.size_or("vocab_size", 65_536)?,
         hidden,
         kv_heads,
         head_dim,
-        max_positions: config.size_or("max_position_embeddings", 128_000)?,
+        max_positions,
+        positions_note,
         tied: config
             .fields()
             .get_or("tie_word_embeddings", config.fields().get_or("tie_embedding", true)?)?,
     };
-    let rope = Arc::new(Rope::new(&config.rope(1_000_000.0)?, head_dim, info.max_positions)?);
+    let rope = Arc::new(Rope::new(&rope, head_dim, info.max_positions)?);
     let norm = |source: &mut dyn Source, name: &str| -> Result<RmsNorm> {
         Ok(RmsNorm::from_array(source.tensor(&format!("{name}.weight"), &[hidden])?, eps))
     };

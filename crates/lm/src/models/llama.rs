@@ -23,6 +23,8 @@ pub(super) fn spec(config: &Reader, family: &'static str) -> Result<DecoderSpec>
     };
     config.quotient(("num_attention_heads", heads), ("num_key_value_heads", kv_heads))?;
     let layers = config.size("num_hidden_layers")?;
+    let rope = config.rope(10_000.0)?;
+    let (max_positions, positions_note) = rope.reach(config.size_or("max_position_embeddings", 2048)?);
     let attention_bias = config.fields().get_or("attention_bias", false)?;
     let activation_name = config.fields().get_or("hidden_act", "silu".to_string())?;
     let shape = attention::Shape {
@@ -42,7 +44,8 @@ pub(super) fn spec(config: &Reader, family: &'static str) -> Result<DecoderSpec>
             hidden,
             kv_heads,
             head_dim,
-            max_positions: config.size_or("max_position_embeddings", 2048)?,
+            max_positions,
+            positions_note,
             tied: config.fields().get_or("tie_word_embeddings", false)?,
         },
         attention: vec![shape; layers],
@@ -51,6 +54,6 @@ pub(super) fn spec(config: &Reader, family: &'static str) -> Result<DecoderSpec>
         activation: Activation::from_name(&activation_name)
             .ok_or_else(|| config.wrong("hidden_act", "silu, gelu or gelu_pytorch_tanh", &activation_name))?,
         norm_eps: config.eps("rms_norm_eps", 1e-6)?,
-        rope: config.rope(10_000.0)?,
+        rope,
     })
 }

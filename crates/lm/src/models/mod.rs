@@ -71,8 +71,10 @@ pub struct ModelInfo {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// The longest sequence that the model was made for.
+    /// The longest sequence that the model was made for, its rope scaling included.
     pub max_positions: usize,
+    /// What bounds it, where that is less than the configuration promises.
+    pub positions_note: Option<&'static str>,
     /// The output head is the embedding (unless the file has another one).
     pub tied: bool,
 }
@@ -150,6 +152,17 @@ pub fn families() -> impl Iterator<Item = &'static str> {
 /// If it is not, with those that can.
 pub fn check_family(config: &ModelConfig) -> Result<()> {
     builder(config).map(|_| ())
+}
+
+/// The longest sequence that a model was made for, its rope scaling included, if its configuration says so.
+///
+/// # Errors
+/// A wrong field.
+pub fn max_positions(config: &ModelConfig) -> Result<Option<usize>> {
+    let reader = Reader::new(config)?;
+    let stated = reader.size_option("max_position_embeddings")?;
+    // The base of the wavelengths has no part in it.
+    stated.map(|stated| Ok(reader.rope(10_000.0)?.reach(stated).0)).transpose()
 }
 
 fn builder(config: &ModelConfig) -> Result<Build> {

@@ -71,7 +71,8 @@ impl<'a> Reader<'a> {
         self.0.bad(name, expected, &Value::from(got))
     }
 
+    /// The rotary embedding, of whole heads in all families that there are.
     pub(super) fn rope(&self, default_theta: f64) -> Result<RopeConfig> {
-        RopeConfig::read(&self.0, default_theta, None)
+        RopeConfig::read(&self.0, default_theta, None)?.of_whole_heads(&self.0)
     }
 }

@@ -164,6 +164,17 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_json_lacks_are_refused_and_not_dropped() {
+        for text in ["rate: .nan", "rate: .inf", "a: {b: [1, -.inf]}"] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains("non-finite"), "{text}: {error}");
+        }
+        let settings = parse("a: {b: [1, -2, 0.5, null, true, x]}\nc: 1e-5").unwrap();
+        let expected = json!({"a": {"b": [1, -2, 0.5, null, true, "x"]}, "c": 1e-5});
+        assert_eq!(Value::Object(settings), expected);
+    }
+
+    #[test]
     fn overlays_merge_sections() {
         let Value::Object(mut settings) = json!({"a": {"b": 1, "c": 2}, "d": 3}) else { unreachable!() };
         let Value::Object(over) = json!({"a": {"c": 4}, "d": 5, "e": 6}) else { unreachable!() };

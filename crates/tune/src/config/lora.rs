@@ -45,7 +45,8 @@ pub struct LoraConfig {
     pub config: Option<Value>,
     pub grad_checkpoint: Option<bool>,
     pub grad_accumulation_steps: Option<usize>,
-    pub clear_cache_threshold: Option<u64>,
+    /// A number of bytes, or a size with a unit.
+    pub clear_cache_threshold: Option<Value>,
     pub lr_schedule: Option<Value>,
     pub lora_parameters: Option<Settings>,
     pub mask_prompt: Option<bool>,
@@ -153,6 +154,17 @@ impl LoraConfig {
         };
         let missing =
             |key: &str| Error::Config(format!("\"{key}\" is missing: give --{key} or the key in the file"));
+        let cache_limit = match &self.clear_cache_threshold {
+            None | Some(Value::Null) => 0,
+            Some(Value::String(text)) => mica_lm::memory::parse_size(text)
+                .map_err(|cause| Error::Config(format!("clear_cache_threshold: {cause}")))?,
+            Some(number) => number.as_u64().ok_or_else(|| {
+                Error::Config(format!(
+                    "clear_cache_threshold is {number}; expected bytes, or a size such as 1GB"
+                ))
+            })?,
+        };
+        let test_batches = batches("test_batches", self.test_batches.unwrap_or(500))?;
         let run = RunConfig {
             model: self.model.ok_or_else(|| missing("model"))?,
             data: self.data.ok_or_else(|| missing("data"))?,
@@ -177,12 +189,12 @@ impl LoraConfig {
             grad_checkpoint: self.grad_checkpoint.unwrap_or(false),
             report_every: self.steps_per_report.unwrap_or(10),
             eval_every: self.steps_per_eval.unwrap_or(200),
-            val_batches: batches(self.val_batches.unwrap_or(25)),
+            val_batches: batches("val_batches", self.val_batches.unwrap_or(25))?,
             save_every: self.save_every.unwrap_or(100),
-            test: test.then(|| TestRun { batches: batches(self.test_batches.unwrap_or(500)) }),
+            test: test.then_some(TestRun { batches: test_batches }),
             train,
             resume_adapter_file: self.resume_adapter_file,
-            cache_limit: self.clear_cache_threshold.unwrap_or(0),
+            cache_limit,
         };
         Ok((run.check()?, notes))
     }
@@ -290,6 +302,24 @@ mod tests {
     }
 
     #[test]
+    fn sizes_have_units_as_in_mlx_lm() {
+        for (given, bytes) in
+            [("1GB", 1_000_000_000), ("1.5 M", 1_500_000), ("0", 0), ("\"0\"", 0), ("4096", 4096)]
+        {
+            let (run, _) = resolve(&format!("train: true\nclear_cache_threshold: {given}")).unwrap();
+            assert_eq!(run.cache_limit, bytes, "{given}");
+        }
+        for given in ["-1", "lots", "1XB", "[1]"] {
+            let error =
+                resolve(&format!("train: true\nclear_cache_threshold: {given}")).unwrap_err().to_string();
+            assert!(
+                error.contains("clear_cache_threshold") && error.contains("1GB") | error.contains("8GB"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn notes_and_older_names() {
         let (run, notes) = resolve("train: true\nlora_layers: 40").unwrap();
         assert_eq!(run.adapter.unwrap().layers, None);
@@ -310,6 +340,8 @@ mod tests {
             ("accumulation", "train: true\ngrad_accumulation_steps: 0", "at least 1"),
             ("both names", "train: true\nnum_layers: 2\nlora_layers: 2", "keep one"),
             ("batch", "train: true\nbatch_size: 0", "at least 1"),
+            ("no test batch", "test: true\ntest_batches: 0", "test_batches must be −1"),
+            ("no validation batch", "train: true\nval_batches: 0", "val_batches must be −1"),
             ("optimizer", "train: true\noptimizer: adan", "did you mean \"adam\"?"),
         ];
         for (name, text, part) in cases {

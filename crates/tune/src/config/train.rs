@@ -143,8 +143,11 @@ impl TrainConfig {
             ..columns
         };
         let packing = self.packing.unwrap_or(true);
-        let test =
-            self.test.unwrap_or(false).then(|| TestRun { batches: batches(self.test_batches.unwrap_or(-1)) });
+        if self.test_batches.is_some() && self.test != Some(true) {
+            return Err(Error::Config("test_batches has no effect without test (--test)".into()));
+        }
+        let test_batches = batches("test_batches", self.test_batches.unwrap_or(-1))?;
+        let test = self.test.unwrap_or(false).then_some(TestRun { batches: test_batches });
         RunConfig {
             rate: self.rate(peak)?,
             optimizer: self.optimizer()?,
@@ -172,7 +175,7 @@ impl TrainConfig {
             grad_checkpoint: self.grad_checkpoint.unwrap_or(false),
             report_every: self.report_every.unwrap_or(1),
             eval_every: self.eval_every.unwrap_or(save_every.max(200)),
-            val_batches: batches(self.val_batches.unwrap_or(5)),
+            val_batches: batches("val_batches", self.val_batches.unwrap_or(5))?,
             save_every,
             test,
             train: true,
@@ -294,8 +297,12 @@ impl TrainConfig {
 }
 
 /// A number of batches, −1 meaning all.
-pub(super) fn batches(given: i64) -> Option<usize> {
-    usize::try_from(given).ok()
+pub(super) fn batches(name: &str, given: i64) -> Result<Option<usize>> {
+    match given {
+        -1 => Ok(None),
+        n if n > 0 => Ok(Some(n as usize)),
+        _ => Err(Error::Config(format!("{name} must be −1 (all) or at least 1, got {given}"))),
+    }
 }
 
 /// A number of blocks from the last, −1 meaning all; more than there are means all.
@@ -447,6 +454,9 @@ mod tests {
             ("unknown method", "method: sftt", "method is \"sftt\""),
             ("warm-up twice", "warmup_steps: 1\nwarmup_ratio: 0.1", "keep one"),
             ("dropout", "lora_parameters: {dropout: 1.0}", "dropout"),
+            ("no validation batch", "val_batches: 0", "val_batches must be −1"),
+            ("no test batch", "test: true\ntest_batches: -2", "test_batches must be −1"),
+            ("batches of no test", "test_batches: 2", "without test"),
         ];
         for (name, text, part) in cases {
             let error = resolve(text, &quantized).expect_err(name).to_string();

@@ -82,7 +82,7 @@ impl Loader {
             return Err(Error::Config("batch size, maximum length and window must be at least 1".into()));
         }
         if samples.is_empty() {
-            return Err(Error::Config("there is nothing to load: the data set has no rows".into()));
+            return Err(Error::NothingToLearn("there is nothing to load: the data set has no rows".into()));
         }
         let state = LoaderState { fingerprint: fingerprint(&*samples, &options), ..LoaderState::default() };
         Ok(Loader { samples, options, state, order: None, window: None })
@@ -161,7 +161,8 @@ impl Loader {
     fn advance(&mut self, window: Window) -> Result<()> {
         if window.last {
             if self.state.batches == 0 {
-                return Err(Error::Config("there is nothing to learn in any row of the data set".into()));
+                let text = "there is nothing to learn in any row of the data set";
+                return Err(Error::NothingToLearn(text.into()));
             }
             self.state = LoaderState {
                 epoch: self.state.epoch + 1,
@@ -334,6 +335,8 @@ mod tests {
         let empty: Arc<dyn Samples> = Arc::new(InMemory::from_samples(&[], "x"));
         assert!(Loader::new(empty, options(Gather::Plain, 1, 1, None)).is_err());
         let mut loader = Loader::new(samples(&[1, 1]), options(Gather::Plain, 1, 1, None)).unwrap();
-        assert!(loader.next_batch().unwrap_err().to_string().contains("nothing to learn"));
+        let error = loader.next_batch().unwrap_err();
+        assert!(error.to_string().contains("nothing to learn"), "{error}");
+        assert_eq!(error.kind(), mica_lm::ErrorKind::BadData);
     }
 }

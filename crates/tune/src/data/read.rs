@@ -463,7 +463,7 @@ impl Splits {
     /// Opens a data file (all of it training data), or a folder.
     ///
     /// A folder holds `train`, and perhaps `valid` and `test`, with one of the known endings
-    /// (mlx-lm's layout); a folder with only `.txt` and `.md` files is a corpus of documents.
+    /// (mlx-lm's layout); a folder with `.txt` and `.md` files and no files of records is a corpus of documents.
     pub fn open(path: impl AsRef<Path>, columns: &Columns) -> Result<Splits> {
         let path = path.as_ref();
         let about = std::fs::metadata(path).map_err(|e| Error::file(path, e))?;
@@ -482,6 +482,15 @@ impl Splits {
         };
         let mut splits = Splits { train: split("train")?, valid: split("valid")?, test: split("test")? };
         if splits.train.is_empty() && splits.valid.is_empty() && splits.test.is_empty() {
+            let records = records(path)?;
+            if !records.is_empty() {
+                let cause = format!(
+                    "has no train.jsonl (or .json, .csv, .tsv, .txt), valid.jsonl or test.jsonl; it holds {}: rename \
+                     the file to train on, or give it itself as the data",
+                    records.join(", ")
+                );
+                return Err(Error::Data { path: path.into(), cause });
+            }
             splits.train =
                 documents(path)?.iter().map(|file| Source::open(file, columns)).collect::<Result<_>>()?;
         }
@@ -491,6 +500,26 @@ impl Splits {
         }
         Ok(splits)
     }
+}
+
+/// The names of a folder's files that look like lists of records, a few of them.
+fn records(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
+        let file = entry.map_err(|e| Error::file(folder, e))?.path();
+        let ending = file.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase();
+        let of_records =
+            ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "arrow"].contains(&ending.as_str());
+        if of_records && file.is_file() {
+            names.extend(file.file_name().map(|name| name.to_string_lossy().into_owned()));
+        }
+    }
+    names.sort();
+    if names.len() > 5 {
+        names.truncate(5);
+        names.push("…".into());
+    }
+    Ok(names)
 }
 
 /// The text files of a folder, in the order of their names.
@@ -691,6 +720,13 @@ mod tests {
         write(folder.path(), "a.md", "first");
         let splits = Splits::open(folder.path(), &columns).unwrap();
         assert_eq!(splits.train.iter().flat_map(texts).collect::<Vec<_>>(), ["first", "second"]);
+        // Beside a file of records a text is a note, and not what was meant.
+        for name in ["data.jsonl", "rows.CSV", "x.parquet"] {
+            let file = write(folder.path(), name, "{\"text\": \"t\"}");
+            let error = Splits::open(folder.path(), &columns).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("train.jsonl"), "{error}");
+            std::fs::remove_file(file).unwrap();
+        }
         write(folder.path(), "train.jsonl", "{\"text\": \"t\"}");
         write(folder.path(), "valid.csv", "text\nv\n");
         let splits = Splits::open(folder.path(), &columns).unwrap();

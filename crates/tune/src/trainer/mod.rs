@@ -232,7 +232,7 @@ impl<'a> Trainer<'a> {
             window.push(batch);
         }
         if targets == 0 && window.len() >= MOST_EMPTY {
-            return Err(Error::Config(format!(
+            return Err(Error::NothingToLearn(format!(
                 "{MOST_EMPTY} batches in a row hold nothing to learn: check masks and columns"
             )));
         }
@@ -278,7 +278,9 @@ impl<'a> Trainer<'a> {
         self.run.observer.event(&Event::Step(step.clone()));
         let due = |every: u64, now: u64| every > 0 && now / every > before / every;
         let mut better = false;
-        if due(self.run.plan.eval_every, self.count())
+        // As in mlx-lm, where micro-batches are counted the last one has an evaluation too.
+        let last = self.run.plan.iters == Some(self.state.micro_batches) && self.run.plan.eval_every > 0;
+        if (last || due(self.run.plan.eval_every, self.count()))
             && let Some((loss, best)) = self.validate(self.count())?
         {
             step.extra.insert("val_loss".into(), loss.into());

@@ -89,7 +89,7 @@ fn lora_counts_micro_batches_and_tests() {
             |event| if let Event::Validation(evaluation) = event { Some(evaluation.step) } else { None },
         )
         .collect();
-    assert_eq!(validations, [1, 4]);
+    assert_eq!(validations, [1, 4, 7]);
     assert_eq!(events.iter().filter(|event| matches!(event, Event::Test(_))).count(), 1);
     for name in ["adapters.safetensors", "0000004_adapters.safetensors", "0000007_adapters.safetensors"] {
         assert!(parent.path().join("run").join(name).exists(), "{name}");

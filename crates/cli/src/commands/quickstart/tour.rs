@@ -184,7 +184,9 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
     }
     println!("Right before fine-tuning  {}", percent(accuracy_before));
     println!("Right after               {}", percent(accuracy_after));
-    println!("Training speed            {:.0} tokens/s", summary.tokens_per_s.mean);
+    if let Some(speed) = summary.tokens_per_s.mean {
+        println!("Training speed            {speed:.0} tokens/s");
+    }
     println!("Peak memory               {:.2} GB", peak_memory_gb());
     println!("Time in all               {seconds:.0} s");
     let (base, adapter, fused) = (base.display(), adapter.display(), output.join("fused"));
