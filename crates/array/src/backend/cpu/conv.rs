@@ -159,13 +159,7 @@ fn in_place(patches: &Patches, w: &HostView, out: &HostView) -> Result<Lowered> 
     Ok(Lowered::WithWorkspace(
         needed,
         Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
-            for part in parts {
-                match part {
-                    Lowered::Tasks(tasks) => list.extend(tasks),
-                    Lowered::WithWorkspace(_, make) => make(workspace, list)?,
-                }
-            }
-            Ok(())
+            parts.into_iter().try_for_each(|part| part.give(workspace, list))
         }),
     ))
 }
