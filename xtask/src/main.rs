@@ -3,6 +3,7 @@
 //! `cargo run --release --package xtask -- peers --help`
 
 mod growth;
+mod micro;
 mod peers;
 mod table;
 
@@ -18,6 +19,8 @@ struct Cli {
 enum Task {
     /// Run mica and other programs alternately on the same shapes, and write a table with the ratios
     Peers(peers::Peers),
+    /// Time single ops, or compiled chains of ops, against torch and NumPy, and write a table with the ratios
+    Micro(micro::Micro),
     /// Measure how cost grows with depth, length, batch and size, and draw it
     Growth(growth::Growth),
 }
@@ -25,6 +28,7 @@ enum Task {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Peers(peers) => peers.run(),
+        Task::Micro(micro) => micro.run(),
         Task::Growth(growth) => growth.run(),
     }
 }

@@ -10,6 +10,12 @@ use serde_json::{Value, json};
 /// All results of a run.
 pub struct Table {
     date: String,
+    /// What follows the date in the names of the files.
+    ending: &'static str,
+    /// A line under the facts that says how it was measured.
+    method: &'static str,
+    /// What the rows come to, in words and as JSON.
+    pub summary: Vec<(String, Value)>,
     /// What the machine and the program are.
     facts: Vec<(String, String)>,
     pub rows: Vec<Row>,
@@ -73,16 +79,30 @@ impl Table {
         ];
         Ok(Table {
             date: chrono::Local::now().format("%Y-%m-%d-%H%M").to_string(),
+            ending: "",
+            method: "Medians of alternating rounds; a ratio is taken within its round. Bandwidth is what the same threads read beside mica's runs.",
+            summary: Vec::new(),
             facts: facts.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect(),
             rows: Vec::new(),
         })
     }
 
-    /// Writes DATE.md and DATE.json.
+    /// The same under another file name and with its own words on the method.
+    pub fn with(self, ending: &'static str, method: &'static str) -> Table {
+        Table { ending, method, ..self }
+    }
+
+    /// One more fact.
+    pub fn fact(&mut self, name: &str, value: impl ToString) {
+        self.facts.push((name.to_string(), value.to_string()));
+    }
+
+    /// Writes DATE.md and DATE.json, or DATE-ENDING.md and .json.
     pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder)?;
         for (ending, text) in [("md", self.markdown()), ("json", format!("{:#}\n", self.json()))] {
-            let path = folder.join(format!("{}.{ending}", self.date));
+            let dash = if self.ending.is_empty() { "" } else { "-" };
+            let path = folder.join(format!("{}{dash}{}.{ending}", self.date, self.ending));
             std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
             println!("{}", path.display());
         }
@@ -94,7 +114,14 @@ impl Table {
         for (name, value) in &self.facts {
             text += &format!("- {name}: {value}\n");
         }
-        text += "\nMedians of alternating rounds; a ratio is taken within its round. Bandwidth is what the same threads read beside mica's runs.\n\n";
+        text += &format!("\n{}\n\n", self.method);
+        for (name, value) in &self.summary {
+            text += &match (value.as_f64(), value.as_str()) {
+                (Some(number), _) => format!("- {name}: {number:.2}\n"),
+                (_, words) => format!("- {name}: {}\n", words.unwrap_or_default()),
+            };
+        }
+        text += if self.summary.is_empty() { "" } else { "\n" };
         text +=
             "| | mica | read GB/s | peer | | mica is so many times as fast |\n|---|---|---|---|---|---|\n";
         for row in &self.rows {
@@ -121,7 +148,12 @@ impl Table {
         });
         let facts: serde_json::Map<String, Value> =
             self.facts.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
-        json!({"date": self.date, "machine": facts, "rows": rows.collect::<Vec<_>>()})
+        let mut document = json!({"date": self.date, "machine": facts});
+        if !self.summary.is_empty() {
+            document["summary"] = json!(self.summary.iter().cloned().collect::<serde_json::Map<_, _>>());
+        }
+        document["rows"] = json!(rows.collect::<Vec<_>>());
+        document
     }
 }
 
@@ -143,7 +175,9 @@ mod tests {
             },
             Row { name: "step".into(), unit: "s", mica: 7.0, bandwidth: None, peers: vec![], all: json!({}) },
         ];
-        let table = Table { date: "today".into(), facts: vec![("cores".into(), "2".into())], rows };
+        let summary = vec![("mean".to_string(), json!(2.5)), ("worst".to_string(), json!("decode"))];
+        let facts = vec![("cores".into(), "2".into())];
+        let table = Table { date: "today".into(), ending: "", method: "By eye.", summary, facts, rows };
         let text = table.markdown();
         let lines: Vec<&str> =
             text.lines().filter(|line| line.starts_with("| decode") || line.starts_with("| step")).collect();
@@ -155,6 +189,7 @@ mod tests {
                 "| step | 7.00 s |  | | | |",
             ]
         );
+        assert!(text.contains("By eye.\n\n- mean: 2.50\n- worst: decode\n"), "{text}");
         assert_eq!(table.json()["rows"][0]["peers"][1]["ratio"], 4.0);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
     }

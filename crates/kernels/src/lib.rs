@@ -23,6 +23,7 @@ pub mod index;
 mod layout;
 pub mod norm;
 pub mod optimizer;
+pub mod patches;
 mod plan;
 pub mod program;
 pub mod quant;

@@ -10,6 +10,7 @@ use mica_threads::{Scratch, Task};
 
 use crate::dtype::{DynView, DynViewMut};
 use crate::error::KernelError;
+use crate::layout::prefetch;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{Rows, check_shape};
 
@@ -148,8 +149,13 @@ impl Kernel for ForwardChunk<'_> {
                 }
             }
             let statistics = statistics::<V>(task.kind, task.eps, x);
+            // While a row is worked on in cache, memory has nothing to do.
+            let next = [task.x.address(row + 1), task.out.address(row + 1)];
             for at in (0..width).step_by(LANES) {
                 let end = (at + LANES).min(width);
+                for (address, size) in next {
+                    prefetch(address.wrapping_add(at * size), LANES * size);
+                }
                 let value = statistics.normalise(V::from_slice(&x[at..end], 0.0));
                 let value = match weight {
                     Some(weight) => value * V::from_slice(&weight[at..end], 0.0),

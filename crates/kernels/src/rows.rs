@@ -103,6 +103,14 @@ impl Rows {
         self.outer.size()
     }
 
+    /// Where a row (or the last one) begins, and the bytes of an element: for asking memory early.
+    #[inline(always)]
+    pub fn address(&self, row: usize) -> (*const u8, usize) {
+        let size = self.dtype.size();
+        let offset = self.outer.offset(row.min(self.count() - 1));
+        (self.pointer.wrapping_offset(offset * size as isize).cast_const(), size)
+    }
+
     pub fn is_f32(&self) -> bool {
         self.dtype == Dtype::F32
     }

@@ -1,8 +1,13 @@
 //! Running sums, products and extremes along an axis.
 //!
-//! Each line is one chain in its order; half types accumulate in f32 and round each output.
+//! Each line is one chain in its order; half types accumulate in f32 and round each output. A line of more than
+//! 16,384 elements is cut into segments of that length: each is a chain of its own, and what comes out is the
+//! total before the segment joined with the chain. A running sum of numbers that are not negative so never
+//! falls, at the ends of segments neither.
 //! NaN in an extreme stays to the end of the line. The output may be the memory of the source if
 //! both have the same layout and type.
+
+use std::sync::Arc;
 
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
@@ -13,7 +18,7 @@ use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, TILE_BYTES, check_outp
 use crate::elementwise::{BinaryOp, binary_op, complex};
 use crate::error::KernelError;
 use crate::layout::Linear;
-use crate::view::{Dims, Strides};
+use crate::plan::{Plan, Workspace};
 
 /// What runs along the axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,7 +73,7 @@ pub fn scan(
     source: DynView,
     axis: usize,
     out: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
+) -> Result<Plan, KernelError> {
     let name = op.name();
     let expected = op.output_dtype(source.dtype);
     if out.dtype != expected || out.shape != source.shape {
@@ -87,10 +92,10 @@ pub fn scan(
     macro_rules! make {
         ($t:ty, $zero:expr, $one:expr, $low:expr, $high:expr, $add:expr, $multiply:expr, $max:expr, $min:expr) => {
             match op {
-                ScanOp::Sum => Ok(Scan::<$t, _>::boxed(name, options, &source, axis, &out, $zero, $add)),
-                ScanOp::Prod => Ok(Scan::<$t, _>::boxed(name, options, &source, axis, &out, $one, $multiply)),
-                ScanOp::Max => Ok(Scan::<$t, _>::boxed(name, options, &source, axis, &out, $low, $max)),
-                ScanOp::Min => Ok(Scan::<$t, _>::boxed(name, options, &source, axis, &out, $high, $min)),
+                ScanOp::Sum => Ok(Scan::<$t, _>::plan(name, options, &source, axis, &out, $zero, $add)),
+                ScanOp::Prod => Ok(Scan::<$t, _>::plan(name, options, &source, axis, &out, $one, $multiply)),
+                ScanOp::Max => Ok(Scan::<$t, _>::plan(name, options, &source, axis, &out, $low, $max)),
+                ScanOp::Min => Ok(Scan::<$t, _>::plan(name, options, &source, axis, &out, $high, $min)),
                 ScanOp::LogSumExp => Err(KernelError::new(
                     name,
                     format!("takes floating types, got {}: cast first", source.dtype),
@@ -117,7 +122,7 @@ pub fn scan(
         ($t:ident) => {
             if op == ScanOp::LogSumExp {
                 let join = pair::<$t>();
-                Ok(Scan::<$t, _>::boxed(name, options, &source, axis, &out, $t::NEG_INFINITY, join))
+                Ok(Scan::<$t, _>::plan(name, options, &source, axis, &out, $t::NEG_INFINITY, join))
             } else {
                 make!(
                     $t,
@@ -127,8 +132,8 @@ pub fn scan(
                     $t::INFINITY,
                     |a: $t, b: $t| a + b,
                     |a: $t, b: $t| a * b,
-                    |a: $t, b: $t| if a.is_nan() || a > b { a } else { b },
-                    |a: $t, b: $t| if a.is_nan() || a < b { a } else { b }
+                    |a: $t, b: $t| if a.is_nan() | (a > b) { a } else { b },
+                    |a: $t, b: $t| if a.is_nan() | (a < b) { a } else { b }
                 )
             }
         };
@@ -166,7 +171,7 @@ pub fn scan(
                 ScanOp::Min => (BinaryOp::Minimum, number(f32::INFINITY, f32::INFINITY)),
                 ScanOp::LogSumExp => (BinaryOp::LogAddExp, number(f32::NEG_INFINITY, 0.0)),
             };
-            Ok(Scan::<Complex32, _>::boxed(name, options, &source, axis, &out, start, of(joined)))
+            Ok(Scan::<Complex32, _>::plan(name, options, &source, axis, &out, start, of(joined)))
         }
     }
 }
@@ -184,24 +189,33 @@ fn pair<T: Element>() -> impl Fn(T, T) -> T + Send + Sync {
     }
 }
 
+/// Elements of a line that are one chain.
+const SEGMENT: usize = 16_384;
 /// Lines that a chunk takes side by side when the axis is not the last.
 const LINES: usize = 256;
+/// With fewer lines side by side each is gathered by itself.
+const FEW: usize = 16;
+/// Chains that run at once: an addition takes four cycles, so one chain alone leaves the processor waiting.
+const CHAINS: usize = 4;
 
 struct Scan<T, F> {
     name: &'static str,
     options: ScanOptions,
     length: usize,
-    /// Lines before the axis and, of those that lie side by side behind it, how many.
+    /// Lines before the axis, and of those that lie side by side behind it, how many. With few behind, all are
+    /// before: they are taken one by one.
     before: usize,
     behind: usize,
     source: Source,
     out: Sink,
     neutral: T,
     join: F,
+    /// For every segment of every line its total, then that of all before it. Nothing if lines have one segment.
+    totals: Workspace,
 }
 
 impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Scan<T, F> {
-    fn boxed(
+    fn plan(
         name: &'static str,
         options: ScanOptions,
         source: &DynView,
@@ -209,116 +223,275 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Scan<T, F> {
         out: &DynViewMut,
         neutral: T,
         join: F,
-    ) -> Box<dyn Task> {
-        // The axis in the given direction: element numbers then ascend.
-        let flip = |shape: &Dims, strides: &Strides| {
-            let mut strides = strides.clone();
+    ) -> Plan {
+        let length = source.shape[axis];
+        let mut before: usize = source.shape[..axis].iter().product();
+        let mut behind: usize = source.shape[axis + 1..].iter().product();
+        let is_few = behind < FEW;
+        // The axis in the given direction: element numbers then ascend. A line's elements are neighbours in
+        // number if lines are taken one by one.
+        let turn = |shape: &[usize], strides: &[isize]| {
+            let (mut shape, mut strides) = (shape.to_vec(), strides.to_vec());
             let mut offset = 0;
-            if options.reverse && shape[axis] > 0 {
-                offset = strides[axis] * (shape[axis] as isize - 1);
+            if options.reverse && length > 0 {
+                offset = strides[axis] * (length as isize - 1);
                 strides[axis] = -strides[axis];
             }
-            (offset, Linear::new(shape, &strides))
+            if is_few {
+                shape[axis..].rotate_left(1);
+                strides[axis..].rotate_left(1);
+            }
+            (offset, Linear::new(&shape, &strides))
         };
-        let (from, source_linear) = flip(&source.shape, &source.strides);
-        let (to, out_linear) = flip(&out.shape, &out.strides);
+        let (from, source_linear) = turn(&source.shape, &source.strides);
+        let (to, out_linear) = turn(&out.shape, &out.strides);
         let mut moved = source.clone();
         moved.pointer = source.pointer.wrapping_offset(from * source.dtype.size() as isize);
         let mut sink = Sink::new(out, T::DTYPE);
         sink.pointer = out.pointer.wrapping_offset(to * out.dtype.size() as isize);
         sink.linear = out_linear;
-        Box::new(Scan {
-            name,
-            options,
-            length: source.shape[axis],
-            before: source.shape[..axis].iter().product(),
-            behind: source.shape[axis + 1..].iter().product(),
-            source: Source::with_linear(&moved, T::DTYPE, source_linear),
-            out: sink,
-            neutral,
-            join,
+        if is_few {
+            (before, behind) = (before * behind, 1);
+        }
+        let source = Source::with_linear(&moved, T::DTYPE, source_linear);
+        let segments = length.div_ceil(SEGMENT);
+        let bytes = if segments > 1 { before * behind * segments * size_of::<T>() } else { 0 };
+        Plan::new(bytes, move |totals, list| {
+            let scan =
+                Scan { name, options, length, before, behind, source, out: sink, neutral, join, totals };
+            let scan = Arc::new(scan);
+            let steps = if segments > 1 { &[Step::Totals, Step::Before, Step::Write][..] } else { &[Step::Write] };
+            for &step in steps {
+                list.push(Box::new(Pass { scan: scan.clone(), step }));
+            }
         })
     }
 
-    /// Lines one after the other: elements of a line are neighbours in number.
-    fn lines(&self, lines: std::ops::Range<usize>, buffers: &Buffers<T>) {
-        for line in lines {
-            let mut total = self.neutral;
-            for at in (0..self.length).step_by(TILE) {
-                let count = TILE.min(self.length - at);
-                let start = line * self.length + at;
-                // SAFETY: inside both views; buffers hold a tile.
-                unsafe {
-                    let tile = self.source.load(0, start, count, buffers.tile, buffers.raw).cast::<T>();
-                    for i in 0..count {
-                        let before = total;
-                        total = (self.join)(total, *tile.add(i));
-                        *buffers.out.add(i) = if self.options.exclusive { before } else { total };
+    fn segments(&self) -> usize {
+        self.length.div_ceil(SEGMENT)
+    }
+
+    /// The total of a segment of a line, or of what is before it.
+    fn total(&self, line: usize, segment: usize) -> *mut T {
+        self.totals.0.cast::<T>().wrapping_add(line * self.segments() + segment)
+    }
+
+    /// What is before a segment, if it is not a line's first.
+    fn before(&self, line: usize, segment: usize) -> Option<T> {
+        // SAFETY: written by the steps before.
+        (segment > 0).then(|| unsafe { *self.total(line, segment) })
+    }
+
+    /// Several chains of `count` elements at once, one after the other in memory each: those from element
+    /// `starts[i]` on. Gives their totals; writes the outputs, if they are wanted, joined with what is before.
+    fn chains<const N: usize>(
+        &self,
+        starts: [usize; N],
+        count: usize,
+        write: Option<[Option<T>; N]>,
+        buffers: &Buffers<T>,
+    ) -> [T; N] {
+        let mut totals = [self.neutral; N];
+        for at in (0..count).step_by(TILE) {
+            let length = TILE.min(count - at);
+            // SAFETY: inside both views; buffers hold a tile each. An output that is the memory of the source
+            // has its layout, so a place is read before it is written.
+            unsafe {
+                let tiles: [*const T; N] = std::array::from_fn(|i| {
+                    self.source.load(0, starts[i] + at, length, buffers.tile[i], buffers.raw).cast()
+                });
+                let Some(before) = &write else {
+                    for place in 0..length {
+                        for i in 0..N {
+                            totals[i] = (self.join)(totals[i], *tiles[i].add(place));
+                        }
                     }
-                    self.out.store(buffers.out.cast(), start, count, buffers.raw);
+                    continue;
+                };
+                let direct: [Option<*mut u8>; N] =
+                    std::array::from_fn(|i| self.out.direct(starts[i] + at, length));
+                let outs: [*mut T; N] =
+                    std::array::from_fn(|i| direct[i].map_or(buffers.out[i], |pointer| pointer.cast()));
+                for place in 0..length {
+                    for i in 0..N {
+                        let old = totals[i];
+                        totals[i] = (self.join)(old, *tiles[i].add(place));
+                        *outs[i].add(place) = if self.options.exclusive { old } else { totals[i] };
+                    }
                 }
+                for i in 0..N {
+                    if let Some(before) = before[i] {
+                        for place in 0..length {
+                            *outs[i].add(place) = (self.join)(before, *outs[i].add(place));
+                        }
+                    }
+                    if direct[i].is_none() {
+                        self.out.store(outs[i].cast(), starts[i] + at, length, buffers.raw);
+                    }
+                }
+            }
+        }
+        totals
+    }
+
+    /// Segments, numbered through all lines, each by itself.
+    fn lines(&self, pieces: std::ops::Range<usize>, step: Step, buffers: &Buffers<T>) {
+        let segments = self.segments();
+        let place = |piece: usize| (piece / segments, piece % segments);
+        let count = |piece: usize| SEGMENT.min(self.length - piece % segments * SEGMENT);
+        let start = |piece: usize| place(piece).0 * self.length + place(piece).1 * SEGMENT;
+        let before = |piece: usize| self.before(place(piece).0, place(piece).1);
+        let keep = |piece: usize, total: T| {
+            // SAFETY: the segment is this chunk's own.
+            unsafe { self.total(place(piece).0, place(piece).1).write(total) }
+        };
+        let is_write = step == Step::Write;
+        let mut at = pieces.start;
+        while at < pieces.end {
+            let many = at + CHAINS <= pieces.end && (at..at + CHAINS).all(|piece| count(piece) == count(at));
+            if many {
+                let group: [usize; CHAINS] = std::array::from_fn(|i| at + i);
+                let write = is_write.then(|| group.map(before));
+                let totals = self.chains(group.map(start), count(at), write, buffers);
+                if !is_write {
+                    group.iter().zip(totals).for_each(|(&piece, total)| keep(piece, total));
+                }
+                at += CHAINS;
+            } else {
+                let write = is_write.then(|| [before(at)]);
+                let [total] = self.chains([start(at)], count(at), write, buffers);
+                if !is_write {
+                    keep(at, total);
+                }
+                at += 1;
             }
         }
     }
 
-    /// Lines side by side: `count` of them from `first`, behind index `before`.
-    fn columns(&self, before: usize, first: usize, count: usize, buffers: &Buffers<T>) {
+    /// Lines side by side: `count` of them from `first`, behind index `before`; one segment.
+    fn columns(
+        &self,
+        before: usize,
+        segment: usize,
+        first: usize,
+        count: usize,
+        step: Step,
+        buffers: &Buffers<T>,
+    ) {
         let mut totals = [self.neutral; LINES];
-        for at in 0..self.length {
+        let line = before * self.behind + first;
+        let is_write = step == Step::Write;
+        let mut joined = [self.neutral; LINES];
+        if is_write && segment > 0 {
+            for (i, joined) in joined[..count].iter_mut().enumerate() {
+                // SAFETY: written by the steps before.
+                *joined = unsafe { *self.total(line + i, segment) };
+            }
+        }
+        for at in segment * SEGMENT..self.length.min((segment + 1) * SEGMENT) {
             let start = (before * self.length + at) * self.behind + first;
             // SAFETY: inside both views; buffers hold a tile.
             unsafe {
-                let tile = self.source.load(0, start, count, buffers.tile, buffers.raw).cast::<T>();
+                let tile = self.source.load(0, start, count, buffers.tile[0], buffers.raw).cast::<T>();
+                let out = buffers.out[0];
                 for (i, total) in totals[..count].iter_mut().enumerate() {
                     let old = *total;
                     *total = (self.join)(old, *tile.add(i));
-                    *buffers.out.add(i) = if self.options.exclusive { old } else { *total };
+                    *out.add(i) = if self.options.exclusive { old } else { *total };
                 }
-                self.out.store(buffers.out.cast(), start, count, buffers.raw);
+                if is_write {
+                    if segment > 0 {
+                        for (i, &joined) in joined[..count].iter().enumerate() {
+                            *out.add(i) = (self.join)(joined, *out.add(i));
+                        }
+                    }
+                    self.out.store(out.cast(), start, count, buffers.raw);
+                }
+            }
+        }
+        if !is_write {
+            for (i, &total) in totals[..count].iter().enumerate() {
+                // SAFETY: the segment of these lines is this chunk's own.
+                unsafe { self.total(line + i, segment).write(total) }
             }
         }
     }
 
-    fn lines_a_chunk(&self) -> usize {
-        (CHUNK / self.length).max(1)
+    /// Turns a line's totals into those of all that is before each segment.
+    fn add_up(&self, line: usize) {
+        // SAFETY: the line's totals, written by the step before, this chunk's alone.
+        let totals = unsafe { std::slice::from_raw_parts_mut(self.total(line, 0), self.segments()) };
+        let mut so_far = totals[0];
+        for total in &mut totals[1..] {
+            so_far = (self.join)(std::mem::replace(total, so_far), so_far);
+        }
+    }
+
+    fn pieces_a_chunk(&self) -> usize {
+        (CHUNK / self.length.min(SEGMENT)).max(1).next_multiple_of(CHAINS)
     }
 }
 
-struct Buffers<T> {
-    tile: *mut u8,
-    raw: *mut u8,
-    out: *mut T,
+/// What is done with the elements.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Find each segment's total.
+    Totals,
+    /// Add them up.
+    Before,
+    Write,
 }
 
-impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Scan<T, F> {
+struct Pass<T, F> {
+    scan: Arc<Scan<T, F>>,
+    step: Step,
+}
+
+struct Buffers<T> {
+    tile: [*mut u8; CHAINS],
+    out: [*mut T; CHAINS],
+    raw: *mut u8,
+}
+
+impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Pass<T, F> {
     fn chunks(&self) -> usize {
-        if self.length == 0 {
+        let scan = &*self.scan;
+        if scan.length == 0 {
             0
-        } else if self.behind == 1 {
-            self.before.div_ceil(self.lines_a_chunk())
+        } else if self.step == Step::Before {
+            scan.before * scan.behind
+        } else if scan.behind == 1 {
+            (scan.before * scan.segments()).div_ceil(scan.pieces_a_chunk())
         } else {
-            self.before * self.behind.div_ceil(LINES)
+            scan.before * scan.segments() * scan.behind.div_ceil(LINES)
         }
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let scan = &*self.scan;
+        if self.step == Step::Before {
+            return scan.add_up(chunk);
+        }
         let buffers = Buffers {
-            tile: scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
+            tile: std::array::from_fn(|_| scratch.take::<u8>(TILE_BYTES).as_mut_ptr()),
+            out: std::array::from_fn(|_| scratch.take::<u8>(TILE_BYTES).as_mut_ptr().cast::<T>()),
             raw: scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
-            out: scratch.take::<u8>(TILE_BYTES).as_mut_ptr().cast::<T>(),
         };
-        if self.behind == 1 {
-            let step = self.lines_a_chunk();
-            self.lines(chunk * step..self.before.min((chunk + 1) * step), &buffers);
+        if scan.behind == 1 {
+            let step = scan.pieces_a_chunk();
+            let pieces = scan.before * scan.segments();
+            scan.lines(chunk * step..pieces.min((chunk + 1) * step), self.step, &buffers);
         } else {
-            let blocks = self.behind.div_ceil(LINES);
-            let first = chunk % blocks * LINES;
-            self.columns(chunk / blocks, first, LINES.min(self.behind - first), &buffers);
+            let blocks = scan.behind.div_ceil(LINES);
+            let (block, rest) = (chunk % blocks, chunk / blocks);
+            let (before, segment) = (rest / scan.segments(), rest % scan.segments());
+            let count = LINES.min(scan.behind - block * LINES);
+            scan.columns(before, segment, block * LINES, count, self.step, &buffers);
         }
     }
 
     fn name(&self) -> &'static str {
-        self.name
+        self.scan.name
     }
 }
 
@@ -328,6 +501,7 @@ mod tests {
     use mica_threads::Pool;
 
     use super::*;
+    use crate::plan::run_plan;
     use crate::testing::{Laid, Layout, layouts};
 
     /// One line in its direction.
@@ -385,6 +559,7 @@ mod tests {
             (&[40, 7], 1),
             (&[7, 40], 0),
             (&[3, 5, 300], 1),
+            (&[9, 20, 3], 1),
             (&[2, 1, 3], 1),
             (&[4, 0], 1),
         ] {
@@ -423,8 +598,8 @@ mod tests {
                         let mut first: Option<Vec<f64>> = None;
                         for threads in [1, 3] {
                             let mut out = Laid::poisoned(dtype, shape, *rng.choose(&layouts(shape)));
-                            let task = scan(op, options, a.view(), axis, out.view_mut()).unwrap();
-                            Pool::new(threads).run(&[task]).unwrap();
+                            let plan = scan(op, options, a.view(), axis, out.view_mut()).unwrap();
+                            run_plan(&Pool::new(threads), plan);
                             out.check_untouched_outside();
                             let got = out.values();
                             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
@@ -450,17 +625,76 @@ mod tests {
         }
     }
 
+    /// Lines of several segments, alone, few and many side by side.
+    #[test]
+    fn long_lines_are_chains_of_segments() {
+        let mut rng = Rng::new(37);
+        let length = 2 * SEGMENT + 1234;
+        for (shape, axis) in [(&[length][..], 0), (&[3, length], 1), (&[length, 2], 0), (&[length, 20], 0)] {
+            let stride: usize = shape[axis + 1..].iter().product();
+            for (dtype, op) in [
+                (Dtype::F32, ScanOp::Sum),
+                (Dtype::BF16, ScanOp::Sum),
+                (Dtype::I32, ScanOp::Sum),
+                (Dtype::F32, ScanOp::Max),
+                (Dtype::F32, ScanOp::LogSumExp),
+            ] {
+                let a = Laid::random(dtype, shape, *rng.choose(&layouts(shape)), &mut rng);
+                let values = a.values();
+                for (reverse, exclusive) in [(false, false), (true, true)] {
+                    let options = ScanOptions { reverse, exclusive };
+                    let mut first: Option<Vec<f64>> = None;
+                    for threads in [1, 3] {
+                        let mut out = Laid::poisoned(dtype, shape, *rng.choose(&layouts(shape)));
+                        let plan = scan(op, options, a.view(), axis, out.view_mut()).unwrap();
+                        run_plan(&Pool::new(threads), plan);
+                        out.check_untouched_outside();
+                        let got = out.values();
+                        if let Some(first) = &first {
+                            assert!(*first == got, "{op:?} {dtype} {shape:?}");
+                        }
+                        first = Some(got);
+                    }
+                    let got = first.expect("it ran");
+                    for start in (0..values.len()).filter(|at| (at / stride).is_multiple_of(length)) {
+                        let line: Vec<f64> = (0..length).map(|i| values[start + i * stride]).collect();
+                        let exact = expected(op, options, &line, false);
+                        let size = line.iter().fold(1f64, |sum, value| sum + value.abs());
+                        // A chain loses half a unit of its size a step at most, on average far less; bf16
+                        // rounds its outputs.
+                        let loss = if dtype == Dtype::BF16 { 4e-3 } else { 1e-6 };
+                        for (i, want) in exact.into_iter().enumerate() {
+                            let got = got[start + i * stride];
+                            let near = (got - want).abs() <= loss * size.max(want.abs()) || got == want;
+                            let exact = dtype == Dtype::F32 && op == ScanOp::Max || dtype == Dtype::I32;
+                            assert!(
+                                if exact { got == want } else { near },
+                                "{op:?} {options:?} {dtype} {shape:?} [{i}]: {got} {want}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        // It never falls.
+        let values: Vec<f64> = (0..length).map(|_| rng.normal().abs() as f64).collect();
+        let a = Laid::contiguous(Dtype::F32, &[length], &values);
+        let mut out = Laid::poisoned(Dtype::F32, &[length], Layout::Contiguous);
+        run_plan(&Pool::new(2), scan(ScanOp::Sum, ScanOptions::default(), a.view(), 0, out.view_mut()).unwrap());
+        assert!(out.values().is_sorted());
+    }
+
     #[test]
     fn in_place_nan_and_bools() {
         let mut a = Laid::contiguous(Dtype::F32, &[3], &[1.0, f64::NAN, 3.0]);
-        let task = scan(ScanOp::Max, ScanOptions::default(), a.view(), 0, a.view_mut()).unwrap();
-        Pool::new(1).run(&[task]).unwrap();
+        let plan = scan(ScanOp::Max, ScanOptions::default(), a.view(), 0, a.view_mut()).unwrap();
+        run_plan(&Pool::new(1), plan);
         let got = a.values();
         assert!(got[0] == 1.0 && got[1].is_nan() && got[2].is_nan(), "{got:?}");
         let b = Laid::contiguous(Dtype::Bool, &[3], &[1.0, 1.0, 1.0]);
         let mut out = Laid::poisoned(Dtype::I32, &[3], Layout::Contiguous);
-        let task = scan(ScanOp::Sum, ScanOptions::default(), b.view(), 0, out.view_mut()).unwrap();
-        Pool::new(1).run(&[task]).unwrap();
+        let plan = scan(ScanOp::Sum, ScanOptions::default(), b.view(), 0, out.view_mut()).unwrap();
+        run_plan(&Pool::new(1), plan);
         assert_eq!(out.values(), [1.0, 2.0, 3.0]);
         let wrong = scan(ScanOp::LogSumExp, ScanOptions::default(), b.view(), 0, b.clone().view_mut());
         assert!(wrong.err().unwrap().to_string().contains("floating types"));

@@ -4,24 +4,34 @@
 //! real parts, then by their imaginary ones. A line is sorted by
 //! (value, place), so the answer is one, whatever the algorithm. Outputs may not alias sources.
 
+mod keys;
+mod long;
+#[cfg(target_arch = "x86_64")]
+mod quick;
 mod radix;
+mod shared;
 
+use std::ops::Range;
+use std::sync::Arc;
+
+use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, TILE, TILE_BYTES, check_output, check_rank};
 use crate::error::KernelError;
 use crate::layout::{Linear, by_size, gather_run};
+use crate::plan::Plan;
 use crate::view::{Dims, Strides};
+use keys::{Bits, KeyOrder, keys_of, rank_of, write_values};
 
 /// How much order is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SortOrder {
     /// All of it.
     Full,
-    /// The element that sorting would put at this place is there, smaller ones before it, larger
-    /// ones after it. (MLX leaves their order open; here it is that of a full sort up to this
-    /// place and by original place after it.)
+    /// The element that sorting would put at this place is there, those that would come before it before it,
+    /// the others after it. (MLX leaves their order open; here they stay in their original order.)
     Partition(usize),
 }
 
@@ -31,7 +41,7 @@ pub fn sort(
     axis: usize,
     order: SortOrder,
     out: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
+) -> Result<Plan, KernelError> {
     let name = if order == SortOrder::Full { "sort" } else { "partition" };
     let dtype = source.dtype;
     build(name, source, axis, order, out, dtype, false)
@@ -43,7 +53,7 @@ pub fn argsort(
     axis: usize,
     order: SortOrder,
     out: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
+) -> Result<Plan, KernelError> {
     let name = if order == SortOrder::Full { "argsort" } else { "argpartition" };
     build(name, source, axis, order, out, Dtype::U32, true)
 }
@@ -56,7 +66,7 @@ fn build(
     out: DynViewMut,
     expected: Dtype,
     places: bool,
-) -> Result<Box<dyn Task>, KernelError> {
+) -> Result<Plan, KernelError> {
     check_rank(name, &source.shape, &source.strides)?;
     if out.dtype != expected || out.shape != source.shape {
         let message = format!(
@@ -79,7 +89,7 @@ fn build(
     {
         return Err(KernelError::new(name, format!("place {at} is not on an axis of {length}")));
     }
-    Ok(Box::new(Sort {
+    let sort = Sort {
         name,
         dtype: source.dtype,
         source: source.pointer,
@@ -92,7 +102,8 @@ fn build(
         length,
         order,
         places,
-    }))
+    };
+    Ok(sort.plan())
 }
 
 /// Places of the lines along an axis.
@@ -124,268 +135,306 @@ unsafe impl Send for Sort {}
 // SAFETY: as above.
 unsafe impl Sync for Sort {}
 
-/// A number with the order of the value that `bits` of `dtype` are.
-#[inline(always)]
-fn rank_of(dtype: Dtype, bits: u64) -> u64 {
-    /// Sign and magnitude to two's order; zeros meet, NaN of either sign goes last.
-    #[inline(always)]
-    fn float(bits: u64, width: u32, infinity: u64) -> u64 {
-        let top = 1u64 << (width - 1);
-        let magnitude = bits & (top - 1);
-        if magnitude > infinity {
-            u64::MAX
-        } else if bits & top != 0 {
-            top - magnitude
-        } else {
-            top + magnitude
-        }
-    }
-    match dtype {
-        Dtype::Bool | Dtype::U8 | Dtype::U16 | Dtype::U32 | Dtype::U64 => bits,
-        Dtype::I8 => bits ^ 0x80,
-        Dtype::I16 => bits ^ 0x8000,
-        Dtype::I32 => bits ^ 0x8000_0000,
-        Dtype::I64 => bits ^ (1 << 63),
-        Dtype::F16 => float(bits, 16, 0x7c00),
-        Dtype::BF16 => float(bits, 16, 0x7f80),
-        Dtype::F32 => float(bits, 32, 0x7f80_0000),
-        Dtype::F64 => float(bits, 64, 0x7ff0_0000_0000_0000),
-        Dtype::C64 => {
-            match (float(bits & 0xffff_ffff, 32, 0x7f80_0000), float(bits >> 32, 32, 0x7f80_0000)) {
-                (u64::MAX, _) | (_, u64::MAX) => u64::MAX,
-                (re, im) => re << 32 | im,
-            }
-        }
-    }
-}
-
-/// An unsigned integer that holds the bits of a value.
-trait Bits: Copy + Into<u64> + 'static {
-    fn of(bits: u32) -> Self;
-}
-
-macro_rules! bits {
-    ($($t:ty)*) => { $(
-        impl Bits for $t {
-            #[inline(always)]
-            fn of(bits: u32) -> $t {
-                bits as $t
-            }
-        }
-    )* };
-}
-bits!(u8 u16 u32 u64);
-
-/// Keys of values of at most 32 bits: unsigned integers of their order from which they come back
-/// (NaN without its sign).
-#[derive(Clone, Copy)]
-struct KeyOrder {
-    /// The sign bit; 0 for unsigned integers.
-    sign: u32,
-    /// All bits of the type.
-    mask: u32,
-    /// The bits of +∞; the mask for integers.
-    infinity: u32,
-}
-
-impl KeyOrder {
-    fn new(dtype: Dtype) -> KeyOrder {
-        let mask = u32::MAX >> (32 - 8 * dtype.size().min(4) as u32);
-        let top = mask ^ (mask >> 1);
-        let (sign, infinity) = match dtype {
-            Dtype::F16 => (top, 0x7c00),
-            Dtype::BF16 => (top, 0x7f80),
-            Dtype::F32 => (top, 0x7f80_0000),
-            dtype if dtype.is_signed_integer() => (top, mask),
-            _ => (0, mask),
-        };
-        KeyOrder { sign, mask, infinity }
-    }
-
-    fn is_float(self) -> bool {
-        self.infinity != self.mask
-    }
-
-    fn negative_zero(self) -> u32 {
-        self.zero().wrapping_sub(1)
-    }
-
-    fn zero(self) -> u32 {
-        self.sign
-    }
-
-    #[inline(always)]
-    fn key(self, bits: u32) -> u32 {
-        if !self.is_float() {
-            return bits ^ self.sign;
-        }
-        let magnitude = bits & !self.sign;
-        if bits & self.sign == 0 || magnitude > self.infinity {
-            magnitude | self.sign
-        } else {
-            !bits & self.mask
-        }
-    }
-
-    #[inline(always)]
-    fn value(self, key: u32) -> u32 {
-        if !self.is_float() || key & self.sign != 0 { key ^ self.sign } else { !key & self.mask }
-    }
-}
-
 impl Sort {
+    fn plan(self) -> Plan {
+        let lines = self.source_lines.size();
+        let is_long = self.order == SortOrder::Full
+            && self.dtype.size() <= 4
+            && self.length >= long::FROM
+            && lines < long::LINES;
+        if !is_long {
+            return Plan::new(0, |_, list| list.push(Box::new(self)));
+        }
+        let places = self.places;
+        let bytes = match places {
+            true => long::Places::new(self.length).bytes,
+            false => shared::Places::new(self.length).bytes,
+        };
+        Plan::new(bytes, move |memory, list| {
+            let sort = Arc::new(self);
+            for line in 0..lines {
+                match (places, sort.dtype.size()) {
+                    (false, 1) => shared::line::<u8>(&sort, line, memory, list),
+                    (false, 2) => shared::line::<u16>(&sort, line, memory, list),
+                    (false, _) => shared::line::<u32>(&sort, line, memory, list),
+                    (true, 1) => long::line::<u8>(&sort, line, memory, list),
+                    (true, 2) => long::line::<u16>(&sort, line, memory, list),
+                    (true, _) => long::line::<u32>(&sort, line, memory, list),
+                }
+            }
+        })
+    }
+
     /// # Safety
-    /// `line` is one of the lines, T an unsigned integer of the type's size.
+    /// `line` is one of the lines, T an unsigned integer of the type's size; the buffer holds a tile.
     unsafe fn line<T: Bits>(&self, line: usize, scratch: &Scratch, buffer: *mut u8) {
         let size = self.dtype.size() as isize;
         let source = self.source.wrapping_offset(self.source_lines.offset(line) * size);
-        if self.order == SortOrder::Full && self.length >= radix::FROM && size <= 4 {
-            // SAFETY: the caller's.
-            return unsafe {
-                match self.places {
-                    true => self.long_line_places::<T>(line, source, scratch, buffer),
-                    false => self.long_line_values::<T>(line, source, scratch, buffer),
-                }
-            };
+        let out_size = if self.places { 4 } else { size };
+        let out = self.out.wrapping_offset(self.out_lines.offset(line) * out_size);
+        // SAFETY: the caller's.
+        unsafe {
+            match (self.order, self.places) {
+                _ if size > 4 => self.wide::<T>(source, out, scratch, buffer),
+                (SortOrder::Full, true) => self.ordered_places::<T>(source, out, scratch, buffer),
+                (SortOrder::Full, false) => self.ordered_values::<T>(source, out, scratch, buffer),
+                (SortOrder::Partition(at), _) => self.parted::<T>(at, source, out, scratch, buffer),
+            }
         }
+    }
+
+    /// Types of eight bytes: places are compared by what they stand for.
+    ///
+    /// # Safety
+    /// `source` and `out` are where a line begins, the rest as for [`Sort::line`].
+    unsafe fn wide<T: Bits>(&self, source: *const u8, out: *mut u8, scratch: &Scratch, buffer: *mut u8) {
         let ranks = scratch.take::<u64>(self.length);
         let places = scratch.take::<u32>(self.length);
-        for start in (0..self.length).step_by(TILE) {
-            let count = TILE.min(self.length - start);
-            // SAFETY: inside the line; the buffer holds a tile.
-            let values = unsafe {
-                gather_run::<T>(source, &self.source_line, start, count, buffer);
-                std::slice::from_raw_parts(buffer.cast::<T>(), count)
-            };
-            for (i, &value) in values.iter().enumerate() {
-                ranks[start + i] = rank_of(self.dtype, value.into());
-                places[start + i] = (start + i) as u32;
-            }
+        // SAFETY: the caller's.
+        unsafe {
+            self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                for (i, &value) in values.iter().enumerate() {
+                    ranks[start + i] = rank_of(self.dtype, value.into());
+                    places[start + i] = (start + i) as u32;
+                }
+            });
         }
         let key = |&place: &u32| (ranks[place as usize], place);
         match self.order {
             SortOrder::Full => places.sort_unstable_by_key(key),
             SortOrder::Partition(at) => {
                 let (before, _, after) = places.select_nth_unstable_by_key(at, key);
-                before.sort_unstable_by_key(key);
+                before.sort_unstable();
                 after.sort_unstable();
             }
         }
-        if self.places {
-            let out = self.out.cast::<u32>().wrapping_offset(self.out_lines.offset(line));
-            for (i, &place) in places.iter().enumerate() {
-                // SAFETY: inside the output's line, this chunk's own.
-                unsafe { *out.offset(i as isize * self.out_stride) = place }
-            }
-            return;
-        }
-        let out = self.out.cast::<T>().wrapping_offset(self.out_lines.offset(line));
         for (i, &place) in places.iter().enumerate() {
+            let to = i as isize * self.out_stride;
             // SAFETY: inside the line of each; the output's is this chunk's own.
             unsafe {
-                *out.offset(i as isize * self.out_stride) =
-                    *source.cast::<T>().offset(place as isize * self.source_stride);
+                if self.places {
+                    *out.cast::<u32>().offset(to) = place;
+                } else {
+                    *out.cast::<T>().offset(to) =
+                        *source.cast::<T>().offset(place as isize * self.source_stride);
+                }
             }
         }
     }
 
-    /// The places of a long line of numbers of at most 32 bits: rank and place are one key.
+    /// Rank and place are one key.
     ///
     /// # Safety
-    /// As for [`Sort::line`]; `source` is where the line begins.
-    unsafe fn long_line_places<T: Bits>(
+    /// As for [`Sort::wide`].
+    unsafe fn ordered_places<T: Bits>(
         &self,
-        line: usize,
         source: *const u8,
+        out: *mut u8,
         scratch: &Scratch,
         buffer: *mut u8,
     ) {
         let keys = scratch.take::<u64>(self.length);
         // SAFETY: the caller's.
-        unsafe {
-            self.read::<T>(source, buffer, |place, value| {
-                // NaN has a rank past 32 bits; no other value's is as large as what it gets here.
-                let rank = rank_of(self.dtype, value.into()).min(u32::MAX as u64);
-                keys[place] = rank << 32 | place as u64;
-            });
-        }
-        let other = scratch.take::<u64>(self.length);
-        let bits = 8 * self.dtype.size() as u32;
-        let sorted = if radix::sort(keys, other, 32, 32 + bits) { other } else { keys };
-        let out = self.out.cast::<u32>().wrapping_offset(self.out_lines.offset(line));
-        for (i, &key) in sorted.iter().enumerate() {
+        unsafe { self.marked_ranks::<T>(source, keys, buffer) }
+        let write = |i: usize, key: u64| {
             // SAFETY: inside the output's line, this chunk's own.
-            unsafe { *out.offset(i as isize * self.out_stride) = key as u32 }
+            unsafe { *out.cast::<u32>().offset(i as isize * self.out_stride) = key as u32 }
+        };
+        if self.length < radix::FROM {
+            keys.sort_unstable();
+            keys.iter().enumerate().for_each(|(i, &key)| write(i, key));
+        } else {
+            radix::sort(keys, scratch.take::<u64>(self.length), 32, self.dtype.size(), write);
         }
     }
 
-    /// The values of a long line of numbers of at most 32 bits: keys from which the values come
-    /// back, with -0 before 0.
+    /// The rank above, the place below.
     ///
     /// # Safety
-    /// As for [`Sort::line`]; `source` is where the line begins.
-    unsafe fn long_line_values<T: Bits>(
+    /// As for [`Sort::wide`].
+    unsafe fn marked_ranks<T: Bits>(&self, source: *const u8, keys: &mut [u64], buffer: *mut u8) {
+        let order = KeyOrder::new(self.dtype);
+        // SAFETY: the caller's.
+        unsafe {
+            self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                for (i, (key, value)) in keys[start..].iter_mut().zip(values).enumerate() {
+                    *key = (order.rank(value.low()) as u64) << 32 | (start + i) as u64;
+                }
+            });
+        }
+    }
+
+    /// Keys from which the values come back, with -0 before 0.
+    ///
+    /// # Safety
+    /// As for [`Sort::wide`].
+    unsafe fn ordered_values<T: Bits>(
         &self,
-        line: usize,
         source: *const u8,
+        out: *mut u8,
         scratch: &Scratch,
         buffer: *mut u8,
     ) {
         let keys = scratch.take::<u32>(self.length);
-        let width = 8 * self.dtype.size() as u32;
-        let order = KeyOrder::new(self.dtype);
-        let (mut negative_zeros, mut zeros) = (0, 0);
+        let (isa, order) = (Isa::get(), KeyOrder::new(self.dtype));
+        let (mut has_negative_zero, mut has_zero) = (false, false);
         // SAFETY: the caller's.
         unsafe {
-            self.read::<T>(source, buffer, |place, value| {
-                let key = order.key(Into::<u64>::into(value) as u32);
-                keys[place] = key;
-                negative_zeros += (key == order.negative_zero()) as usize;
-                zeros += (key == order.zero()) as usize;
+            self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                let keys = &mut keys[start..start + values.len()];
+                keys_of(isa, order, values, keys, false);
+                if order.is_float() {
+                    let has = |zero: u32| keys.iter().fold(false, |has, &key| has | (key == zero));
+                    has_negative_zero |= has(order.negative_zero());
+                    has_zero |= has(order.zero());
+                }
             });
+            sort_keys(isa, keys, self.dtype.size(), scratch);
+            write_values(isa, order, keys, out.cast::<T>(), self.out_stride);
         }
-        let other = scratch.take::<u32>(self.length);
-        let sorted = if radix::sort(keys, other, 0, width) { other } else { keys };
-        if order.is_float() && negative_zeros > 0 && zeros > 0 {
-            // Equal values keep their order.
-            let mut next = sorted.partition_point(|&key| key < order.negative_zero());
-            // SAFETY: the caller's.
-            unsafe {
-                self.read::<T>(source, buffer, |_, value| {
-                    let key = order.key(Into::<u64>::into(value) as u32);
-                    if key == order.negative_zero() || key == order.zero() {
-                        sorted[next] = key;
-                        next += 1;
-                    }
-                });
-            }
-        }
-        let out = self.out.cast::<T>().wrapping_offset(self.out_lines.offset(line));
-        for (i, &key) in sorted.iter().enumerate() {
-            // SAFETY: inside the output's line, this chunk's own.
-            unsafe { *out.offset(i as isize * self.out_stride) = T::of(order.value(key)) }
+        if has_negative_zero && has_zero {
+            // SAFETY: the caller's; the line has been written.
+            unsafe { self.order_zeros::<T>(source, out, buffer) }
         }
     }
 
-    /// Hands each value of a line on with its place.
+    /// Writes the zeros of a sorted line once more, in their original order: -0 and 0 are equal.
     ///
     /// # Safety
-    /// As for [`Sort::line`]; `source` is where the line begins.
-    unsafe fn read<T: Bits>(&self, source: *const u8, buffer: *mut u8, mut each: impl FnMut(usize, T)) {
-        for start in (0..self.length).step_by(TILE) {
-            let count = TILE.min(self.length - start);
+    /// As for [`Sort::wide`].
+    unsafe fn order_zeros<T: Bits>(&self, source: *const u8, out: *mut u8, buffer: *mut u8) {
+        let order = KeyOrder::new(self.dtype);
+        let (first, last) = (order.negative_zero(), order.zero());
+        let mut next = 0;
+        // SAFETY: the caller's.
+        unsafe {
+            self.tiles::<T>(source, 0..self.length, buffer, |_, values| {
+                next += values.iter().filter(|value| order.key(value.low()) < first).count();
+            });
+            self.tiles::<T>(source, 0..self.length, buffer, |_, values| {
+                for &value in values.iter().filter(|value| (first..=last).contains(&order.key(value.low()))) {
+                    *out.cast::<T>().offset(next as isize * self.out_stride) = value;
+                    next += 1;
+                }
+            });
+        }
+    }
+
+    /// The line with what belongs before place `at` before it, in the original order on both sides.
+    ///
+    /// # Safety
+    /// As for [`Sort::wide`].
+    unsafe fn parted<T: Bits>(
+        &self,
+        at: usize,
+        source: *const u8,
+        out: *mut u8,
+        scratch: &Scratch,
+        buffer: *mut u8,
+    ) {
+        let (isa, order) = (Isa::get(), KeyOrder::new(self.dtype));
+        let ranks = scratch.take::<u32>(self.length);
+        // SAFETY: the caller's.
+        unsafe {
+            self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                keys_of(isa, order, values, &mut ranks[start..start + values.len()], true);
+            });
+        }
+        let ranks = &*ranks;
+        let (middle, smaller) = select(isa, ranks, self.dtype.size(), at, scratch);
+        // Of equal ones the first go before.
+        let mut equal = (0..self.length).filter(|&place| ranks[place] == middle);
+        let middle_place = equal.nth(at - smaller).expect("as many are equal as were counted");
+        let (mut before, mut after) = (0, at + 1);
+        // SAFETY: the caller's; `at` elements are before the middle one, so every place is written once.
+        unsafe {
+            self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                for (i, (&rank, &value)) in ranks[start..].iter().zip(values).enumerate() {
+                    let place = start + i;
+                    let is_before = (rank < middle) | ((rank == middle) & (place < middle_place));
+                    let is_middle = place == middle_place;
+                    let side = if is_before { before } else { after };
+                    let to = if is_middle { at } else { side } as isize * self.out_stride;
+                    before += is_before as usize;
+                    after += !(is_before | is_middle) as usize;
+                    if self.places {
+                        *out.cast::<u32>().offset(to) = place as u32;
+                    } else {
+                        *out.cast::<T>().offset(to) = value;
+                    }
+                }
+            });
+        }
+    }
+
+    /// Hands on the elements of a range of a line with the place of the first, some at a time.
+    ///
+    /// # Safety
+    /// `source` is where the line begins, T an unsigned integer of the type's size; the buffer holds a tile.
+    unsafe fn tiles<T: Bits>(
+        &self,
+        source: *const u8,
+        range: Range<usize>,
+        buffer: *mut u8,
+        mut each: impl FnMut(usize, &[T]),
+    ) {
+        for start in range.clone().step_by(TILE) {
+            let count = TILE.min(range.end - start);
             // SAFETY: inside the line; the buffer holds a tile.
             let values = unsafe {
-                gather_run::<T>(source, &self.source_line, start, count, buffer);
-                std::slice::from_raw_parts(buffer.cast::<T>(), count)
+                let place = match self.source_line.contiguous_from(start, count) {
+                    Some(offset) => source.cast::<T>().offset(offset),
+                    None => {
+                        gather_run::<T>(source, &self.source_line, start, count, buffer);
+                        buffer.cast::<T>().cast_const()
+                    }
+                };
+                std::slice::from_raw_parts(place, count)
             };
-            values.iter().enumerate().for_each(|(i, &value)| each(start + i, value));
+            each(start, values);
         }
     }
 
     fn lines_a_chunk(&self) -> usize {
         // Sorting costs more than reading: chunks are smaller.
         (CHUNK / 4 / self.length.max(1)).max(1)
+    }
+}
+
+/// Sorts keys of so many bytes.
+fn sort_keys(isa: Isa, keys: &mut [u32], bytes: usize, scratch: &Scratch) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => {
+            let other = scratch.take::<u32>(keys.len() + quick::ROOM);
+            // SAFETY: the tier is the machine's, and there is room.
+            unsafe { quick::sort(keys, other) }
+        }
+        _ if keys.len() < radix::FROM => keys.sort_unstable(),
+        _ => {
+            let sorted = scratch.take::<u32>(keys.len());
+            radix::sort(keys, scratch.take::<u32>(keys.len()), 0, bytes, |place, key| sorted[place] = key);
+            keys.copy_from_slice(sorted);
+        }
+    }
+}
+
+/// The key (of so many bytes) at place `at` in order, and how many are smaller.
+fn select(isa: Isa, keys: &[u32], bytes: usize, at: usize, scratch: &Scratch) -> (u32, usize) {
+    let other = scratch.take::<u32>(keys.len() + 16);
+    if keys.len() >= radix::FROM && !matches!(isa, Isa::Avx512 | Isa::Amx) {
+        return radix::select(keys, &mut other[..keys.len()], bytes, at);
+    }
+    let copy = scratch.take::<u32>(keys.len());
+    copy.copy_from_slice(keys);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the tier is the machine's, and there is room.
+        Isa::Avx512 | Isa::Amx => unsafe { quick::select(copy, other, at) },
+        _ => {
+            let (before, &mut found, _) = copy.select_nth_unstable(at);
+            (found, before.iter().filter(|&&key| key < found).count())
+        }
     }
 }
 
@@ -420,6 +469,7 @@ mod tests {
     use mica_threads::Pool;
 
     use super::*;
+    use crate::plan::run_plan;
     use crate::testing::{Laid, Layout, layouts};
 
     /// Stable ascending order, NaN last.
@@ -464,11 +514,9 @@ mod tests {
                         let mut sorted = Laid::poisoned(dtype, shape, layout);
                         let mut places = Laid::poisoned(Dtype::U32, shape, Layout::Padded);
                         for threads in [1, 3] {
-                            let tasks = [
-                                sort(a.view(), axis, by, sorted.view_mut()).unwrap(),
-                                argsort(a.view(), axis, by, places.view_mut()).unwrap(),
-                            ];
-                            Pool::new(threads).run(&tasks).unwrap();
+                            let pool = Pool::new(threads);
+                            run_plan(&pool, sort(a.view(), axis, by, sorted.view_mut()).unwrap());
+                            run_plan(&pool, argsort(a.view(), axis, by, places.view_mut()).unwrap());
                             sorted.check_untouched_outside();
                             places.check_untouched_outside();
                             let (sorted, places) = (sorted.values(), places.values());
@@ -477,6 +525,7 @@ mod tests {
                                 let own: Vec<f64> = line.iter().map(|&at| values[at]).collect();
                                 let mut expected = order(&own);
                                 if let Some(at) = partition {
+                                    expected[..at].sort_unstable();
                                     expected[at + 1..].sort_unstable();
                                 }
                                 let got: Vec<usize> = line.iter().map(|&at| places[at] as usize).collect();
@@ -488,6 +537,48 @@ mod tests {
                                         "{name}"
                                     );
                                 }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lines that threads share, and one element less.
+    #[test]
+    fn long_lines_are_the_same_on_any_number_of_threads() {
+        let mut rng = Rng::new(43);
+        for length in [long::FROM - 1, long::FROM, long::FROM + 33_333] {
+            for dtype in [Dtype::F32, Dtype::BF16, Dtype::I32, Dtype::U8] {
+                let mut values = Laid::random(dtype, &[2, length], Layout::Contiguous, &mut rng).values();
+                if dtype.is_float() {
+                    for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, 0.0, -0.0] {
+                        values[rng.range(0..length)] = special;
+                    }
+                }
+                // The second line has few values: most bytes are alike.
+                values[length..].iter_mut().for_each(|value| *value = if *value > 0.5 { 1.0 } else { 0.0 });
+                for layout in [Layout::Contiguous, Layout::Padded] {
+                    let a = Laid::new(dtype, &[2, length], layout, &values);
+                    let mut sorted = Laid::poisoned(dtype, &[2, length], layout);
+                    let mut places = Laid::poisoned(Dtype::U32, &[2, length], layout);
+                    for threads in [1, 3] {
+                        let pool = Pool::new(threads);
+                        run_plan(&pool, sort(a.view(), 1, SortOrder::Full, sorted.view_mut()).unwrap());
+                        run_plan(&pool, argsort(a.view(), 1, SortOrder::Full, places.view_mut()).unwrap());
+                        sorted.check_untouched_outside();
+                        places.check_untouched_outside();
+                        let (sorted, places) = (sorted.values(), places.values());
+                        for line in 0..2 {
+                            let range = line * length..(line + 1) * length;
+                            let own = &values[range.clone()];
+                            let expected = order(own);
+                            for (i, at) in range.enumerate() {
+                                let want = own[expected[i]];
+                                assert!(places[at] as usize == expected[i], "{dtype} {length} {layout:?} {i}");
+                                let same = sorted[at].to_bits() == want.to_bits();
+                                assert!(same || (sorted[at].is_nan() && want.is_nan()), "{dtype} {length} {i}");
                             }
                         }
                     }

@@ -43,8 +43,8 @@ impl Array {
         self.in_order("argsort", axis.into(), true, None)
     }
 
-    /// The value that sorting would put at place `kth` (from the end if negative) is there, smaller
-    /// ones are before it, larger ones after it.
+    /// The value that sorting would put at place `kth` (from the end if negative) is there; what would come
+    /// before it is before it and the rest after it, both in their original order.
     pub fn partition(&self, kth: i64, axis: impl Into<Option<i32>>) -> Result<Array> {
         self.in_order("partition", axis.into(), false, Some(kth))
     }

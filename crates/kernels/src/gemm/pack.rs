@@ -36,9 +36,9 @@ pub(crate) struct PanelRange {
     pub n0: usize,
     /// Panels of 16 columns.
     pub panels: usize,
-    /// The first k: a multiple of 256, or 0.
+    /// The first k: a multiple of [`PanelSource::step`].
     pub k0: usize,
-    /// How many of k: to the end, or a multiple of 256.
+    /// How many of k: to the end, or a multiple of the step.
     pub k: usize,
     pub into: *mut u8,
     /// Bytes from panel to panel.
@@ -52,6 +52,11 @@ pub(crate) trait PanelSource: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// The tier is available; the range lies inside the operand and the destination is writable.
     unsafe fn panels(&self, isa: Isa, form: PanelForm, range: PanelRange);
+
+    /// Ranges begin at multiples of so many k.
+    fn step(&self) -> usize {
+        256
+    }
 }
 
 /// The second operand.

@@ -212,8 +212,10 @@ impl Gather {
         let mut at = 0;
         if let Some(base) = &self.base {
             base.runs(start, places.len(), |offset, stride, length| {
-                for i in 0..length {
-                    places[at + i] = (offset + i as isize * stride) as i64;
+                let mut next = offset as i64;
+                for place in &mut places[at..at + length] {
+                    *place = next;
+                    next += stride as i64;
                 }
                 at += length;
             });

@@ -64,13 +64,24 @@ impl AxisIndex {
             let tile = self.indices.load(0, start, places.len(), buffer, raw);
             std::slice::from_raw_parts(tile.cast::<i64>(), places.len())
         };
-        for (place, &index) in places.iter_mut().zip(indices) {
-            let at = if index < 0 && self.from_end { index.wrapping_add(self.size as i64) } else { index };
-            if at < 0 || at >= self.room as i64 {
-                self.fail(index);
-            }
-            *place += at * self.stride as i64;
+        // Without a branch and without comparing, so that it becomes vectors: one is outside if one of these
+        // numbers is negative. Which one is looked for once there is any.
+        let (size, last, stride) = (self.wrap(), self.room as i64 - 1, self.stride as i64);
+        let at = |index: i64| index.wrapping_add(size & (index >> 63));
+        let signs = |index: i64| at(index) | last.wrapping_sub(at(index));
+        if indices.iter().fold(0, |any, &index| any | signs(index)) < 0 {
+            self.fail(*indices.iter().find(|&&index| signs(index) < 0).expect("one is outside"));
         }
+        if stride == 1 {
+            places.iter_mut().zip(indices).for_each(|(place, &index)| *place += at(index));
+        } else {
+            places.iter_mut().zip(indices).for_each(|(place, &index)| *place += at(index) * stride);
+        }
+    }
+
+    /// What is added to negative indices.
+    fn wrap(&self) -> i64 {
+        if self.from_end { self.size as i64 } else { 0 }
     }
 
     /// Ends the task; the pool turns the message into an error. Not `panic!`, because this is bad

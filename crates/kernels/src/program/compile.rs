@@ -57,6 +57,8 @@ impl Code {
         for (at, instruction) in instructions.iter().enumerate() {
             operands(instruction).for_each(|value| last[value] = at);
         }
+        let mut is_operand = vec![false; instructions.len()];
+        instructions.iter().flat_map(operands).for_each(|value| is_operand[value] = true);
         for &value in outputs {
             last[value] = usize::MAX;
         }
@@ -104,7 +106,9 @@ impl Code {
                     let from = values.first().map_or(dtype, |&value| code.dtypes[value]);
                     let op = operation(isa, instruction, from, dtype)?;
                     code.steps.push(Step { op, operands: sources, target });
-                    if is_half(dtype) && !is_exact(instruction) {
+                    // What is only stored is rounded there, and in the same way.
+                    let is_rounded_later = dtype == Dtype::BF16 && !is_operand[at];
+                    if is_half(dtype) && !is_exact(instruction) && !is_rounded_later {
                         let operands = smallvec![Place::Register(target)];
                         code.steps.push(Step { op: round_to(isa, dtype), operands, target });
                     }
@@ -308,13 +312,24 @@ struct Select;
 
 impl TileOp for Select {
     unsafe fn run(&self, inputs: &[*const u8], output: *mut u8, count: usize) {
+        const BLOCK: usize = 16;
         let (condition, a, b) = (inputs[0].cast::<f32>(), inputs[1].cast::<f32>(), inputs[2].cast::<f32>());
         let out = output.cast::<f32>();
-        for i in 0..count {
-            // SAFETY: promised by the caller; each element is read before it is written.
-            unsafe {
+        let mut i = 0;
+        // SAFETY: promised by the caller; each element is read before it is written.
+        unsafe {
+            // A block is read whole before it is written, so that it becomes vectors.
+            while i + BLOCK <= count {
+                let [c, x, y] = [condition, a, b].map(|from| from.add(i).cast::<[f32; BLOCK]>().read());
+                let chosen: [f32; BLOCK] =
+                    std::array::from_fn(|lane| if c[lane] != 0.0 { x[lane] } else { y[lane] });
+                out.add(i).cast::<[f32; BLOCK]>().write(chosen);
+                i += BLOCK;
+            }
+            while i < count {
                 let (x, y) = (*a.add(i), *b.add(i));
                 *out.add(i) = if *condition.add(i) != 0.0 { x } else { y };
+                i += 1;
             }
         }
     }

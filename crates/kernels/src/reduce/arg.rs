@@ -2,8 +2,8 @@
 
 use mica_threads::{Scratch, Task};
 
-use super::Buffers;
 use super::geometry::Geometry;
+use super::{Buffers, LANES};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Complex32, Element};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, check_output, compute_dtype};
@@ -54,11 +54,11 @@ pub fn arg_reduce(
         ($t:ty, $nan:expr) => {
             if max {
                 ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, |a: $t, b: $t| {
-                    a > b || ($nan(a) && !$nan(b))
+                    (a > b) | ($nan(a) & !$nan(b))
                 })
             } else {
                 ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, |a: $t, b: $t| {
-                    a < b || ($nan(a) && !$nan(b))
+                    (a < b) | ($nan(a) & !$nan(b))
                 })
             }
         };
@@ -125,8 +125,8 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
         })
     }
 
-    /// The place of the best of a row. A tile is first reduced to its best value (which makes
-    /// vectors), and searched for it only if that beats the best so far.
+    /// The place of the best of a row. A tile is first reduced to its best value, and searched for it only if
+    /// that beats the best so far; both are loops over blocks without a branch, which become vectors.
     fn row(&self, base: isize, buffers: &Buffers) -> u32 {
         let length = self.source.linear.size();
         let mut best: Option<(T, usize)> = None;
@@ -137,10 +137,10 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
                 let tile = self.source.load(base, start, count, buffers.tile, buffers.raw);
                 std::slice::from_raw_parts(tile.cast::<T>(), count)
             };
-            let mut lanes = [values[0]; 16];
-            let (blocks, tail) = values.as_chunks::<16>();
+            let mut lanes = [values[0]; LANES];
+            let (blocks, tail) = values.as_chunks::<LANES>();
             for block in blocks {
-                for lane in 0..16 {
+                for lane in 0..LANES {
                     let (a, b) = (block[lane], lanes[lane]);
                     lanes[lane] = if (self.better)(a, b) { a } else { b };
                 }
@@ -150,8 +150,11 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
                 top = if (self.better)(value, top) { value } else { top };
             }
             if best.is_none_or(|(value, _)| (self.better)(top, value)) {
-                let place = values.iter().position(|&value| !(self.better)(top, value));
-                best = Some((top, start + place.expect("the best value is one of them")));
+                let is_top = |value: &T| !(self.better)(top, *value);
+                let has_top = |block: &[T; LANES]| block.iter().fold(false, |any, value| any | is_top(value));
+                let block = blocks.iter().position(has_top).unwrap_or(blocks.len());
+                let place = values[block * LANES..].iter().position(is_top);
+                best = Some((top, start + block * LANES + place.expect("the best value is one of them")));
             }
         }
         best.expect("rows are not empty").1 as u32

@@ -150,8 +150,8 @@ pub fn reduce(
                 $t::INFINITY,
                 |a: $t, b: $t| a + b,
                 |a: $t, b: $t| a * b,
-                |a: $t, b: $t| if a.is_nan() || a > b { a } else { b },
-                |a: $t, b: $t| if a.is_nan() || a < b { a } else { b }
+                |a: $t, b: $t| if a.is_nan() | (a > b) { a } else { b },
+                |a: $t, b: $t| if a.is_nan() | (a < b) { a } else { b }
             )
         };
     }

@@ -12,7 +12,7 @@ use super::SEGMENT;
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, check_output, check_rank, compute_dtype};
 use crate::error::KernelError;
-use crate::layout::Linear;
+use crate::layout::{Linear, prefetch};
 
 /// `out = softmax(source)` over the last axis; both of one float type and shape. `out` may be
 /// the memory of `source` if they have the same layout.
@@ -106,6 +106,15 @@ impl Rows {
         chunk * step..self.outer.size().min((chunk + 1) * step)
     }
 
+    /// Where a row is that needs no copy: f32 side by side.
+    fn dense(&self, row: usize) -> Option<*const f32> {
+        if self.source.dtype != Dtype::F32 {
+            return None;
+        }
+        let offset = self.source.linear.contiguous_from(0, self.length())?;
+        Some(self.source.pointer.cast::<f32>().wrapping_offset(self.outer.offset(row) + offset))
+    }
+
     /// A row of numbers of the compute type, copied to `to`, which holds it.
     fn load(&self, row: usize, to: *mut u8, buffers: &super::Buffers) {
         let base = self.outer.offset(row);
@@ -148,15 +157,30 @@ impl Task for Softmax {
         let buffers = super::Buffers::new(scratch);
         let memory = row_memory(&self.rows, scratch);
         let length = self.rows.length();
-        for row in self.rows.of_chunk(chunk) {
-            self.rows.load(row, memory, &buffers);
-            // SAFETY: a row of the compute type, written by `load`; outputs of this chunk.
+        let rows = self.rows.of_chunk(chunk);
+        for row in rows.clone() {
+            // Rows of f32 without gaps are read and written where they are.
+            let own = self.rows.dense(row);
+            if own.is_none() {
+                self.rows.load(row, memory, &buffers);
+            }
+            let target = self.out.direct(row * length, length).unwrap_or(memory);
+            // SAFETY: a row of the compute type in memory, or written by `load`; outputs of this chunk. The
+            // output may be the memory of the source: each element is read before it is written.
             unsafe {
                 if self.rows.compute == Dtype::F64 {
                     softmax_f64(std::slice::from_raw_parts_mut(memory.cast(), length));
                 } else {
-                    let values = std::slice::from_raw_parts_mut(memory.cast(), length);
-                    softmax_row(self.rows.isa, values);
+                    let next = if row + 1 < rows.end { row + 1 } else { row };
+                    let next = [
+                        self.rows.dense(next).unwrap_or(memory.cast()),
+                        self.out.direct(next * length, length).unwrap_or(memory).cast::<f32>().cast_const(),
+                    ];
+                    let from = own.unwrap_or(memory.cast());
+                    softmax_row(self.rows.isa, SoftmaxRow { from, to: target.cast(), length, next });
+                    if target != memory {
+                        continue;
+                    }
                 }
                 for start in (0..length).step_by(TILE) {
                     let count = TILE.min(length - start);
@@ -202,9 +226,12 @@ impl Task for LogSumExp {
     }
 }
 
-/// Replaces a row by its softmax.
-pub(crate) fn softmax_row(isa: Isa, values: &mut [f32]) {
-    dispatch(isa, SoftmaxRow { values });
+/// Writes the softmax of a row.
+///
+/// # Safety
+/// The row is there to be read, and to be written.
+unsafe fn softmax_row(isa: Isa, row: SoftmaxRow) {
+    dispatch(isa, row);
 }
 
 /// The log-sum-exp of a row. Overwrites it.
@@ -212,23 +239,33 @@ pub(crate) fn logsumexp_row(isa: Isa, values: &mut [f32]) -> f32 {
     dispatch(isa, LogSumExpRow { values })
 }
 
-struct SoftmaxRow<'a> {
-    values: &'a mut [f32],
+/// A row of `length` values, and where the softmax goes.
+struct SoftmaxRow {
+    from: *const f32,
+    to: *mut f32,
+    length: usize,
+    /// What is read and written after this row: it is asked for meanwhile.
+    next: [*const f32; 2],
 }
 
 struct LogSumExpRow<'a> {
     values: &'a mut [f32],
 }
 
-impl Kernel for SoftmaxRow<'_> {
+impl Kernel for SoftmaxRow {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let (_, sum) = exponentials::<V>(self.values);
-        let scale = V::splat(1.0 / sum);
-        for part in self.values.chunks_mut(LANES) {
-            (V::from_slice(part, 0.0) * scale).to_slice(part);
+        let SoftmaxRow { from, to, length, next } = self;
+        // SAFETY: promised to `softmax_row`.
+        unsafe {
+            let (_, sum) = exponentials::<V>(from, to, length, next);
+            let scale = V::splat(1.0 / sum);
+            for at in (0..length).step_by(LANES) {
+                let count = (length - at).min(LANES);
+                (V::load_part(to.add(at), count, 0.0) * scale).store_part(to.add(at), count);
+            }
         }
     }
 }
@@ -238,7 +275,9 @@ impl Kernel for LogSumExpRow<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) -> f32 {
-        let (largest, sum) = exponentials::<V>(self.values);
+        let at = self.values.as_mut_ptr();
+        // SAFETY: a slice of that length.
+        let (largest, sum) = unsafe { exponentials::<V>(at, at, self.values.len(), [at; 2]) };
         if largest.is_infinite() {
             return largest;
         }
@@ -246,29 +285,47 @@ impl Kernel for LogSumExpRow<'_> {
     }
 }
 
-/// Replaces values by e^(x - largest); gives the largest (NaN if any is) and the sum.
+/// Vectors whose largest values are found apart: a comparison waits some cycles for the one before.
+const TOPS: usize = 4;
+
+/// Writes e^(x - largest) of a row; gives the largest (NaN if any is) and the sum.
+///
+/// # Safety
+/// `length` values are readable at `from` and writable at `to`, which may be the same place.
 #[inline(always)]
-fn exponentials<V: Vector>(values: &mut [f32]) -> (f32, f32) {
-    let mut top = V::splat(f32::NEG_INFINITY);
-    for part in values.chunks(LANES) {
-        let x = V::from_slice(part, f32::NEG_INFINITY);
-        // Keeps NaN on either side.
-        top = V::select(V::mask_or(x.is_nan(), x.gt(top)), x, top);
+unsafe fn exponentials<V: Vector>(
+    from: *const f32,
+    to: *mut f32,
+    length: usize,
+    next: [*const f32; 2],
+) -> (f32, f32) {
+    let mut tops = [V::splat(f32::NEG_INFINITY); TOPS];
+    for start in (0..length).step_by(TOPS * LANES) {
+        for (i, top) in tops.iter_mut().enumerate() {
+            let at = (start + i * LANES).min(length);
+            // SAFETY: the caller's; none past the end.
+            let x = unsafe { V::load_part(from.add(at), length - at, f32::NEG_INFINITY) };
+            // Keeps NaN on either side.
+            *top = V::select(V::mask_or(x.is_nan(), x.gt(*top)), x, *top);
+        }
     }
-    let lanes = top.to_array();
-    let mut largest = lanes[0];
-    for lane in 1..LANES {
-        largest = if lanes[lane].is_nan() || lanes[lane] > largest { lanes[lane] } else { largest };
+    let mut largest = f32::NEG_INFINITY;
+    for lane in tops.iter().flat_map(|top| top.to_array()) {
+        largest = if lane.is_nan() || lane > largest { lane } else { largest };
     }
     let shift = V::splat(largest);
     let mut total = 0.0;
-    for (segment, values) in values.chunks_mut(SEGMENT).enumerate() {
+    for segment in (0..length).step_by(SEGMENT) {
         let mut sum = V::zero();
-        for part in values.chunks_mut(LANES) {
-            // Lanes past the end become e^-∞ = 0.
-            let e = math::exp(V::from_slice(part, f32::NEG_INFINITY) - shift);
-            e.to_slice(part);
-            sum = sum + e;
+        for at in (segment..length.min(segment + SEGMENT)).step_by(LANES) {
+            let count = (length - at).min(LANES);
+            next.iter().for_each(|next| prefetch(next.wrapping_add(at).cast(), 4 * LANES));
+            // SAFETY: the caller's. Lanes past the end become e^-∞ = 0.
+            unsafe {
+                let e = math::exp(V::load_part(from.add(at), count, f32::NEG_INFINITY) - shift);
+                e.store_part(to.add(at), count);
+                sum = sum + e;
+            }
         }
         total = if segment == 0 { sum.sum() } else { total + sum.sum() };
     }

@@ -1,13 +1,18 @@
-//! Convolution: the patches under the kernel as rows of a matrix, a block of rows at a time, times
-//! the kernel. Kernels that see one channel each run without a matrix.
+//! Convolution: the kernel times the patches under it. The matrix kernel reads the patches where they are
+//! ([`mica_kernels::patches`]). Where they are few, channels are not side by side or the type is f64, they are
+//! copied as rows of a matrix, a block of rows at a time. Kernels that see one channel each run without a
+//! matrix.
 //!
 //! A product's order is the matrix kernel's: one chain over taps, then channels, ascending; padding
 //! takes part as zeros.
 
+use mica_kernels::gemm::{self, FloatType};
+use mica_kernels::patches::{self, Walk};
+use mica_simd::{Isa, Kernel, LANES, Vector, dispatch};
 use mica_threads::Task;
 use smallvec::SmallVec;
 
-use super::products::product;
+use super::products::{lowered, product, read, write};
 use super::strided::{Shared, task, unravel};
 use super::{Lowered, by_reference};
 use crate::backend::{HostView, Step};
@@ -17,6 +22,8 @@ use crate::{Dtype, Result};
 /// Bytes of patches at a time: enough rows to make packing the kernel cheap, few enough to stay near
 /// the processor.
 const BLOCK: usize = 8 << 20;
+/// Fewer positions than this leave most of the matrix kernel's lanes empty when they are its columns.
+const POSITIONS: usize = 64;
 /// Rows of patches per chunk.
 const ROWS: usize = 32;
 
@@ -91,7 +98,70 @@ pub(super) fn lower(spec: &ConvNd, step: &Step) -> Result<Lowered> {
     if patches.depth == 1 && spec.groups > 1 && w.shape[0] == spec.groups && x.dtype == Dtype::F32 {
         return Ok(depthwise(patches, w.clone(), out.clone()));
     }
+    let positions = out.shape[0] * patches.out.iter().product::<usize>();
+    let side_by_side = x.strides[rank - 1] == 1 || patches.depth == 1;
+    if positions >= POSITIONS && side_by_side && x.dtype != Dtype::F64 && !patches.is_input() {
+        return in_place(&patches, w, out);
+    }
     general(patches, w.clone(), out.clone())
+}
+
+/// What a group sees of the input, whose channels lie side by side if there are several.
+fn seen(patches: &Patches, group: usize) -> patches::Patches {
+    let (spec, x) = (&patches.spec, &patches.x);
+    let spatial = patches.taps.len();
+    /// A list with the dimensions that are not there in front.
+    fn three<T: Copy>(list: &[T], missing: T) -> [T; 3] {
+        std::array::from_fn(|axis| (axis + list.len()).checked_sub(3).map_or(missing, |axis| list[axis]))
+    }
+    let walk = Walk {
+        input: three(&x.shape[1..=spatial], 1),
+        output: three(&patches.out, 1),
+        taps: three(&patches.taps, 1),
+        stride: three(&spec.stride, 1),
+        low: three(&spec.low, 0),
+        kernel_dilation: three(&spec.kernel_dilation, 1),
+        input_dilation: three(&spec.input_dilation, 1),
+        flip: spec.flip,
+    };
+    let float = match x.dtype {
+        Dtype::BF16 => FloatType::Bf16,
+        Dtype::F16 => FloatType::F16,
+        _ => FloatType::F32,
+    };
+    let bytes = |stride: isize| stride * x.dtype.size() as isize;
+    let strides = three(&x.strides[1..=spatial], 0).map(bytes);
+    let channel = (group * patches.depth) as isize * bytes(x.strides[spatial + 1]);
+    let image = x.pointer.wrapping_offset(channel).cast_const();
+    let batch = (x.shape[0], bytes(x.strides[0]));
+    patches::Patches::new(walk, (image, float), batch, strides, patches.depth)
+}
+
+/// The kernel times the patches where they are.
+fn in_place(patches: &Patches, w: &HostView, out: &HostView) -> Result<Lowered> {
+    let (groups, size) = (patches.spec.groups, out.dtype.size());
+    // As for matrices: those of bf16 are multiplied as such.
+    let precision =
+        if out.dtype == Dtype::BF16 { gemm::Precision::Bf16 } else { gemm::Precision::Exact };
+    let outputs = w.shape[0];
+    let (width, per_group) = (patches.taps.iter().product::<usize>() * patches.depth, outputs / groups);
+    let positions = out.shape[0] * patches.out.iter().product::<usize>();
+    let mut parts = Vec::with_capacity(groups);
+    for group in 0..groups {
+        let at = w.pointer.wrapping_add(group * per_group * width * size);
+        let kernel = matrix(at, w.dtype, [per_group, width], [width as isize, 1]);
+        let at = out.pointer.wrapping_add(group * per_group * size);
+        let to = matrix(at, out.dtype, [per_group, positions], [1, outputs as isize]);
+        let (kernel, to) = (read(&kernel)?, write(&to)?);
+        parts.push(lowered(seen(patches, group).product(kernel, to, precision, Isa::get())?));
+    }
+    let needed = super::workspace_bytes(&parts);
+    Ok(Lowered::WithWorkspace(
+        needed,
+        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
+            parts.into_iter().try_for_each(|part| part.give(workspace, list))
+        }),
+    ))
 }
 
 fn matrix(pointer: *mut u8, dtype: Dtype, shape: [usize; 2], strides: [isize; 2]) -> HostView {
@@ -195,7 +265,8 @@ fn depthwise(patches: Patches, w: HostView, out: HostView) -> Lowered {
     let rows = out.shape[0] * patches.out.iter().product::<usize>();
     let (kernel, result) = (Shared(w.pointer), Shared(out.pointer));
     let stride = patches.x.strides[patches.x.shape.len() - 1];
-    let per_chunk = (1usize << 14).div_ceil(channels * taps).max(1);
+    let per_chunk = (1usize << 16).div_ceil(channels * taps).max(1);
+    let (isa, seen) = (Isa::get(), seen(&patches, 0));
     Lowered::WithWorkspace(
         channels * taps * 4,
         Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
@@ -208,43 +279,68 @@ fn depthwise(patches: Patches, w: HostView, out: HostView) -> Lowered {
                 }
             }));
             list.push(task("conv", rows.div_ceil(per_chunk), move |chunk, _| {
+                let mut points = Vec::new();
                 for row in chunk * per_chunk..rows.min((chunk + 1) * per_chunk) {
-                    // SAFETY: row `row` of the contiguous output, this chunk's alone.
-                    let sums = unsafe {
-                        let line = result.get().cast::<f32>().add(row * channels);
-                        std::ptr::write_bytes(line, 0, channels);
-                        std::slice::from_raw_parts_mut(line, channels)
-                    };
-                    patches.visit(row, 0, |tap, pointer| {
-                        if pointer.is_null() {
-                            return;
-                        }
-                        let pointer = pointer.cast::<f32>();
-                        // SAFETY: the turned kernel has been written by the task before.
-                        let taps = unsafe {
-                            std::slice::from_raw_parts(
-                                turned.get().cast::<f32>().add(tap * channels),
-                                channels,
-                            )
-                        };
-                        if stride == 1 {
-                            // SAFETY: the input's channels lie side by side.
-                            let values = unsafe { std::slice::from_raw_parts(pointer, channels) };
-                            for ((sum, &value), &tap) in sums.iter_mut().zip(values).zip(taps) {
-                                *sum += value * tap;
-                            }
-                        } else {
-                            for (channel, (sum, &tap)) in sums.iter_mut().zip(taps).enumerate() {
-                                // SAFETY: channel `channel` of the input.
-                                let value =
-                                    unsafe { pointer.wrapping_offset(channel as isize * stride).read() };
-                                *sum += value * tap;
-                            }
-                        }
-                    });
+                    seen.points(row, &mut points);
+                    let kernel = turned.get().cast::<f32>().cast_const();
+                    let out = result.get().cast::<f32>().wrapping_add(row * channels);
+                    // SAFETY: points of the input, whose channels are `stride` apart; the turned kernel, which the
+                    // task before has written; row `row` of the contiguous output, this chunk's alone.
+                    unsafe { by_channels(isa, ByChannels { points: &points, stride, kernel, out, channels }) }
                 }
             }));
             Ok(())
         }),
     )
+}
+
+/// One position: the taps that are no padding, each with where its input is.
+struct ByChannels<'a> {
+    points: &'a [(usize, *const u8)],
+    /// From one channel of the input to the next.
+    stride: isize,
+    /// [taps, channels]
+    kernel: *const f32,
+    out: *mut f32,
+    channels: usize,
+}
+
+/// Sums over taps, for every channel.
+///
+/// # Safety
+/// All channels are there at every place, and may be written in the output.
+unsafe fn by_channels(isa: Isa, work: ByChannels) {
+    dispatch(isa, work)
+}
+
+impl Kernel for ByChannels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let ByChannels { points, stride, kernel, out, channels } = self;
+        for at in (0..channels).step_by(LANES) {
+            let count = (channels - at).min(LANES);
+            let mut sum = V::zero();
+            for &(tap, point) in points {
+                // SAFETY: promised to `by_channels`.
+                let (x, w) = unsafe {
+                    let point = point.cast::<f32>();
+                    let x = if stride == 1 {
+                        V::load_part(point.add(at), count, 0.0)
+                    } else {
+                        let mut lanes = [0.0; LANES];
+                        for (i, lane) in lanes[..count].iter_mut().enumerate() {
+                            *lane = point.wrapping_offset((at + i) as isize * stride).read();
+                        }
+                        V::from_slice(&lanes, 0.0)
+                    };
+                    (x, V::load_part(kernel.add(tap * channels + at), count, 0.0))
+                };
+                sum = sum + x * w;
+            }
+            // SAFETY: as above.
+            unsafe { sum.store_part(out.add(at), count) }
+        }
+    }
 }

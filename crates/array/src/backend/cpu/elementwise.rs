@@ -103,10 +103,14 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         }
         Op::Scan { op, axis, reverse, exclusive } => {
             let options = ScanOptions { reverse: *reverse, exclusive: *exclusive };
-            scan::scan(*op, options, input(step, 0)?, *axis, out)?
+            return Ok(scan::scan(*op, options, input(step, 0)?, *axis, out)?.into());
         }
-        Op::Sort { axis, order } => sort::sort(input(step, 0)?, *axis, *order, out)?,
-        Op::ArgSort { axis, order } => sort::argsort(input(step, 0)?, *axis, *order, out)?,
+        Op::Sort { axis, order } => {
+            return Ok(sort::sort(input(step, 0)?, *axis, *order, out)?.into());
+        }
+        Op::ArgSort { axis, order } => {
+            return Ok(sort::argsort(input(step, 0)?, *axis, *order, out)?.into());
+        }
         Op::Bitcast => {
             // Only contiguous inputs that start at an odd place come here: others are views.
             let (source, count) = (input(step, 0)?, step.outputs[0].host()?.bytes());

@@ -165,7 +165,7 @@ pub(super) fn read(view: &HostView) -> Result<FloatView<'static>> {
     })
 }
 
-fn write(view: &HostView) -> Result<FloatViewMut<'static>> {
+pub(super) fn write(view: &HostView) -> Result<FloatViewMut<'static>> {
     let (shape, strides) = (view.shape.as_slice(), view.strides.as_slice());
     // SAFETY: outputs are alive and written by this step alone.
     Ok(unsafe {
@@ -185,7 +185,7 @@ fn float_precision(precision: Precision) -> gemm::Precision {
     }
 }
 
-fn lowered(plan: Gemm<'static>) -> Lowered {
+pub(super) fn lowered(plan: Gemm<'static>) -> Lowered {
     let bytes = plan.workspace_bytes();
     Lowered::WithWorkspace(
         bytes,
@@ -254,7 +254,11 @@ pub(super) fn product(
     if accumulate {
         spec.epilogue = gemm::Epilogue::accumulate();
     }
-    spec.precision = float_precision(precision);
+    spec.precision = match (a.dtype, b.dtype) {
+        // Products in their own dtype lose nothing: those of two bf16 are exact in f32.
+        (Dtype::BF16, Dtype::BF16) => gemm::Precision::Bf16,
+        _ => float_precision(precision),
+    };
     Ok(lowered(Gemm::plan(&spec)?))
 }
 

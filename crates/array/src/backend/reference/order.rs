@@ -129,6 +129,7 @@ fn ordered(x: &Dense, axis: usize, order: SortOrder) -> (Vec<i128>, Vec<usize>) 
         let mut by: Vec<usize> = (0..line.len()).collect();
         by.sort_by(|&a, &b| compare(x, line[a], line[b]).then(a.cmp(&b)));
         if let SortOrder::Partition(at) = order {
+            by[..at].sort_unstable();
             by[at + 1..].sort_unstable();
         }
         for (&to, &from) in line.iter().zip(&by) {
