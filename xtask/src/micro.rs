@@ -177,7 +177,9 @@ fn samples(case: &Case, outputs: &[Array]) -> anyhow::Result<Vec<f64>> {
     for output in outputs {
         let sorted = if case.unordered { output.sort(-1)? } else { output.clone() };
         let values = sorted.astype(Dtype::F32)?.to_vec::<f32>()?;
-        samples.extend((0..64.min(values.len())).map(|i| values[i * values.len() / 64.min(values.len())] as f64));
+        samples.extend(
+            (0..64.min(values.len())).map(|i| values[i * values.len() / 64.min(values.len())] as f64),
+        );
     }
     Ok(samples)
 }

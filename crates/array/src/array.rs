@@ -112,7 +112,10 @@ impl Drop for Node {
 
 fn too_large(op: &Op, spec: &Spec) -> State {
     let (name, shape, dtype) = (op.name(), &spec.shape, spec.dtype);
-    State::Failed(Error::invalid(name, format!("a result of shape {shape:?} in {dtype} is larger than memory can be")))
+    State::Failed(Error::invalid(
+        name,
+        format!("a result of shape {shape:?} in {dtype} is larger than memory can be"),
+    ))
 }
 
 fn take_inputs(node: &mut Node) -> Inputs {

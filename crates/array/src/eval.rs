@@ -53,7 +53,12 @@ thread_local! {
 fn engine() -> MutexGuard<'static, Option<Engine>> {
     let mut engine = ENGINE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if engine.is_none() {
-        *engine = Some(Engine { backend: Box::new(Cpu::new(default_threads())), epoch: 1, walk: 0, steps: Vec::new() });
+        *engine = Some(Engine {
+            backend: Box::new(Cpu::new(default_threads())),
+            epoch: 1,
+            walk: 0,
+            steps: Vec::new(),
+        });
     }
     engine
 }
@@ -72,7 +77,9 @@ fn default_threads() -> usize {
 /// # Errors
 /// It is no number from 1 to 1024, in words.
 pub fn threads_of_environment() -> std::result::Result<Option<usize>, String> {
-    let Some(text) = std::env::var_os("MICA_THREADS").filter(|text| !text.is_empty()) else { return Ok(None) };
+    let Some(text) = std::env::var_os("MICA_THREADS").filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
     parse_threads(&text.to_string_lossy()).map(Some)
 }
 

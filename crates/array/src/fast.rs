@@ -45,7 +45,7 @@ pub fn layer_norm(x: &Array, weight: Option<&Array>, bias: Option<&Array>, eps: 
     x.astype(dtype)?.layer_norm(&weight, &bias, eps)
 }
 
-/// −log softmax(logits)[target] over the last axis: logits [.., classes], integer targets [..]. Computed in
+/// −log softmax(logits)\[target\] over the last axis: logits [.., classes], integer targets [..]. Computed in
 /// the logits' dtype, given as f32.
 pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
     float("cross_entropy", logits)?;
@@ -64,7 +64,7 @@ pub fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
 pub enum RopeBase<'a> {
     /// Dimension pair i turns by position · base^(−2i / dims).
     Base(f32),
-    /// Pair i turns by position / freqs[i].
+    /// Pair i turns by position / freqs\[i\].
     Freqs(&'a Array),
 }
 
@@ -152,7 +152,7 @@ pub enum AttentionMask<'a> {
 /// softmax(q · kᵀ · scale + mask) · v for q [batch, heads, queries, head_dim] and k, v
 /// [batch, kv_heads, keys, head_dim]; kv_heads divides heads.
 ///
-/// `sinks` [heads] are scores of one more key per head that has no value. Without an array as mask,
+/// `sinks` \[heads\] are scores of one more key per head that has no value. Without an array as mask,
 /// sinks, or values of another width, scores are never stored.
 pub fn scaled_dot_product_attention(
     q: &Array,

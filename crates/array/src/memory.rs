@@ -212,7 +212,8 @@ pub(crate) fn is_crowded() -> bool {
 }
 
 /// Large scratch memory of tasks, which the limit is for too.
-pub(crate) const SCRATCH: mica_threads::Account = mica_threads::Account { take: take_scratch, give: give_scratch };
+pub(crate) const SCRATCH: mica_threads::Account =
+    mica_threads::Account { take: take_scratch, give: give_scratch };
 
 fn take_scratch(bytes: usize) -> bool {
     let mut state = state();

@@ -231,7 +231,7 @@ pub enum Op {
     /// Gradients of [`Op::ShortConv`]: inputs x, weight, dy, (starts); outputs dx, dweight.
     ShortConvVjp(ConvSpec),
     /// Summed negative log-likelihood of rows of hidden states under an output head, gradients
-    /// formed on the way: inputs hidden [n, d], weight [V, d], targets [n]; outputs the sum, the
+    /// formed on the way: inputs hidden [n, d], weight [V, d], targets \[n\]; outputs the sum, the
     /// log-probability per row, dhidden and dweight for a cotangent of one.
     LinearCrossEntropy(CrossEntropySpec),
     /// One fused AdamW step: inputs parameter, gradient, m, v; outputs parameter, m, v.

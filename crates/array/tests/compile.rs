@@ -422,7 +422,9 @@ fn sizes_that_get_into_the_graph_are_formulas_of_the_inputs_sizes() {
             let seen = at.expand_dims(&[1])?.greater_equal(&at)?;
             Array::select(&seen, &scores, f32::NEG_INFINITY)?.softmax(-1)
         }),
-        ("a slice off the end", |x| x[0].narrow(0, 1, x[0].dim(0))?.add(x[0].narrow(0, 0, x[0].dim(0) - 1)?)),
+        ("a slice off the end", |x| {
+            x[0].narrow(0, 1, x[0].dim(0))?.add(x[0].narrow(0, 0, x[0].dim(0) - 1)?)
+        }),
         ("backwards", |x| x[0].flip(&[0])?.cumsum(0, false, true)),
         ("twice as many", |x| Array::concatenate(&[x[0].clone(), x[0].exp()?], 0)),
         ("a captured list of places", |x| x[0].take(&Array::from_slice(&[2u32, 0], &[2])?, 1)),

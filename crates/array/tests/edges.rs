@@ -113,7 +113,8 @@ fn a_query_that_sees_no_key_gets_the_mean_of_the_values() {
     let (q, k, v) = (array(0.1, &[1, 2, 3, 4]), array(0.2, &[1, 2, 2, 4]), array(0.3, &[1, 2, 2, 4]));
     let mean = values(&v.mean(&[2], false).unwrap());
     let seen = Array::from_slice(&[true, false, false, false, true, true], &[3, 2]).unwrap();
-    for (name, mask, row) in [("bool", AttentionMask::Array(&seen), 1), ("causal", AttentionMask::Causal, 0)] {
+    for (name, mask, row) in [("bool", AttentionMask::Array(&seen), 1), ("causal", AttentionMask::Causal, 0)]
+    {
         let out = scaled_dot_product_attention(&q, &k, &v, 0.5, mask, None).unwrap();
         let got = values(&out.narrow(2, row, row + 1).unwrap());
         mica_testkit::assert_close(name, &got, &mean, 1e-6, 1e-6);

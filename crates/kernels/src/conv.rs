@@ -1,5 +1,5 @@
 //! Causal depthwise convolution over a few positions (three or four taps), forward and backward:
-//! y[t, c] = Σ_j weight[c, j] · x[t - (taps - 1) + j, c] (+ bias[c]).
+//! y[t, c] = Σ_j weight[c, j] · x[t - (taps - 1) + j, c] (+ bias\[c\]).
 //!
 //! The sum is one ascending chain over j from zero, then the bias. Before the start of a sequence
 //! come the carried state (the last inputs of what came before) or zeros; at the borders of packed
@@ -281,7 +281,7 @@ pub struct ShortConvBackwardArgs {
 }
 
 /// The gradients of [`short_conv`]. Those of weight and bias are sums over blocks of
-/// [`GRADIENT_ROWS`] positions of each sequence, ascending, then over the blocks, ascending.
+/// `GRADIENT_ROWS` positions of each sequence, ascending, then over the blocks, ascending.
 pub fn short_conv_backward(isa: Isa, args: ShortConvBackwardArgs) -> Result<Plan, KernelError> {
     let name = "short_conv_backward";
     let shape = Shape::new(name, isa, &args.x, &args.weight, args.starts)?;

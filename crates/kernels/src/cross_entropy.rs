@@ -51,7 +51,7 @@ pub struct CrossEntropyArgs {
     pub logits: DynView,
     /// The labels of the rows.
     pub targets: Targets,
-    /// `[rows]` f32: -ln softmax(logits)[label], 0 for ignored rows.
+    /// `[rows]` f32: -ln softmax(logits)\[label\], 0 for ignored rows.
     pub loss: Option<DynViewMut>,
     /// `[rows]` f32: ln Σ exp(logits), ignored rows too.
     pub lse: Option<DynViewMut>,

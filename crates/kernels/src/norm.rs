@@ -3,7 +3,7 @@
 //! Sums over a row are in the canonical 16 lanes (docs/NUMERICS.md), in f32 whatever the types.
 //! A row is y = ((x - mean)·r)·weight + bias with r = 1/√(variance + eps); the RMS form has no
 //! mean and no bias. Gradients of weight and bias are sums over rows: blocks of
-//! [`GRADIENT_ROWS`] rows ascending, then the blocks ascending.
+//! `GRADIENT_ROWS` rows ascending, then the blocks ascending.
 
 use mica_simd::{Isa, Kernel, LANES, Vector, dispatch};
 use mica_threads::{Scratch, Task};

@@ -115,7 +115,8 @@ impl Patches {
     fn seen(&self, axis: usize, place: usize, offset: isize) -> Option<isize> {
         let at = (place * self.walk.stride[axis]) as isize + offset;
         let dilation = self.walk.input_dilation[axis] as isize;
-        let (at, exact) = if dilation == 1 { (at, true) } else { (at.div_euclid(dilation), at % dilation == 0) };
+        let (at, exact) =
+            if dilation == 1 { (at, true) } else { (at.div_euclid(dilation), at % dilation == 0) };
         (exact && at >= 0 && at < self.walk.input[axis] as isize).then_some(at)
     }
 
@@ -229,7 +230,16 @@ impl PanelSource for Patches {
                 let into = range.into.wrapping_add(panel * range.stride + at * bytes_a_k);
                 // SAFETY: the lines are readable, and the panel is the caller's to write.
                 unsafe {
-                    block(&Job { from, from_step, lines, lanes, into, into_step: 64, ahead: 0, into_lines: 16 })
+                    block(&Job {
+                        from,
+                        from_step,
+                        lines,
+                        lanes,
+                        into,
+                        into_step: 64,
+                        ahead: 0,
+                        into_lines: 16,
+                    })
                 }
             }
         }
@@ -264,7 +274,8 @@ mod tests {
                     (((padded - reach) / stride as isize) + 1) as usize
                 };
                 let output: [usize; 3] = std::array::from_fn(size);
-                let low = std::array::from_fn(|axis| if input[axis] == 1 && taps[axis] == 1 { 0 } else { low });
+                let low =
+                    std::array::from_fn(|axis| if input[axis] == 1 && taps[axis] == 1 { 0 } else { low });
                 let walk = Walk {
                     input,
                     output,
@@ -296,8 +307,7 @@ mod tests {
                     let mut out = vec![f32::NAN; positions * outputs];
                     let shape = [outputs, positions];
                     // SAFETY: as many elements as the vector has.
-                    let view =
-                        unsafe { ViewMut::from_raw(out.as_mut_ptr(), &shape, &[1, outputs as isize]) };
+                    let view = unsafe { ViewMut::from_raw(out.as_mut_ptr(), &shape, &[1, outputs as isize]) };
                     let weight = View::new(&weight, &[outputs, k]).unwrap();
                     let gemm = patches.product(weight.into(), view.into(), Precision::Exact, isa).unwrap();
                     gemm.run(&Pool::new(3)).unwrap();

@@ -260,7 +260,8 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Scan<T, F> {
             let scan =
                 Scan { name, options, length, before, behind, source, out: sink, neutral, join, totals };
             let scan = Arc::new(scan);
-            let steps = if segments > 1 { &[Step::Totals, Step::Before, Step::Write][..] } else { &[Step::Write] };
+            let steps =
+                if segments > 1 { &[Step::Totals, Step::Before, Step::Write][..] } else { &[Step::Write] };
             for &step in steps {
                 list.push(Box::new(Pass { scan: scan.clone(), step }));
             }
@@ -680,7 +681,10 @@ mod tests {
         let values: Vec<f64> = (0..length).map(|_| rng.normal().abs() as f64).collect();
         let a = Laid::contiguous(Dtype::F32, &[length], &values);
         let mut out = Laid::poisoned(Dtype::F32, &[length], Layout::Contiguous);
-        run_plan(&Pool::new(2), scan(ScanOp::Sum, ScanOptions::default(), a.view(), 0, out.view_mut()).unwrap());
+        run_plan(
+            &Pool::new(2),
+            scan(ScanOp::Sum, ScanOptions::default(), a.view(), 0, out.view_mut()).unwrap(),
+        );
         assert!(out.values().is_sorted());
     }
 

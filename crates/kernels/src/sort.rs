@@ -36,24 +36,14 @@ pub enum SortOrder {
 }
 
 /// `out` = the values along `axis`, in order. Both have one type and shape.
-pub fn sort(
-    source: DynView,
-    axis: usize,
-    order: SortOrder,
-    out: DynViewMut,
-) -> Result<Plan, KernelError> {
+pub fn sort(source: DynView, axis: usize, order: SortOrder, out: DynViewMut) -> Result<Plan, KernelError> {
     let name = if order == SortOrder::Full { "sort" } else { "partition" };
     let dtype = source.dtype;
     build(name, source, axis, order, out, dtype, false)
 }
 
 /// `out` (uint32) = the places along `axis` of the values in order.
-pub fn argsort(
-    source: DynView,
-    axis: usize,
-    order: SortOrder,
-    out: DynViewMut,
-) -> Result<Plan, KernelError> {
+pub fn argsort(source: DynView, axis: usize, order: SortOrder, out: DynViewMut) -> Result<Plan, KernelError> {
     let name = if order == SortOrder::Full { "argsort" } else { "argpartition" };
     build(name, source, axis, order, out, Dtype::U32, true)
 }
@@ -576,9 +566,15 @@ mod tests {
                             let expected = order(own);
                             for (i, at) in range.enumerate() {
                                 let want = own[expected[i]];
-                                assert!(places[at] as usize == expected[i], "{dtype} {length} {layout:?} {i}");
+                                assert!(
+                                    places[at] as usize == expected[i],
+                                    "{dtype} {length} {layout:?} {i}"
+                                );
                                 let same = sorted[at].to_bits() == want.to_bits();
-                                assert!(same || (sorted[at].is_nan() && want.is_nan()), "{dtype} {length} {i}");
+                                assert!(
+                                    same || (sorted[at].is_nan() && want.is_nan()),
+                                    "{dtype} {length} {i}"
+                                );
                             }
                         }
                     }

@@ -47,7 +47,7 @@ fn at_targets(x: &Array, targets: &Array, axis: i32) -> Result<Array> {
     x.take_along_axis(&targets.expand_dims(&[axis])?, axis)?.squeeze(&[axis])
 }
 
-/// −log softmax(logits)[target] along `axis`.
+/// −log softmax(logits)\[target\] along `axis`.
 ///
 /// Targets are class indices (of the logits' shape without the axis) or probabilities (of the
 /// logits' shape). MLX's defaults: no weights, the last axis, no smoothing.
@@ -119,7 +119,7 @@ pub fn mse_loss(predictions: &Array, targets: &Array, reduction: Reduction) -> R
     reduction.of(predictions.subtract(targets)?.square()?)
 }
 
-/// −inputs[target]: inputs are log-probabilities along `axis`.
+/// −inputs\[target\]: inputs are log-probabilities along `axis`.
 pub fn nll_loss(inputs: &Array, targets: &Array, axis: i32, reduction: Reduction) -> Result<Array> {
     reduction.of(at_targets(inputs, targets, axis)?.negative()?)
 }

@@ -144,12 +144,16 @@ pub fn ops() -> Vec<Case> {
         op("sort, one line", flat, |x| x[0].sort(0)),
         op("argsort, axis 1", square, |x| x[0].argsort(1)),
         Case { unordered: true, ..op("largest 50, axis 1", square, |x| x[0].topk(50, 1)) },
-        op("gather rows", || Ok(vec![floats(1, &[N, N])?, integers(3, &[N], N as u32)?]), |x| {
-            x[0].take(&x[1], 0)
-        }),
-        op("gather along axis 1", || Ok(vec![floats(1, &[N, N])?, integers(3, &[N, N], N as u32)?]), |x| {
-            x[0].take_along_axis(&x[1], 1)
-        }),
+        op(
+            "gather rows",
+            || Ok(vec![floats(1, &[N, N])?, integers(3, &[N], N as u32)?]),
+            |x| x[0].take(&x[1], 0),
+        ),
+        op(
+            "gather along axis 1",
+            || Ok(vec![floats(1, &[N, N])?, integers(3, &[N, N], N as u32)?]),
+            |x| x[0].take_along_axis(&x[1], 1),
+        ),
         op("transposed copy", square, |x| x[0].transpose(&[])?.contiguous()),
         op("concatenate, axis 1", two, |x| Array::concatenate(x, 1)),
         op(
@@ -221,7 +225,14 @@ pub fn chains() -> Vec<Case> {
         ),
         chain(
             "Adam step",
-            || Ok(vec![floats(1, &[N, N])?, floats(2, &[N, N])?, floats(3, &[N, N])?, floats(4, &[N, N])?.square()?]),
+            || {
+                Ok(vec![
+                    floats(1, &[N, N])?,
+                    floats(2, &[N, N])?,
+                    floats(3, &[N, N])?,
+                    floats(4, &[N, N])?.square()?,
+                ])
+            },
             |x| {
                 let [parameter, gradient, mean, square] = x else { unreachable!("four inputs") };
                 let mean = mean * 0.9 + gradient * 0.1;

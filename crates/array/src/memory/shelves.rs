@@ -132,7 +132,9 @@ mod tests {
 
     #[test]
     fn buckets_waste_little_and_have_a_shelf_each() {
-        for bytes in [1, 64, 65, 1000, 1024, 1025, 2048, 2049, 4097, 1 << 20, (1 << 20) + 1, 123_456_789, 1 << 45] {
+        for bytes in
+            [1, 64, 65, 1000, 1024, 1025, 2048, 2049, 4097, 1 << 20, (1 << 20) + 1, 123_456_789, 1 << 45]
+        {
             let size = bucket(bytes);
             assert!(size >= bytes && size <= (bytes + bytes / 8).max(bytes + 64), "{bytes} -> {size}");
             assert_eq!(size_of(shelf(size)), size, "{bytes}");

@@ -37,7 +37,10 @@ fn padded_shape(shape: &[usize], width: impl Fn(usize) -> (usize, usize)) -> Res
         let (low, high) = width(axis);
         let sum = size.checked_add(low).and_then(|sum| sum.checked_add(high));
         sum.filter(|&sum| sum <= isize::MAX as usize / 8).ok_or_else(|| {
-            Error::invalid("pad", format!("widths {low} and {high} make axis {axis} of {shape:?} larger than memory can be"))
+            Error::invalid(
+                "pad",
+                format!("widths {low} and {high} make axis {axis} of {shape:?} larger than memory can be"),
+            )
         })
     };
     shape.iter().enumerate().map(padded).collect()
@@ -230,9 +233,14 @@ impl Array {
             let mut places: Vec<i64> = Vec::new();
             if places.try_reserve_exact(low + size + high).is_err() {
                 let bytes = (low + size + high) * size_of::<i64>();
-                return Err(Error::OutOfMemory { requested: bytes, active: memory::active(), limit: memory::limit() });
+                return Err(Error::OutOfMemory {
+                    requested: bytes,
+                    active: memory::active(),
+                    limit: memory::limit(),
+                });
             }
-            places.extend((-(low as i64)..(size + high) as i64).map(|place| source(place, size as i64, &mode)));
+            places
+                .extend((-(low as i64)..(size + high) as i64).map(|place| source(place, size as i64, &mode)));
             let places = Array::from_slice(&places, &[places.len()])?;
             padded = padded.take(&places, axis as i32)?;
         }

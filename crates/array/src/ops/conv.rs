@@ -84,7 +84,8 @@ impl ConvNd {
         const MOST: usize = 1 << 40;
         let most = |shape: &[usize]| shape[1..=dimensions].iter().copied().max().unwrap_or(0);
         let padding = self.low.iter().chain(&self.high).map(|n| n.unsigned_abs()).max().unwrap_or(0);
-        let spread = |by: &[usize], shape: &[usize]| by.iter().max().map_or(0, |by| by.saturating_mul(most(shape)));
+        let spread =
+            |by: &[usize], shape: &[usize]| by.iter().max().map_or(0, |by| by.saturating_mul(most(shape)));
         if steps().any(|&n| n > MOST)
             || padding > MOST
             || spread(&self.input_dilation, input.shape()) > MOST

@@ -18,7 +18,7 @@ use crate::storage::Spec;
 use crate::{Array, Dtype, Error, Result};
 
 impl Array {
-    /// x / √(mean(x²) + eps) · weight over the last axis; weight [width].
+    /// x / √(mean(x²) + eps) · weight over the last axis; weight \[width\].
     pub fn rms_norm(&self, weight: &Array, eps: f32) -> Result<Array> {
         first_failure(&[self, weight])?;
         check_norm("rms_norm", self, weight)?;
@@ -153,9 +153,9 @@ impl Array {
         Ok((y, next))
     }
 
-    /// Σ over rows of −log softmax(hidden · weightᵀ)[target], without storing logits.
+    /// Σ over rows of −log softmax(hidden · weightᵀ)\[target\], without storing logits.
     ///
-    /// hidden [rows, width], weight [vocabulary, width] plain or packed, targets [rows] i32.
+    /// hidden [rows, width], weight [vocabulary, width] plain or packed, targets \[rows\] i32.
     /// Gives the sum, f32, and each row's log-probability.
     pub fn linear_cross_entropy(
         &self,

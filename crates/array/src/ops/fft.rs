@@ -25,9 +25,9 @@ pub struct FftSpec {
 /// Which transform, before its scale. `n` is the length of the signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FftKind {
-    /// X[k] = Σ x[j] e^(−2πi jk / n), complex.
+    /// X\[k\] = Σ x\[j\] e^(−2πi jk / n), complex.
     Forward,
-    /// x[j] = Σ X[k] e^(+2πi jk / n), complex.
+    /// x\[j\] = Σ X\[k\] e^(+2πi jk / n), complex.
     Backward,
     /// The first ⌊n/2⌋ + 1 results of [`FftKind::Forward`] of real numbers.
     RealForward,
@@ -230,7 +230,7 @@ transforms! {
     irfft irfft2 irfftn: |name, a, s, axes, norm| several(name, FftKind::RealBackward, a, s, axes, norm);
 }
 
-/// The frequencies of [`fft`]'s results for samples `d` apart: [n] f32.
+/// The frequencies of [`fft`]'s results for samples `d` apart: \[n\] f32.
 pub fn fftfreq(n: usize, d: f64) -> Result<Array> {
     let step = 1.0 / (n as f64 * d);
     let half = n.div_ceil(2);

@@ -179,7 +179,7 @@ pub fn lu_factor(a: &Array) -> Result<(Array, Array)> {
     Ok((lu, pivots))
 }
 
-/// Rows p (u32), L and U with a = (L·U)[p].
+/// Rows p (u32), L and U with a = (L·U)\[p\].
 pub fn lu(a: &Array) -> Result<(Array, Array, Array)> {
     let packed = lu_outputs(a)?;
     let (m, n) = (a.dim(-2), a.dim(-1));

@@ -61,7 +61,7 @@ impl Array {
         Ok(Array::lazy(Op::Matmul { precision }, smallvec![extend(&a)?, extend(&b)?], shape, dtype))
     }
 
-    /// x · wᵀ (+ bias): x [.., in], w [out, in] plain or packed, bias [out].
+    /// x · wᵀ (+ bias): x [.., in], w [out, in] plain or packed, bias \[out\].
     ///
     /// The result has x's dtype. With [`Precision::Exact`] products are formed in x's dtype, f32
     /// for f32, over the dequantized weight.

@@ -46,7 +46,7 @@ pub struct PagedArgs {
 }
 
 /// Attention over pages, for prefill and decode of any number of sequences at once. The bits are
-/// those of [`attention`] over the same keys and values.
+/// those of `attention` over the same keys and values.
 ///
 /// # Safety
 /// The pages are valid for reading while the tasks run, are [`PageShape::key_bytes`] and

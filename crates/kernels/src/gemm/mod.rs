@@ -6,11 +6,11 @@
 //!
 //! A plan knows its [`Gemm::workspace_bytes`]; the caller allocates them and appends the plan's
 //! tasks to a list. The same bits come out for any number of rows, threads, and any cutting:
-//! docs/NUMERICS.md has the orders. Grouped products (experts) will be another [`product`]
+//! docs/NUMERICS.md has the orders. Grouped products (experts) will be another `product`
 //! source.
 //!
-//! Files: [`types`] what is asked; [`product`] cutting and loops; [`pack`] and [`block`] packing;
-//! [`store`] the epilogue; [`micro`] the table of innermost loops, one file per tier.
+//! Files: `types` what is asked; `product` cutting and loops; `pack` and `block` packing;
+//! `store` the epilogue; `micro` the table of innermost loops, one file per tier.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -50,12 +50,7 @@ impl Places {
 }
 
 /// Appends the tasks for one line.
-pub(super) fn line<T: Bits>(
-    sort: &Arc<Sort>,
-    line: usize,
-    memory: Workspace,
-    list: &mut Vec<Box<dyn Task>>,
-) {
+pub(super) fn line<T: Bits>(sort: &Arc<Sort>, line: usize, memory: Workspace, list: &mut Vec<Box<dyn Task>>) {
     let (bytes, places) = (sort.dtype.size(), Places::new(sort.length));
     let mut push = |step: Step, chunks: usize| {
         list.push(Box::new(Pass::<T> {

@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn keys_are_sorted_by_their_bytes() {
         let mut rng = Rng::new(5);
-        for count in [0, 1, 2, 1000, 5000] {
+        for count in [0usize, 1, 2, 1000, 5000] {
             for (mask, bytes) in [(u32::MAX, 4), (0xffff_0000, 4), (0x7ff, 2), (0xff, 1), (0, 4)] {
                 let keys: Vec<u32> = (0..count).map(|_| rng.u64() as u32 & mask).collect();
                 let mut expected = keys.clone();
@@ -149,8 +149,7 @@ mod tests {
                     assert_eq!(found, (expected[at], smaller), "{at} of {count} keys, {mask:x}");
                 }
                 // By the upper half alone, the lower one says where a key was.
-                let marked: Vec<u64> =
-                    keys.iter().zip(0..).map(|(&key, i)| (key as u64) << 32 | i).collect();
+                let marked: Vec<u64> = keys.iter().zip(0..).map(|(&key, i)| (key as u64) << 32 | i).collect();
                 let mut expected = marked.clone();
                 expected.sort_by_key(|key| key >> 32);
                 assert_eq!(sorted(&marked, 32, bytes), expected, "{count} marked keys, {mask:x}");

@@ -52,12 +52,7 @@ impl Places {
 }
 
 /// Appends the tasks that sort one line.
-pub(super) fn line<T: Bits>(
-    sort: &Arc<Sort>,
-    line: usize,
-    memory: Workspace,
-    list: &mut Vec<Box<dyn Task>>,
-) {
+pub(super) fn line<T: Bits>(sort: &Arc<Sort>, line: usize, memory: Workspace, list: &mut Vec<Box<dyn Task>>) {
     let places = Places::new(sort.length);
     for step in [Step::Chunk, Step::Limits, Step::Cut, Step::Bucket, Step::Zeros] {
         list.push(Box::new(Pass::<T> { sort: sort.clone(), line, places, memory, step, types: PhantomData }));

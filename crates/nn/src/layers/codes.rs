@@ -62,7 +62,7 @@ impl Codes {
 #[derive(Clone, Debug)]
 pub struct QuantizedLinear {
     codes: Codes,
-    /// [out]
+    /// \[out\]
     pub bias: Option<Parameter>,
 }
 

@@ -30,7 +30,7 @@ fn biased(y: Array, bias: &Option<Parameter>) -> Result<Array> {
 pub struct Conv<const D: usize> {
     /// [out, kernel.., in / groups]
     pub weight: Parameter,
-    /// [out]
+    /// \[out\]
     pub bias: Option<Parameter>,
     /// Distance of neighbouring outputs; 1 at first.
     pub stride: [usize; D],
@@ -47,7 +47,7 @@ pub struct Conv<const D: usize> {
 pub struct ConvTranspose<const D: usize> {
     /// [out, kernel.., in]
     pub weight: Parameter,
-    /// [out]
+    /// \[out\]
     pub bias: Option<Parameter>,
     /// Distance of neighbouring inputs in the output; 1 at first.
     pub stride: [usize; D],

@@ -11,7 +11,7 @@ use crate::{Context, Keys, Layer, Parameter, Role, init, module};
 pub struct Linear {
     /// [out, in], plain or packed.
     pub weight: Parameter,
-    /// [out]
+    /// \[out\]
     pub bias: Option<Parameter>,
     /// A low-rank addition that is trained while the weight is frozen.
     pub adapter: Option<Adapter>,
@@ -39,7 +39,7 @@ pub struct Adapter {
     pub scale: f32,
     /// Share of inputs that are zeroed while training.
     pub dropout: f32,
-    /// DoRA: the length of each row of the merged weight, [out].
+    /// DoRA: the length of each row of the merged weight, \[out\].
     pub magnitude: Option<Parameter>,
 }
 
@@ -155,7 +155,7 @@ impl Layer for Identity {
 pub struct Bilinear {
     /// [out, in₂, in₁]
     pub weight: Parameter,
-    /// [out]
+    /// \[out\]
     pub bias: Option<Parameter>,
 }
 

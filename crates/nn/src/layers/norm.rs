@@ -39,7 +39,7 @@ fn scaled(x: Array, weight: &Option<Parameter>, bias: &Option<Parameter>) -> Res
 /// x / rms(x) · weight (Zhang & Sennrich 2019).
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    /// [width]
+    /// \[width\]
     pub weight: Parameter,
     /// Added to the mean square.
     pub eps: f32,
@@ -70,9 +70,9 @@ impl Layer for RmsNorm {
 /// (x − mean) / √(var + eps) · weight + bias over the last axis (Ba et al. 2016).
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
-    /// [width]
+    /// \[width\]
     pub weight: Option<Parameter>,
-    /// [width]
+    /// \[width\]
     pub bias: Option<Parameter>,
     /// Added to the variance.
     pub eps: f32,
@@ -102,9 +102,9 @@ impl Layer for LayerNorm {
 /// Normalizes each channel of each instance (Ulyanov et al. 2016): [batch, .., channels].
 #[derive(Debug, Clone)]
 pub struct InstanceNorm {
-    /// [channels]
+    /// \[channels\]
     pub weight: Option<Parameter>,
-    /// [channels]
+    /// \[channels\]
     pub bias: Option<Parameter>,
     /// Added to the variance.
     pub eps: f32,
@@ -141,9 +141,9 @@ fn sizes(x: &Array) -> Vec<i64> {
 /// Normalizes groups of channels of each instance (Wu & He 2018): [batch, .., channels].
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
-    /// [channels]
+    /// \[channels\]
     pub weight: Option<Parameter>,
-    /// [channels]
+    /// \[channels\]
     pub bias: Option<Parameter>,
     /// Into how many groups the channels go.
     pub num_groups: usize,
@@ -208,9 +208,9 @@ impl Layer for GroupNorm {
 /// state of the module: evaluate them with its parameters, or their graph grows.
 #[derive(Debug)]
 pub struct BatchNorm {
-    /// [channels]
+    /// \[channels\]
     pub weight: Option<Parameter>,
-    /// [channels]
+    /// \[channels\]
     pub bias: Option<Parameter>,
     /// Added to the variance.
     pub eps: f32,

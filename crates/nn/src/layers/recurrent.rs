@@ -42,7 +42,7 @@ pub struct Rnn {
     pub wxh: Parameter,
     /// [hidden, hidden]
     pub whh: Parameter,
-    /// [hidden]
+    /// \[hidden\]
     pub bias: Option<Parameter>,
     /// The function around the sum: tanh at first.
     pub nonlinearity: fn(&Array) -> Result<Array>,
@@ -86,7 +86,7 @@ pub struct Gru {
     pub wh: Parameter,
     /// [3 · hidden]
     pub b: Option<Parameter>,
-    /// [hidden]
+    /// \[hidden\]
     pub bhn: Option<Parameter>,
 }
 

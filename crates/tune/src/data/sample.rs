@@ -595,7 +595,12 @@ mod tests {
             ("text", sampler.samples(&Record::Text("abc".into()), totals).unwrap_err()),
             ("a pair", sampler.samples(&pair("c", "b"), totals).unwrap_err()),
             ("a chat", sampler.samples(&chat(&[("user", "a"), ("assistant", "b")]), totals).unwrap_err()),
-            ("token ids", sampler.samples(&Record::TokenIds { tokens: vec![97, 99], targets: None }, totals).unwrap_err()),
+            (
+                "token ids",
+                sampler
+                    .samples(&Record::TokenIds { tokens: vec![97, 99], targets: None }, totals)
+                    .unwrap_err(),
+            ),
             ("a preference", sampler.preference(&preference("c"), totals).unwrap_err()),
         ] {
             assert!(error.contains("outside the model's 99 tokens"), "{name}: {error}");

@@ -40,7 +40,8 @@ pub(super) fn matmul(step: &Step) -> Result<Lowered> {
             for (left, right, to, accumulate) in
                 [(&a, &c, &re, false), (&minus, &d, &re, true), (&a, &d, &im, false), (&b, &c, &im, true)]
             {
-                product(left, right, to, Precision::Exact, accumulate)?.give(workspace.wrapping_add(rest), list)?;
+                product(left, right, to, Precision::Exact, accumulate)?
+                    .give(workspace.wrapping_add(rest), list)?;
             }
             Ok(())
         }),

@@ -141,8 +141,7 @@ fn seen(patches: &Patches, group: usize) -> patches::Patches {
 fn in_place(patches: &Patches, w: &HostView, out: &HostView) -> Result<Lowered> {
     let (groups, size) = (patches.spec.groups, out.dtype.size());
     // As for matrices: those of bf16 are multiplied as such.
-    let precision =
-        if out.dtype == Dtype::BF16 { gemm::Precision::Bf16 } else { gemm::Precision::Exact };
+    let precision = if out.dtype == Dtype::BF16 { gemm::Precision::Bf16 } else { gemm::Precision::Exact };
     let outputs = w.shape[0];
     let (width, per_group) = (patches.taps.iter().product::<usize>() * patches.depth, outputs / groups);
     let positions = out.shape[0] * patches.out.iter().product::<usize>();

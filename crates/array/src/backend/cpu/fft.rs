@@ -2,8 +2,8 @@
 
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use num_complex::Complex32;
 use mica_threads::Scratch;
+use num_complex::Complex32;
 use realfft::RealFftPlanner;
 use rustfft::FftPlanner;
 
@@ -61,7 +61,8 @@ pub(super) fn lower(spec: &FftSpec, step: &Step) -> Result<Lowered> {
                 let work = complex(scratch, plan.get_scratch_len());
                 for at in range(chunk) {
                     gather(&x, axis, at, line);
-                    plan.process_with_scratch(line, spectrum, work).expect("the buffers are as long as the plan's");
+                    plan.process_with_scratch(line, spectrum, work)
+                        .expect("the buffers are as long as the plan's");
                     spectrum.iter_mut().for_each(|z| *z *= scale);
                     scatter(&out, axis, at, spectrum);
                 }

@@ -333,7 +333,8 @@ impl Emitter<'_> {
             outputs.iter().map(|&index| numbers[&Value::node(index, 0)]).collect(),
         )?;
         let nodes = || outputs.iter().map(|&index| &graph.nodes[index]);
-        let shapes = |node: &TracedNode| node.sizes.iter().flat_map(|sizes| sizes.shapes.clone()).collect::<Vec<_>>();
+        let shapes =
+            |node: &TracedNode| node.sizes.iter().flat_map(|sizes| sizes.shapes.clone()).collect::<Vec<_>>();
         let shapes: SmallVec<[Formula; 4]> = nodes().flat_map(shapes).collect();
         let at = self.fused.push(TracedNode {
             op: Op::Fused(Arc::new(region)),

@@ -62,7 +62,10 @@ impl<E: Clone + Eq + Hash> Plans<E> {
         }
         let shapes = inputs.iter().map(|input| (input.shape().into(), input.dtype())).collect();
         let key = Key { inputs: shapes, open: None, extra };
-        match self.graphs.get_or_make(key, || trace(inputs).map(|graph| self.plan(simplify::simplify(graph))))? {
+        match self
+            .graphs
+            .get_or_make(key, || trace(inputs).map(|graph| self.plan(simplify::simplify(graph))))?
+        {
             Plan::Graph(graph) => Ok(Some(graph.build(inputs, graph.captured()))),
             Plan::EachShape | Plan::Eager => Ok(None),
         }

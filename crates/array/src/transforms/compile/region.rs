@@ -9,8 +9,8 @@ use std::fmt;
 use mica_kernels::program::{Instruction, Program};
 use smallvec::SmallVec;
 
-use super::plan::Plans;
 use super::constant;
+use super::plan::Plans;
 use crate::array::Inputs;
 use crate::op::Op;
 use crate::ops::{Grads, Jvp, Tangents, Vjp};

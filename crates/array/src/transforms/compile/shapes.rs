@@ -34,7 +34,12 @@ pub(crate) fn can_be(op: &Op, inputs: &[&[usize]], outputs: &[Spec]) -> bool {
 }
 
 /// Whether a slice of this shape lies inside an array of the other.
-fn is_inside(start: &SmallVec<[usize; 4]>, step: &SmallVec<[isize; 4]>, slice: &[usize], whole: &[usize]) -> bool {
+fn is_inside(
+    start: &SmallVec<[usize; 4]>,
+    step: &SmallVec<[isize; 4]>,
+    slice: &[usize],
+    whole: &[usize],
+) -> bool {
     slice.iter().zip(whole).enumerate().all(|(axis, (&size, &whole))| {
         let first = start[axis] as isize;
         let last = first + (size as isize - 1) * step[axis];

@@ -431,12 +431,18 @@ impl Finder<'_> {
     }
 
     fn in_product(&self, values: &[i128], powers: &[u8]) -> Option<Linear> {
-        let products =
-            self.samples.iter().map(|sample| product(powers, sample)).collect::<Option<SmallVec<[i128; 4]>>>()?;
+        let products = self
+            .samples
+            .iter()
+            .map(|sample| product(powers, sample))
+            .collect::<Option<SmallVec<[i128; 4]>>>()?;
         // Two probes, which differ in every free symbol.
         let (run, rise) = (products[2] - products[1], values[2] - values[1]);
         let fits = |(&product, &value): (&i128, &i128)| {
-            (value - values[1]).checked_mul(run).zip(rise.checked_mul(product - products[1])).is_some_and(|(a, b)| a == b)
+            (value - values[1])
+                .checked_mul(run)
+                .zip(rise.checked_mul(product - products[1]))
+                .is_some_and(|(a, b)| a == b)
         };
         if run == 0 || !products.iter().zip(values).all(fits) {
             return None;
