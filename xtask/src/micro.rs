@@ -129,16 +129,11 @@ impl Micro {
             }
             Ok(begun.elapsed().as_secs_f64() / times as f64)
         };
-        // All have run once for the samples; what is long enough needs no second try to find that out.
-        let repeats = |time: &mut dyn FnMut() -> anyhow::Result<f64>| -> anyhow::Result<usize> {
-            let first = time()?;
-            let seconds = if first > LEAST { first } else { first.min(time()?) };
-            Ok(((LEAST / seconds).ceil() as usize).clamp(1, 200))
-        };
-        let mica_repeats = repeats(&mut || run(1))?;
+        let repeats = |seconds: f64| ((LEAST / seconds).ceil() as usize).clamp(1, 200);
+        let mica_repeats = repeats(run(1)?.min(run(1)?));
         let mut peer_repeats = Vec::new();
         for library in &libraries {
-            peer_repeats.push(repeats(&mut || peer.time(library, 1))?);
+            peer_repeats.push(repeats(peer.time(library, 1)?.min(peer.time(library, 1)?)));
         }
         let mut figures = vec![Vec::new(); 1 + libraries.len()];
         let begun = Instant::now();
