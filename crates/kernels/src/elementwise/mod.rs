@@ -93,7 +93,8 @@ fn binary_kernel(
     out: Dtype,
 ) -> Result<(Box<dyn TileOp>, Dtype), KernelError> {
     expect_same(op.name(), a, b)?;
-    let (compute, expected) = if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a), a) };
+    let (compute, expected) =
+        if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a), a) };
     expect_output(op.name(), expected, out)?;
     let kernel = binary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a))?;
     Ok((kernel, compute))
