@@ -44,14 +44,15 @@ fn without_room_every_op_is_an_error_and_with_room_it_is_right_again() {
     }
     assert!(refused > 100, "only {refused} ops needed memory");
 
-    // What a task takes while it runs counts too.
+    // What a task takes while it runs counts too. Before it has run: a backend keeps its workspace.
     let x = Array::arange(0.0, (1 << 21) as f64, 1.0, Dtype::F32).unwrap().sin().unwrap();
+    x.eval().unwrap();
     let sorted = |x: &Array| x.argsort(0).unwrap().to_vec::<u32>();
-    let expected = sorted(&x).unwrap();
     memory::clear_cache();
     let former = memory::set_limit(memory::active() + x.nbytes() + (1 << 20));
     let outcome = sorted(&x);
     memory::set_limit(former);
     assert!(matches!(outcome, Err(Error::OutOfMemory { .. })), "{:?}", outcome.map(|_| "computed"));
-    assert_eq!(sorted(&x).unwrap(), expected, "afterwards");
+    let values = x.to_vec::<f32>().unwrap();
+    assert!(sorted(&x).unwrap().windows(2).all(|pair| values[pair[0] as usize] <= values[pair[1] as usize]));
 }
