@@ -108,7 +108,7 @@ fn extreme_vjp(op: ScanOp, axis: i32, reverse: bool, exclusive: bool, rule: &Vjp
     // Without the element itself, an output is the extreme of its neighbour.
     let ct = if exclusive { moved(ct, axis, 1, reverse)? } else { ct.clone() };
     let inside = latest.greater_equal(0)?.logical_and(latest.less(size as i64)?)?;
-    let ct = Array::select(&inside, &ct, &ct.zeros_like())?;
+    let ct = Array::select(&inside, &ct, ct.zeros_like())?;
     let op = Op::ScatterAddAlong { axis: axis as usize };
     let places = latest.clip(0, size as i64 - 1)?;
     rule.one(Array::lazy(op, smallvec![places, ct.clone()], x.shape(), ct.dtype()))

@@ -95,7 +95,7 @@ pub struct Run<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// All steps are done.
-    Finished(Summary),
+    Finished(Box<Summary>),
     /// It was stopped, and can go on from its last checkpoint.
     Stopped {
         /// Steps done.
@@ -201,7 +201,7 @@ impl<'a> Trainer<'a> {
         self.save()?;
         let summary = self.recorder.summary(self.started.elapsed().as_secs_f64(), trainable, all);
         self.run.observer.event(&Event::Finished(summary.clone()));
-        Ok(Outcome::Finished(summary))
+        Ok(Outcome::Finished(Box::new(summary)))
     }
 
     fn is_done(&self) -> bool {

@@ -96,6 +96,7 @@ pub(super) fn lower(spec: &FftSpec, step: &Step) -> Result<Lowered> {
 }
 
 /// Complex numbers of the worker's own, which the memory limit is for too.
+#[allow(clippy::mut_from_ref)] // as `Scratch::take`: each call lends a different range
 fn complex(scratch: &Scratch, count: usize) -> &mut [Complex32] {
     let parts = scratch.take::<f32>(2 * count);
     // SAFETY: a Complex32 is two f32, one after the other, and aligned as they are.

@@ -117,7 +117,7 @@ impl Region {
             let targets: Vec<Array> = wanted.map(|(input, _)| input.clone()).collect();
             backward(seeds, &targets)
         };
-        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(&gradients, operands);
+        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(gradients, operands);
         let grads = self.backward.build(&operands, (needs.clone(), arrives), true, &trace)?;
         let mut grads = grads.expect("the graph of a region can be recorded").into_iter();
         Ok(needs.iter().map(|&needed| if needed { grads.next() } else { None }).collect())
@@ -143,7 +143,7 @@ impl Region {
                 |(output, tangent): (&Array, Option<Array>)| tangent.unwrap_or_else(|| output.zeros_like());
             Ok(outputs.iter().zip(found).map(zeros).collect())
         };
-        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(&tangents, operands);
+        let trace = |operands: &[Array]| TracedGraph::trace_with_sizes(tangents, operands);
         let found = self.forward.build(&operands, moves.clone(), true, &trace)?;
         let found = found.expect("the tangents of a region can be recorded").into_iter();
         Ok(found.map(|tangent| tangent.dtype().is_inexact().then_some(tangent)).collect())
