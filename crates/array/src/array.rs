@@ -1,113 +1,25 @@
-//! The array handle and the graph node behind it.
+//! The array handle.
 
 use std::fmt;
-use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::smallvec;
 
 use crate::dtype::Element;
+use crate::node::{Handle, Inputs, Node, State};
 use crate::op::Op;
 use crate::packed::PackedWeight;
 use crate::shape::{Shape, size_of};
 use crate::storage::{Buffer, HostStorage, Spec, Storage};
 use crate::{Dtype, Error, Result, eval};
 
-/// The inputs of a node.
-pub(crate) type Inputs = SmallVec<[Array; 3]>;
-
 /// An n-dimensional array: a cheap handle on a node of the lazy graph.
 ///
 /// Building one never computes. [`Array::eval`], [`crate::eval`], or reading a value does.
 #[derive(Clone)]
 pub struct Array {
-    node: Arc<Node>,
+    node: Handle,
     output: u32,
-}
-
-pub(crate) struct Node {
-    first: Spec,
-    more: Option<Box<[Spec]>>,
-    state: Mutex<State>,
-    /// The evaluation that last visited this node; written under the engine's lock alone.
-    pub(crate) mark: AtomicU64,
-    /// One bit per output to which a handle was made; others need not be computed.
-    wanted: AtomicU32,
-    /// Whether the state is [`State::Failed`]: asked whenever a node is built on this one.
-    failed: AtomicBool,
-}
-
-pub(crate) enum State {
-    /// Not computed: an op on inputs.
-    Lazy { op: Op, inputs: Inputs },
-    /// Computed, or planned by the run that the buffers name.
-    Ready(SmallVec<[Storage; 1]>),
-    /// Computing failed; every reader gets the error.
-    Failed(Error),
-}
-
-impl Node {
-    fn new(first: Spec, more: Option<Box<[Spec]>>, state: State) -> Arc<Node> {
-        let failed = matches!(state, State::Failed(_));
-        let mut node: Arc<MaybeUninit<Node>> = Arc::new_uninit();
-        let place = Arc::get_mut(&mut node).expect("nobody else has it yet").as_mut_ptr();
-        // SAFETY: every field is written, in the place that `Arc` allocated: a node of some 280 bytes that is made
-        // elsewhere first is copied several times, which is a good part of what building a graph costs.
-        unsafe {
-            (&raw mut (*place).first).write(first);
-            (&raw mut (*place).more).write(more);
-            (&raw mut (*place).state).write(Mutex::new(state));
-            (&raw mut (*place).mark).write(AtomicU64::new(0));
-            (&raw mut (*place).wanted).write(AtomicU32::new(1));
-            (&raw mut (*place).failed).write(AtomicBool::new(failed));
-            node.assume_init()
-        }
-    }
-
-    pub(crate) fn fail(&self, error: Error) {
-        *self.state() = State::Failed(error);
-        self.failed.store(true, Ordering::Release);
-    }
-
-    /// The error, if computing this failed.
-    pub(crate) fn failure(&self) -> Option<Error> {
-        if !self.failed.load(Ordering::Acquire) {
-            return None;
-        }
-        match &*self.state() {
-            State::Failed(error) => Some(error.clone()),
-            _ => None,
-        }
-    }
-
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    pub(crate) fn outputs(&self) -> usize {
-        1 + self.more.as_ref().map_or(0, |more| more.len())
-    }
-
-    pub(crate) fn spec(&self, output: usize) -> &Spec {
-        if output == 0 { &self.first } else { &self.more.as_ref().expect("output exists")[output - 1] }
-    }
-
-    pub(crate) fn wants(&self, output: usize) -> bool {
-        self.wanted.load(Ordering::Relaxed) >> output & 1 == 1
-    }
-}
-
-/// Dropping the last handle of a long chain must not recurse.
-impl Drop for Node {
-    fn drop(&mut self) {
-        let mut stack = take_inputs(self);
-        while let Some(array) = stack.pop() {
-            if let Some(mut node) = Arc::into_inner(array.node) {
-                stack.extend(take_inputs(&mut node));
-            }
-        }
-    }
 }
 
 fn too_large(op: &Op, spec: &Spec) -> State {
@@ -118,20 +30,13 @@ fn too_large(op: &Op, spec: &Spec) -> State {
     ))
 }
 
-fn take_inputs(node: &mut Node) -> Inputs {
-    match node.state.get_mut() {
-        Ok(State::Lazy { inputs, .. }) => std::mem::take(inputs),
-        _ => Inputs::new(),
-    }
-}
-
 impl Array {
     /// A node with one output. If an input failed, so does the node: the first error is the one
     /// that the reader sees.
     pub(crate) fn lazy(op: Op, inputs: Inputs, shape: impl Into<Shape>, dtype: Dtype) -> Array {
         let spec = Spec::new(shape, dtype);
         let state = if spec.is_addressable() { State::Lazy { op, inputs } } else { too_large(&op, &spec) };
-        Array { node: Node::new(spec, None, state), output: 0 }
+        Array { node: Handle::new(Node::new(spec, None, state)), output: 0 }
     }
 
     /// A node with several outputs; the handle is on the first. [`Array::sibling`] gives others.
@@ -142,42 +47,53 @@ impl Array {
         };
         let more = specs.split_off(1);
         let first = specs.pop().expect("a node has an output");
-        Array { node: Node::new(first, Some(more.into()), state), output: 0 }
+        Array { node: Handle::new(Node::new(first, Some(more.into()), state)), output: 0 }
     }
 
     pub(crate) fn ready(storage: Storage, shape: impl Into<Shape>, dtype: Dtype) -> Array {
-        Array { node: Node::new(Spec::new(shape, dtype), None, State::Ready(smallvec![storage])), output: 0 }
+        let node = Node::new(Spec::new(shape, dtype), None, State::Ready(smallvec![storage]));
+        Array { node: Handle::new(node), output: 0 }
     }
 
     pub(crate) fn failed(error: Error, shape: impl Into<Shape>, dtype: Dtype) -> Array {
-        Array { node: Node::new(Spec::new(shape, dtype), None, State::Failed(error)), output: 0 }
+        let node = Node::new(Spec::new(shape, dtype), None, State::Failed(error));
+        Array { node: Handle::new(node), output: 0 }
     }
 
     /// Another output of the same node; from now on it will be computed too.
     pub(crate) fn sibling(&self, output: usize) -> Array {
         debug_assert!(output < self.node.outputs());
-        self.node.wanted.fetch_or(1 << output, Ordering::Relaxed);
+        self.node.want(output);
         Array { node: self.node.clone(), output: output as u32 }
     }
 
-    pub(crate) fn node(&self) -> &Arc<Node> {
+    #[inline]
+    pub(crate) fn node(&self) -> &Handle {
         &self.node
     }
 
+    #[inline]
+    pub(crate) fn into_handle(self) -> Handle {
+        self.node
+    }
+
+    #[inline]
     pub(crate) fn output(&self) -> usize {
         self.output as usize
     }
 
     /// A number that tells this node from all others that are alive.
     pub(crate) fn id(&self) -> usize {
-        Arc::as_ptr(&self.node) as usize
+        self.node.pointer() as usize
     }
 
+    #[inline]
     pub(crate) fn spec(&self) -> &Spec {
         self.node.spec(self.output())
     }
 
     /// The sizes of the dimensions.
+    #[inline]
     pub fn shape(&self) -> &[usize] {
         &self.spec().shape
     }
@@ -202,11 +118,13 @@ impl Array {
     }
 
     /// The type of the elements.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.spec().dtype
     }
 
     /// Bytes of the elements, when stored plainly.
+    #[inline]
     pub fn nbytes(&self) -> usize {
         self.spec().bytes()
     }
@@ -257,7 +175,7 @@ impl Array {
             std::slice::from_raw_parts_mut(buffer.pointer(), bytes)
         };
         fill(into)?;
-        let storage = HostStorage::contiguous(Arc::new(buffer), shape);
+        let storage = HostStorage::contiguous(triomphe::Arc::new(buffer), shape);
         Ok(Array::ready(Storage::Host(storage), shape, dtype))
     }
 
@@ -269,18 +187,15 @@ impl Array {
 
     /// The packed weight behind this array, if it is one.
     pub fn packed(&self) -> Option<Arc<PackedWeight>> {
-        match &*self.node.state() {
-            State::Ready(storage) => match &storage[self.output()] {
-                Storage::Packed(weight) => Some(weight.clone()),
-                _ => None,
-            },
+        match &self.node.ready()?[self.output()] {
+            Storage::Packed(weight) => Some(weight.clone()),
             _ => None,
         }
     }
 
     /// Whether the values are there.
     pub fn is_ready(&self) -> bool {
-        matches!(&*self.node.state(), State::Ready(_))
+        self.node.ready().is_some()
     }
 
     /// Computes the values, if they are not there yet.

@@ -2,8 +2,8 @@
 //!
 //! One evaluation at a time holds the engine. It walks the graph depth-first without recursion,
 //! gives each node its memory in the order in which nodes will run, and detaches inputs as soon as
-//! they are consumed, so that dead buffers serve the nodes after them. The steps collected this
-//! way form a plan, which the backend runs in one go; very large graphs run in several plans.
+//! they are consumed, so that dead buffers serve the nodes after them. The steps that the backend is
+//! given this way form a plan, which it runs in one go; very large graphs run in several plans.
 //!
 //! Values may be read once the run that writes them is complete: buffers carry the number of
 //! their run ([`Buffer::epoch`]).
@@ -14,18 +14,22 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mica_threads::Pool;
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
-use crate::array::{Inputs, Node, State};
-use crate::backend::{Backend, Operand, Plan, Step, cpu::Cpu};
+use crate::backend::{Backend, OperandRef, StepRef, cpu::Cpu};
+use crate::kv::PagedStep;
+use crate::node::{Node, State, ready};
 use crate::op::Op;
-use crate::shape::{Strides, broadcast_strides};
+use crate::packed::PackedWeight;
+use crate::shape::{Strides, broadcast_strides, same};
 use crate::storage::{Buffer, HostStorage, Spec, Storage};
 use crate::{Array, Error, Result, memory};
 
 /// Steps per plan. Enough that entering the pool costs nothing, few enough that the plan of a
 /// million-node graph needs no memory to speak of.
 const PLAN_STEPS: usize = 2048;
+/// Nodes of a walk for which the memory is kept until the next one.
+const KEPT_ORDER: usize = 64 * 1024;
 
 /// The number of the last run that is complete.
 static COMPLETED: AtomicU64 = AtomicU64::new(0);
@@ -40,8 +44,14 @@ struct Engine {
     epoch: u64,
     /// Marks nodes that the present walk has seen.
     walk: u64,
-    /// The memory of the last plan's steps, for the next one's.
-    steps: Vec<Step>,
+    /// Steps of the present plan.
+    steps: usize,
+    /// What steps of the plan read besides buffers, alive until it has run.
+    weights: Vec<Arc<PackedWeight>>,
+    pages: Vec<Arc<PagedStep>>,
+    /// The memory of walks, for the next one's.
+    visits: Vec<Visit>,
+    order: Vec<NodePointer>,
 }
 
 static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
@@ -57,7 +67,11 @@ fn engine() -> MutexGuard<'static, Option<Engine>> {
             backend: Box::new(Cpu::new(default_threads())),
             epoch: 1,
             walk: 0,
-            steps: Vec::new(),
+            steps: 0,
+            weights: Vec::new(),
+            pages: Vec::new(),
+            visits: Vec::new(),
+            order: Vec::new(),
         });
     }
     engine
@@ -140,13 +154,10 @@ pub fn eval(arrays: &[Array]) -> Result<()> {
 }
 
 fn is_done(array: &Array) -> bool {
-    match &*array.node().state() {
-        State::Ready(storage) => match &storage[array.output()] {
-            Storage::Host(host) => is_complete(&host.buffer),
-            Storage::Packed(_) => true,
-            Storage::Absent => false,
-        },
-        _ => false,
+    match array.node().ready().map(|storage| &storage[array.output()]) {
+        Some(Storage::Host(host)) => is_complete(&host.buffer),
+        Some(Storage::Packed(_)) => true,
+        Some(Storage::Absent) | None => false,
     }
 }
 
@@ -155,6 +166,7 @@ fn is_complete(buffer: &Buffer) -> bool {
     epoch == 0 || (epoch <= COMPLETED.load(Ordering::Acquire) && !has_failed(epoch))
 }
 
+#[inline]
 fn has_failed(epoch: u64) -> bool {
     ANY_FAILED.load(Ordering::Acquire) && FAILED.lock().is_ok_and(|failed| failed.contains_key(&epoch))
 }
@@ -179,13 +191,22 @@ pub(crate) fn wait_for(buffer: &Buffer) -> Result<()> {
     }
 }
 
-/// A pointer to a node that the roots, or a consumer that has not run yet, keep alive.
+/// A pointer to a node that the roots, or a consumer that has not been planned yet, keep alive.
 #[derive(Clone, Copy)]
 struct NodePointer(*const Node);
 
+// SAFETY: an address; who follows it says why the node is alive.
+unsafe impl Send for NodePointer {}
+
+/// A node before its inputs, and after them.
+enum Visit {
+    Enter(NodePointer),
+    Leave(NodePointer),
+}
+
 impl NodePointer {
     fn of(array: &Array) -> NodePointer {
-        NodePointer(Arc::as_ptr(array.node()))
+        NodePointer(array.node().pointer())
     }
 
     /// # Safety
@@ -198,24 +219,27 @@ impl NodePointer {
 
 impl Engine {
     fn eval(&mut self, roots: &[Array]) -> Result<()> {
-        let order = self.order(roots)?;
-        memory::begin_planning();
-        let result = self.run(&order);
-        memory::end_planning();
+        let mut order = std::mem::take(&mut self.order);
+        order.clear();
+        let result = self.find_order(roots, &mut order).and_then(|()| {
+            memory::begin_planning();
+            let result = self.run(&order);
+            memory::end_planning();
+            result
+        });
+        // A walk over a very large graph does not keep its memory for good.
+        order.clear();
+        order.shrink_to(KEPT_ORDER);
+        self.order = order;
         result
     }
 
     /// The nodes to compute, inputs first.
-    fn order(&mut self, roots: &[Array]) -> Result<Vec<NodePointer>> {
-        /// A node before its inputs, and after them.
-        enum Visit {
-            Enter(NodePointer),
-            Leave(NodePointer),
-        }
+    fn find_order(&mut self, roots: &[Array], order: &mut Vec<NodePointer>) -> Result<()> {
         self.walk += 1;
-        let mut order = Vec::new();
-        let mut stack: Vec<Visit> =
-            roots.iter().rev().map(|root| Visit::Enter(NodePointer::of(root))).collect();
+        let mut stack = std::mem::take(&mut self.visits);
+        stack.clear();
+        stack.extend(roots.iter().rev().map(|root| Visit::Enter(NodePointer::of(root))));
         while let Some(visit) = stack.pop() {
             let pointer = match visit {
                 Visit::Enter(pointer) => pointer,
@@ -230,62 +254,75 @@ impl Engine {
             if node.mark.load(Ordering::Relaxed) == self.walk {
                 continue;
             }
-            let state = node.state();
-            match &*state {
-                State::Ready(_) => {}
-                State::Failed(error) => return Err(error.clone()),
-                State::Lazy { op: Op::Tracer(scope), .. } if scope.is_active() => {
-                    return Err(Error::Tracing { op: "eval" });
-                }
-                State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded() => {
-                    drop(state);
-                    expand(node)?;
-                    // Again, now that its inputs are what it stands for.
-                    stack.push(Visit::Enter(pointer));
-                    continue;
-                }
-                State::Lazy { inputs, .. } => {
-                    stack.push(Visit::Leave(pointer));
-                    // The first input on top: it is entered first.
-                    stack.extend(inputs.iter().rev().map(|input| Visit::Enter(NodePointer::of(input))));
+            if node.ready().is_none() {
+                let state = node.state();
+                match &*state {
+                    State::Ready(_) => {}
+                    State::Failed(error) => return Err(error.clone()),
+                    State::Lazy { op: Op::Tracer(scope), .. } if scope.is_active() => {
+                        return Err(Error::Tracing { op: "eval" });
+                    }
+                    State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded() => {
+                        drop(state);
+                        expand(node)?;
+                        // Again, now that its inputs are what it stands for.
+                        stack.push(Visit::Enter(pointer));
+                        continue;
+                    }
+                    State::Lazy { inputs, .. } => {
+                        stack.push(Visit::Leave(pointer));
+                        // The first input on top: it is entered first.
+                        for input in inputs.iter().rev() {
+                            if input.node().ready().is_none() {
+                                stack.push(Visit::Enter(NodePointer::of(input)));
+                            }
+                        }
+                    }
                 }
             }
             node.mark.store(self.walk, Ordering::Relaxed);
         }
-        Ok(order)
+        stack.shrink_to(KEPT_ORDER);
+        self.visits = stack;
+        Ok(())
     }
 
     fn run(&mut self, order: &[NodePointer]) -> Result<()> {
-        let mut plan = Plan::reusing(std::mem::take(&mut self.steps));
-        for (position, &pointer) in order.iter().enumerate() {
+        self.begin();
+        for &pointer in order {
             // SAFETY: a node in the order is kept alive by the roots or by a consumer that comes
-            // later in the order and has not been detached yet.
+            // later in the order and has not been planned yet.
             let node = unsafe { pointer.get() };
-            if let Err(error) = self.plan_node(node, &mut plan) {
-                node.fail(error.clone());
-                self.flush(&mut plan)?;
+            if let Err(error) = self.plan(node) {
+                drop(node.replace(State::Failed(error.clone())));
+                self.flush()?;
                 return Err(error);
             }
-            if plan.steps.len() >= PLAN_STEPS || position + 1 == order.len() {
-                self.flush(&mut plan)?;
-            } else if memory::is_crowded() && !plan.steps.is_empty() {
+            if self.steps >= PLAN_STEPS {
+                self.flush()?;
+            } else if memory::is_crowded() && self.steps > 0 {
                 // What died in this plan can be given back once it has run.
-                self.flush(&mut plan)?;
+                self.flush()?;
                 memory::end_planning();
                 memory::begin_planning();
             }
         }
-        Ok(())
+        self.flush()
+    }
+
+    fn begin(&mut self) {
+        self.backend.begin();
+        self.steps = 0;
+        self.weights.clear();
+        self.pages.clear();
     }
 
     /// Runs the plan; afterwards its buffers may be read.
-    fn flush(&mut self, plan: &mut Plan) -> Result<()> {
-        let mut plan = std::mem::take(plan);
-        let result = match plan.steps.is_empty() {
-            true => Ok(()),
-            false if memory::is_rehearsing() => self.backend.rehearse(&plan),
-            false if crate::nan::is_checked() => self.run_checked(&plan),
-            false => self.backend.run(&plan),
+    fn flush(&mut self) -> Result<()> {
+        let result = match self.steps {
+            0 => Ok(()),
+            _ if memory::is_rehearsing() => self.backend.rehearse(),
+            _ => self.backend.run(),
         };
         if let Err(error) = &result {
             let mut failed = FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -294,117 +331,131 @@ impl Engine {
         }
         COMPLETED.store(self.epoch, Ordering::Release);
         self.epoch += 1;
-        plan.steps.clear();
-        self.steps = plan.steps;
+        self.begin();
         result
     }
 
-    /// Runs the steps one at a time, until one makes a NaN.
-    fn run_checked(&self, plan: &Plan) -> Result<()> {
-        for step in &plan.steps {
-            // Before it runs: the output may take an input's memory.
-            let given = crate::nan::in_inputs(step)?;
-            // What the step reads is kept alive by the whole plan.
-            let mut one = Plan::default();
-            one.steps.push(step.clone());
-            self.backend.run(&one)?;
-            crate::nan::check_outputs(step, given)?;
-        }
-        Ok(())
-    }
-
     /// Gives a node its outputs: views of its inputs, or memory that a step of the plan writes.
-    fn plan_node(&mut self, node: &Node, plan: &mut Plan) -> Result<()> {
-        let (op, inputs) = {
-            let mut state = node.state();
-            match std::mem::replace(&mut *state, State::Ready(SmallVec::new())) {
-                State::Lazy { op, inputs } => (op, inputs),
-                other => {
-                    *state = other;
-                    return Ok(());
-                }
-            }
+    fn plan(&mut self, node: &Node) -> Result<()> {
+        // Held until the node has its values: nobody may take a handle on an input whose memory an output takes.
+        let state = node.state();
+        let State::Lazy { op, inputs } = &*state else { return Ok(()) };
+        let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();
+        match view(op, node.spec(0), inputs) {
+            Some(storage) => storages.push(storage),
+            None if matches!(op, Op::Custom(_)) => storages = tuple(node, inputs)?,
+            None => self.plan_step(node, op, inputs, &mut storages)?,
         };
-        let storage = match view(&op, node.spec(0), &inputs) {
-            Some(storage) => smallvec![storage],
-            None if matches!(op, Op::Custom(_)) => tuple(node, &inputs)?,
-            None => self.plan_step(node, op, inputs, plan)?,
-        };
-        *node.state() = State::Ready(storage);
+        // The op and its inputs are dropped here: what only they held may serve the next node.
+        state.finish(storages);
         Ok(())
     }
 
     fn plan_step(
         &mut self,
         node: &Node,
-        op: Op,
-        inputs: Inputs,
-        plan: &mut Plan,
-    ) -> Result<SmallVec<[Storage; 1]>> {
-        let mut operands: SmallVec<[Operand; 2]> = SmallVec::new();
-        let mut donor: SmallVec<[Option<Arc<Buffer>>; 4]> = SmallVec::new();
-        for (index, input) in inputs.into_iter().enumerate() {
-            let shared = Arc::strong_count(input.node()) > 1;
-            let held = {
-                let state = input.node().state();
-                let storage = ready(&state, input.output())?;
-                let spec = input.spec();
-                operands.push(Operand::new(spec, storage)?);
-                match storage {
-                    Storage::Host(host) => {
-                        Some((host.buffer.clone(), host.offset == 0 && host.is_contiguous(&spec.shape)))
+        op: &Op,
+        inputs: &[Array],
+        storages: &mut SmallVec<[Storage; 1]>,
+    ) -> Result<()> {
+        let rehearsing = memory::is_rehearsing();
+        let mut operands: SmallVec<[OperandRef; 3]> = SmallVec::new();
+        // The first inputs whose memory nobody else has, a bit each: an output may take it.
+        let mut free = 0u32;
+        for (index, input) in inputs.iter().enumerate() {
+            let storage = ready(input.node(), input.output())?;
+            let spec = input.spec();
+            operands.push(OperandRef::new(spec, storage));
+            match storage {
+                Storage::Host(host) => {
+                    if host.buffer.is_rehearsed() && !rehearsing {
+                        return Err(rehearsed());
                     }
-                    Storage::Packed(weight) => {
-                        plan.weights.push(weight.clone());
-                        None
+                    if has_failed(host.buffer.epoch()) {
+                        return wait_for(&host.buffer);
                     }
-                    Storage::Absent => None,
+                    let only = input.node().is_only() && host.buffer.is_unique();
+                    if only && host.offset == 0 && host.is_contiguous(&spec.shape) {
+                        free |= 1u32.checked_shl(index as u32).unwrap_or(0);
+                    }
                 }
-            };
-            // Dropping the handle here gives dead buffers back before the outputs are allocated.
-            drop(input);
-            let Some((buffer, whole)) = held else {
-                donor.push(None);
-                continue;
-            };
-            if buffer.is_rehearsed() && !memory::is_rehearsing() {
-                return Err(rehearsed());
+                Storage::Packed(weight) => self.weights.push(weight.clone()),
+                Storage::Absent => {
+                    return Err(Error::Kernel("an output was read that was never asked for".into()));
+                }
             }
-            if has_failed(buffer.epoch()) {
-                return wait_for(&buffer).map(|()| SmallVec::new());
-            }
-            // After the handle is gone, one reference means that only this step holds it.
-            let free = !shared && whole && Arc::strong_count(&buffer) == 1;
-            donor.push((free && self.backend.may_alias(&op, index)).then(|| buffer.clone()));
-            plan.current.push(buffer);
         }
-        let mut storages: SmallVec<[Storage; 1]> = SmallVec::new();
-        let mut outputs: SmallVec<[Operand; 1]> = SmallVec::new();
+        if let Op::PagedAttention(step) = op {
+            self.pages.push(step.clone());
+        }
         for output in 0..node.outputs() {
             let spec = node.spec(output);
-            if !node.wants(output) && output > 0 {
+            if output > 0 && !node.wants(output) {
                 storages.push(Storage::Absent);
-                outputs.push(Operand::Absent);
                 continue;
             }
-            let bytes = spec.bytes();
-            let reuse = donor.iter_mut().enumerate().find(|(index, donor)| {
-                self.backend.aliases_output(&op, *index, output)
-                    && donor.is_some()
-                    && matches!(&operands[*index], Operand::Host(view) if view.bytes() == bytes && view.dtype == spec.dtype)
-            });
-            let buffer = match reuse {
-                Some((_, donor)) => donor.take().expect("checked"),
-                None => Arc::new(Buffer::new(bytes, true)?),
+            let buffer = match self.donor(op, inputs, &mut free, output, spec) {
+                Some(buffer) => buffer.clone(),
+                None => triomphe::Arc::new(Buffer::new(spec.bytes(), true)?),
             };
             buffer.set_epoch(self.epoch);
-            let storage = Storage::Host(HostStorage::contiguous(buffer, &spec.shape));
-            outputs.push(Operand::new(spec, &storage)?);
-            storages.push(storage);
+            storages.push(Storage::Host(HostStorage::contiguous(buffer, &spec.shape)));
         }
-        plan.current.clear();
-        plan.steps.push(Step { op, inputs: operands, outputs });
-        Ok(storages)
+        self.give(node, op, &operands, storages)
+    }
+
+    /// The memory of a free input that this output may take; the input is free no more.
+    #[inline]
+    fn donor<'a>(
+        &self,
+        op: &Op,
+        inputs: &'a [Array],
+        free: &mut u32,
+        output: usize,
+        spec: &Spec,
+    ) -> Option<&'a triomphe::Arc<Buffer>> {
+        let mut left = *free;
+        while left != 0 {
+            let index = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let input = &inputs[index];
+            let fits = input.dtype() == spec.dtype
+                && (same(input.shape(), &spec.shape) || input.nbytes() == spec.bytes());
+            if fits && self.backend.aliases_output(op, index, output) {
+                *free &= !(1 << index);
+                return match ready(input.node(), input.output()) {
+                    Ok(Storage::Host(host)) => Some(&host.buffer),
+                    _ => None,
+                };
+            }
+        }
+        None
+    }
+
+    /// Gives the backend a step.
+    fn give(&mut self, node: &Node, op: &Op, inputs: &[OperandRef], storages: &[Storage]) -> Result<()> {
+        let outputs: SmallVec<[OperandRef; 2]> = storages
+            .iter()
+            .enumerate()
+            .map(|(output, storage)| OperandRef::new(node.spec(output), storage))
+            .collect();
+        let step = StepRef { op, inputs, outputs: &outputs };
+        if crate::nan::is_checked() && !memory::is_rehearsing() {
+            return self.run_checked(&step);
+        }
+        self.backend.step(&step)?;
+        self.steps += 1;
+        Ok(())
+    }
+
+    /// Runs one step here and now, and looks whether it made a NaN.
+    fn run_checked(&mut self, step: &StepRef) -> Result<()> {
+        let copy = step.to_step();
+        // Before it runs: the output may take an input's memory.
+        let given = crate::nan::in_inputs(&copy)?;
+        self.backend.step(step)?;
+        self.backend.run()?;
+        crate::nan::check_outputs(&copy, given)
     }
 }
 
@@ -425,6 +476,7 @@ pub(crate) fn expand_all(arrays: &[Array]) -> Result<()> {
 
 /// Replaces a custom op by what it expands to.
 fn expand(node: &Node) -> Result<()> {
+    let due = |state: &State| matches!(state, State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded());
     let (custom, inputs) = match &*node.state() {
         State::Lazy { op: Op::Custom(custom), inputs } if !custom.is_expanded() => {
             (custom.clone(), inputs.clone())
@@ -438,7 +490,9 @@ fn expand(node: &Node) -> Result<()> {
             format!("promised {} outputs, expanded to {}", node.outputs(), outputs.len()),
         ));
     }
-    *node.state() = State::Lazy { op: Op::Custom(Arc::new(Expanded(custom.name()))), inputs: outputs.into() };
+    let op = Op::Custom(Arc::new(Expanded(custom.name())));
+    // Another thread may have been faster.
+    drop(node.replace_if(State::Lazy { op, inputs: outputs.into() }, due));
     Ok(())
 }
 
@@ -481,16 +535,9 @@ fn tuple(node: &Node, inputs: &[Array]) -> Result<SmallVec<[Storage; 1]>> {
         .collect()
 }
 
+/// What an array that has been computed holds.
 pub(crate) fn ready_storage(array: &Array) -> Result<Storage> {
-    ready(&array.node().state(), array.output()).cloned()
-}
-
-fn ready(state: &State, output: usize) -> Result<&Storage> {
-    match state {
-        State::Ready(storage) => Ok(&storage[output]),
-        State::Failed(error) => Err(error.clone()),
-        State::Lazy { .. } => Err(Error::Kernel("an input was not computed".into())),
-    }
+    ready(array.node(), array.output()).cloned()
 }
 
 /// The result of an op that only looks at its input's memory in another way.
@@ -500,11 +547,10 @@ fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
     if !viewable {
         return None;
     }
-    let storage = ready_storage(input).ok()?;
-    let host = match storage {
+    let host = match ready(input.node(), input.output()).ok()? {
         Storage::Host(host) => host,
         packed @ Storage::Packed(_) if matches!(op, Op::Tracer(_) | Op::StopGradient | Op::After) => {
-            return Some(packed);
+            return Some(packed.clone());
         }
         _ => return None,
     };
@@ -519,14 +565,14 @@ fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
         ),
         Op::Contiguous if host.is_contiguous(shape) => (0, host.strides.clone()),
         Op::Reshape => (0, reshape_strides(shape, &host.strides, &spec.shape)?),
-        Op::Bitcast => (0, bitcast_strides(&host, input, spec)?),
+        Op::Bitcast => (0, bitcast_strides(host, input, spec)?),
         Op::AsStrided { strides, offset } if host.is_contiguous(shape) => (*offset as isize, strides.clone()),
         _ => return None,
     };
     // An empty slice may start past the end; its offset is never used.
     let offset = if spec.shape.contains(&0) { 0 } else { offset };
     let offset = (host.offset as isize + offset * spec.dtype.size() as isize) as usize;
-    Some(Storage::Host(HostStorage { buffer: host.buffer, offset, strides }))
+    Some(Storage::Host(HostStorage { buffer: host.buffer.clone(), offset, strides }))
 }
 
 /// Strides with which the same bytes are elements of another size, if there are any.

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use crate::Array;
-use crate::array::State;
+use crate::node::State;
 use crate::op::{Op, Scalar};
 use crate::storage::Spec;
 

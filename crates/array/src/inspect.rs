@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crate::array::State;
+use crate::node::State;
 use crate::storage::Storage;
 use crate::{Array, Error, Result};
 

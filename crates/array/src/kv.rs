@@ -234,7 +234,7 @@ impl KvCache {
                 .collect(),
         };
         let dtype = q.dtype();
-        let mut inputs: crate::array::Inputs = smallvec![q.clone(), k.astype(dtype)?, v.astype(dtype)?];
+        let mut inputs: crate::node::Inputs = smallvec![q.clone(), k.astype(dtype)?, v.astype(dtype)?];
         inputs.extend(self.tokens[layer].take());
         let specs = vec![Spec::new(q.shape(), dtype), Spec::new(&[0][..], Dtype::U8)];
         let out = Array::lazy_many(Op::PagedAttention(Arc::new(step)), inputs, specs);

@@ -20,6 +20,7 @@ mod inspect;
 pub mod kv;
 pub mod memory;
 mod nan;
+mod node;
 pub mod op;
 mod ops;
 mod packed;

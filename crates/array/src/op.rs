@@ -489,6 +489,7 @@ impl Scalar {
 }
 
 /// Checks shared by constructors: fail early if an input already failed.
+#[inline]
 pub(crate) fn first_failure(inputs: &[&Array]) -> Result<()> {
     match inputs.iter().find_map(|input| input.node().failure()) {
         Some(error) => Err(error),

@@ -10,6 +10,7 @@ pub type Shape = SmallVec<[usize; 4]>;
 pub type Strides = SmallVec<[isize; 4]>;
 
 /// The number of elements; `usize::MAX` if there are more than that.
+#[inline]
 pub fn size_of(shape: &[usize]) -> usize {
     if shape.contains(&0) {
         return 0;
@@ -17,9 +18,15 @@ pub fn size_of(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, &size| count.saturating_mul(size))
 }
 
+/// Whether two short lists are equal; comparing memory by a call would take longer.
+#[inline]
+pub(crate) fn same(a: &[usize], b: &[usize]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b)
+}
+
 /// The shape that both broadcast to, as NumPy and MLX do.
 pub fn broadcast_shapes(op: &'static str, a: &[usize], b: &[usize]) -> Result<Shape> {
-    if a == b {
+    if same(a, b) {
         return Ok(Shape::from_slice(a));
     }
     let rank = a.len().max(b.len());

@@ -48,7 +48,7 @@ impl Buffer {
 /// A strided window on a buffer.
 #[derive(Debug)]
 pub(crate) struct HostStorage {
-    pub(crate) buffer: Arc<Buffer>,
+    pub(crate) buffer: triomphe::Arc<Buffer>,
     /// Bytes from the start of the buffer to the first element.
     pub(crate) offset: usize,
     /// In elements.
@@ -68,20 +68,24 @@ impl Clone for HostStorage {
 }
 
 impl HostStorage {
-    pub(crate) fn contiguous(buffer: Arc<Buffer>, shape: &[usize]) -> HostStorage {
+    #[inline]
+    pub(crate) fn contiguous(buffer: triomphe::Arc<Buffer>, shape: &[usize]) -> HostStorage {
         HostStorage { buffer, offset: 0, strides: contiguous_strides(shape) }
     }
 
+    #[inline]
     pub(crate) fn pointer(&self) -> *mut u8 {
         self.buffer.pointer().wrapping_add(self.offset)
     }
 
+    #[inline]
     pub(crate) fn is_contiguous(&self, shape: &[usize]) -> bool {
         is_contiguous(shape, &self.strides)
     }
 }
 
 /// Whether elements follow each other in row-major order without gaps.
+#[inline]
 pub(crate) fn is_contiguous(shape: &[usize], strides: &[isize]) -> bool {
     let mut step = 1isize;
     for (&size, &stride) in shape.iter().zip(strides).rev() {
@@ -118,16 +122,19 @@ impl Clone for Spec {
 }
 
 impl Spec {
+    #[inline]
     pub(crate) fn new(shape: impl Into<crate::Shape>, dtype: Dtype) -> Spec {
         Spec { shape: shape.into(), dtype }
     }
 
     /// `usize::MAX` if there are more than that.
+    #[inline]
     pub(crate) fn bytes(&self) -> usize {
         size_of(&self.shape).saturating_mul(self.dtype.size())
     }
 
     /// Whether the elements, and strides that reach them, have numbers.
+    #[inline]
     pub(crate) fn is_addressable(&self) -> bool {
         let bytes = self.shape.iter().try_fold(self.dtype.size(), |bytes, &size| bytes.checked_mul(size));
         bytes.is_some_and(|bytes| bytes <= isize::MAX as usize) || self.shape.contains(&0)

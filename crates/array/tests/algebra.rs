@@ -10,7 +10,12 @@ use mica_testkit::{Rng, assert_close};
 
 #[test]
 fn functions_are_those_of_mlx() {
-    algebra_cases::check_all();
+    algebra_cases::check_all("algebra");
+}
+
+#[test]
+fn every_dtype_and_edge_shape_gives_what_mlx_gives() {
+    algebra_cases::check_all("algebra_edges");
 }
 
 fn normal(shape: &[usize], seed: u64) -> Array {

@@ -8,5 +8,6 @@ mod algebra_cases;
 #[test]
 fn the_definitions_are_those_of_mlx() {
     mica_array::set_backend(Box::new(Reference));
-    algebra_cases::check_all();
+    algebra_cases::check_all("algebra");
+    algebra_cases::check_all("algebra_edges");
 }

@@ -1,5 +1,6 @@
 //! Evaluation in the background, through the public door.
 
+use mica_array::graph::Graph;
 use mica_array::{Array, Dtype, Stream, ThreadLocalStream, async_eval, clear_streams};
 
 #[test]
@@ -82,4 +83,28 @@ fn a_default_is_its_threads_own_until_streams_are_cleared() {
     let elsewhere = Stream::named("asked for elsewhere");
     std::thread::spawn(work).join().unwrap();
     assert_eq!(Stream::named("asked for elsewhere"), elsewhere, "streams of other threads stay");
+}
+
+#[test]
+fn graphs_are_looked_at_while_others_compute_them() {
+    for round in 0..100 {
+        let mut y = Array::from_slice(&[1.0f32, 2.0, 3.0], &[3]).unwrap();
+        for _ in 0..200 {
+            y = y.add(1.0).unwrap();
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| y.eval().unwrap());
+            scope.spawn(|| {
+                // From the whole chain to its value, whatever is left of it at the moment.
+                while !y.is_ready() {
+                    assert!(Graph::of(std::slice::from_ref(&y)).ops() <= 400);
+                }
+            });
+            scope.spawn(|| {
+                let z = y.multiply(2.0).unwrap();
+                assert_eq!(z.to_vec::<f32>().unwrap(), [402.0, 404.0, 406.0], "round {round}");
+            });
+        });
+        assert_eq!(y.to_vec::<f32>().unwrap(), [201.0, 202.0, 203.0], "round {round}");
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 /// A safetensors file held in memory, for expected values in tests.
 ///
-/// Reads F64, F32, F16, BF16, I64, I32, U32, U16, U8 and BOOL. Every getter panics with the file's and
+/// Reads floats, integers of all sizes and BOOL (U64 as bytes only). Every getter panics with the file's and
 /// the tensor's name when something is not as asked.
 #[derive(Debug)]
 pub struct Golden {
@@ -132,7 +132,9 @@ impl Golden {
             "I64" => map(bytes, i64::from_le_bytes),
             "I32" => map(bytes, |b| i32::from_le_bytes(b).into()),
             "U32" => map(bytes, |b| u32::from_le_bytes(b).into()),
+            "I16" => map(bytes, |b| i16::from_le_bytes(b).into()),
             "U16" => map(bytes, |b| u16::from_le_bytes(b).into()),
+            "I8" => map(bytes, |b| i8::from_le_bytes(b).into()),
             "U8" | "BOOL" => map(bytes, |[b]: [u8; 1]| b.into()),
             other => panic!("{}: {name} is {other}, not integers", self.path.display()),
         }
@@ -166,10 +168,10 @@ impl Tensor {
     fn parse(entry: &Value, body: usize) -> Option<Tensor> {
         let dtype = entry.get("dtype")?.as_str()?.to_owned();
         let size = match dtype.as_str() {
-            "F64" | "I64" => 8,
+            "F64" | "I64" | "U64" => 8,
             "F32" | "I32" | "U32" => 4,
-            "F16" | "BF16" | "U16" => 2,
-            "U8" | "BOOL" => 1,
+            "F16" | "BF16" | "I16" | "U16" => 2,
+            "I8" | "U8" | "BOOL" => 1,
             _ => return None,
         };
         let integers = |key: &str| -> Option<Vec<usize>> {

@@ -32,7 +32,7 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
 }
 
-type TaskList = *const [Box<dyn Task>];
+type TaskList = *const [&'static dyn Task];
 
 struct Shared {
     threads: usize,
@@ -127,6 +127,12 @@ impl Pool {
     /// Calls from several threads take turns. A task that calls `run` on its own pool would wait
     /// for itself: kernels never do.
     pub fn run(&self, tasks: &[Box<dyn Task + '_>]) -> Result<(), TaskPanic> {
+        let list: Vec<&(dyn Task + '_)> = tasks.iter().map(|task| task.as_ref()).collect();
+        self.run_all(&list)
+    }
+
+    /// [`Pool::run`] for tasks that live anywhere.
+    pub fn run_all<'a>(&self, tasks: &[&'a (dyn Task + 'a)]) -> Result<(), TaskPanic> {
         if tasks.is_empty() {
             return Ok(());
         }
@@ -139,7 +145,7 @@ impl Pool {
         let shared = &*self.shared;
         // SAFETY: only the lifetime is erased. Every worker leaves the list before the final
         // barrier of `run_list`, which this call waits for.
-        let list: TaskList = unsafe { std::mem::transmute::<*const [Box<dyn Task + '_>], TaskList>(tasks) };
+        let list: TaskList = unsafe { std::mem::transmute::<*const [&'a (dyn Task + 'a)], TaskList>(tasks) };
         shared.failed.store(false, Ordering::Relaxed);
         // A list of small tasks is not worth waking anybody for.
         let alone = shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1);
@@ -202,19 +208,19 @@ fn worker_loop(shared: &Shared, worker: usize) {
 }
 
 /// Tasks that one worker runs between two barriers: one task, or several small ones in a row.
-fn stage<'a, 'b>(tasks: &'a [Box<dyn Task + 'b>]) -> &'a [Box<dyn Task + 'b>] {
+fn stage<'a, 'b>(tasks: &'b [&'a (dyn Task + 'a)]) -> &'b [&'a (dyn Task + 'a)] {
     let small = tasks.iter().take_while(|task| task.chunks() <= 1).count();
     &tasks[..small.max(1)]
 }
 
-fn run_list(shared: &Shared, worker: usize, tasks: &[Box<dyn Task>], scratch: &mut Scratch) {
+fn run_list(shared: &Shared, worker: usize, tasks: &[&dyn Task], scratch: &mut Scratch) {
     let mut rest = tasks;
     barrier(shared, || deal(shared, rest));
     while !rest.is_empty() {
         let now = stage(rest);
         rest = &rest[now.len()..];
         if let [task] = now {
-            run_task(shared, worker, task.as_ref(), scratch);
+            run_task(shared, worker, *task, scratch);
         } else if worker == 0 {
             run_alone(shared, now, scratch);
         }
@@ -223,7 +229,7 @@ fn run_list(shared: &Shared, worker: usize, tasks: &[Box<dyn Task>], scratch: &m
 }
 
 /// Runs tasks one after another on this thread alone.
-fn run_alone<'a>(shared: &Shared, tasks: &[Box<dyn Task + 'a>], scratch: &mut Scratch) {
+fn run_alone<'a>(shared: &Shared, tasks: &[&'a (dyn Task + 'a)], scratch: &mut Scratch) {
     for task in tasks {
         if shared.failed.load(Ordering::Relaxed) {
             return;
@@ -242,7 +248,7 @@ fn run_alone<'a>(shared: &Shared, tasks: &[Box<dyn Task + 'a>], scratch: &mut Sc
 }
 
 /// Gives each worker a contiguous range of the next task's chunks.
-fn deal(shared: &Shared, rest: &[Box<dyn Task>]) {
+fn deal(shared: &Shared, rest: &[&dyn Task]) {
     let chunks = match rest.first() {
         Some(task) if !shared.failed.load(Ordering::Relaxed) => task.chunks(),
         _ => 0,

@@ -14,43 +14,66 @@ mod loss;
 mod products;
 mod strided;
 
-use std::sync::Mutex;
 use std::time::Instant;
 
+use mica_kernels::elementwise::Dense;
 use mica_threads::{Pool, Task};
 
-use super::{Backend, HostView, Operand, Plan, Step};
+use super::{Backend, HostView, Operand, Step, StepRef};
 use crate::op::Op;
 use crate::storage::Buffer;
 use crate::{Error, Result, memory, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
+    /// In place: graphs of small ops are made of these.
+    Dense(Dense),
     Task(Box<dyn Task>),
     Tasks(Vec<Box<dyn Task>>),
     /// Bytes needed, and the function that makes the tasks from a 64-byte aligned pointer to them.
     WithWorkspace(usize, MakeTasks),
 }
 
-type MakeTasks = Box<dyn FnOnce(*mut u8, &mut Vec<Box<dyn Task>>) -> Result<()>>;
+type MakeTasks = Box<dyn FnOnce(*mut u8, &mut Vec<Box<dyn Task>>) -> Result<()> + Send>;
 
 impl Lowered {
     /// Bytes of workspace that the tasks need.
     fn bytes(&self) -> usize {
         match self {
-            Lowered::Task(_) | Lowered::Tasks(_) => 0,
             Lowered::WithWorkspace(bytes, _) => *bytes,
+            _ => 0,
         }
     }
 
     /// Adds the tasks, which may use the workspace.
     fn give(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task>>) -> Result<()> {
         match self {
+            Lowered::Dense(task) => list.push(Box::new(task)),
             Lowered::Task(task) => list.push(task),
             Lowered::Tasks(tasks) => list.extend(tasks),
             Lowered::WithWorkspace(_, make) => make(workspace, list)?,
         }
         Ok(())
+    }
+
+    /// Makes the tasks that were promised.
+    fn fulfil(&mut self, workspace: *mut u8) -> Result<()> {
+        if let Lowered::WithWorkspace(..) = self {
+            let mut tasks = Vec::new();
+            std::mem::replace(self, Lowered::Tasks(Vec::new())).give(workspace, &mut tasks)?;
+            *self = Lowered::Tasks(tasks);
+        }
+        Ok(())
+    }
+
+    /// Adds the tasks to a list.
+    fn list<'a>(&'a self, tasks: &mut Vec<&'a dyn Task>) {
+        match self {
+            Lowered::Dense(task) => tasks.push(task),
+            Lowered::Task(task) => tasks.push(task.as_ref()),
+            Lowered::Tasks(list) => tasks.extend(list.iter().map(|task| task.as_ref())),
+            Lowered::WithWorkspace(..) => {}
+        }
     }
 }
 
@@ -63,15 +86,33 @@ impl From<Box<dyn Task>> for Lowered {
 /// The backend. One pool, used by one plan at a time.
 pub struct Cpu {
     pool: Pool,
+    /// The steps of the plan.
+    plan: Vec<Lowered>,
+    /// Bytes of workspace that the plan needs.
+    needed: usize,
     /// Kept between plans, grown when a plan needs more.
-    workspace: Mutex<Option<Buffer>>,
+    workspace: Option<Buffer>,
 }
 
 impl Cpu {
     /// A backend with a pool of so many threads.
     pub fn new(threads: usize) -> Cpu {
         mica_threads::set_account(memory::SCRATCH);
-        Cpu { pool: Pool::new(threads), workspace: Mutex::new(None) }
+        Cpu { pool: Pool::new(threads), plan: Vec::new(), needed: 0, workspace: None }
+    }
+
+    fn run_plan(&mut self) -> Result<()> {
+        if self.workspace.as_ref().is_none_or(|buffer| buffer.bytes() < self.needed) {
+            self.workspace = None;
+            self.workspace = Some(Buffer::new(self.needed, false)?);
+        }
+        let pointer = self.workspace.as_ref().expect("made above").pointer();
+        let mut tasks: Vec<&dyn Task> = Vec::with_capacity(self.plan.len());
+        for lowered in &mut self.plan {
+            lowered.fulfil(pointer)?;
+        }
+        self.plan.iter().for_each(|lowered| lowered.list(&mut tasks));
+        self.pool.run_all(&tasks).map_err(told)
     }
 }
 
@@ -88,37 +129,41 @@ impl Backend for Cpu {
         Some(&self.pool)
     }
 
-    fn rehearse(&self, plan: &Plan) -> Result<()> {
-        let lowered = plan.steps.iter().map(lower).collect::<Result<Vec<_>>>()?;
-        let needed = workspace_bytes(&lowered);
-        let workspace = self.workspace.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let there = workspace.as_ref().map_or(0, Buffer::bytes);
-        if there < needed {
-            memory::rehearse_workspace(needed - there);
+    fn begin(&mut self) {
+        self.plan.clear();
+        self.needed = 0;
+    }
+
+    fn step(&mut self, step: &StepRef) -> Result<()> {
+        match elementwise::dense(step) {
+            Some(task) => self.plan.push(Lowered::Dense(task?)),
+            None => {
+                let lowered = lower(&step.to_step())?;
+                self.needed = self.needed.max(lowered.bytes());
+                self.plan.push(lowered);
+            }
+        }
+        if profile::enabled() && !memory::is_rehearsing() {
+            let begun = Instant::now();
+            self.run()?;
+            profile::record(&step.to_step(), begun.elapsed());
         }
         Ok(())
     }
 
-    fn run(&self, plan: &Plan) -> Result<()> {
-        let lowered = plan.steps.iter().map(lower).collect::<Result<Vec<_>>>()?;
-        let needed = workspace_bytes(&lowered);
-        let mut workspace = self.workspace.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if workspace.as_ref().is_none_or(|buffer| buffer.bytes() < needed) {
-            workspace.take();
-            *workspace = Some(Buffer::new(needed, false)?);
+    fn run(&mut self) -> Result<()> {
+        let result = self.run_plan();
+        self.begin();
+        result
+    }
+
+    fn rehearse(&mut self) -> Result<()> {
+        let there = self.workspace.as_ref().map_or(0, Buffer::bytes);
+        if there < self.needed {
+            memory::rehearse_workspace(self.needed - there);
         }
-        let pointer = workspace.as_ref().expect("made above").pointer();
-        let run = |tasks: &[Box<dyn Task>]| self.pool.run(tasks).map_err(told);
-        let mut tasks = Vec::with_capacity(lowered.len());
-        for (step, lowered) in plan.steps.iter().zip(lowered) {
-            lowered.give(pointer, &mut tasks)?;
-            if profile::enabled() {
-                let begun = Instant::now();
-                run(&std::mem::take(&mut tasks))?;
-                profile::record(step, begun.elapsed());
-            }
-        }
-        run(&tasks)
+        self.begin();
+        Ok(())
     }
 
     fn aliases_output(&self, op: &Op, input: usize, output: usize) -> bool {
@@ -165,7 +210,7 @@ pub(crate) fn run_alone(step: &Step) -> Result<()> {
         return Err(Error::unsupported(step.op.name(), "needs a workspace"));
     }
     let mut tasks = Vec::new();
-    lowered.give(std::ptr::null_mut(), &mut tasks)?;
+    lowered.list(&mut tasks);
     for task in &tasks {
         (0..task.chunks()).for_each(|chunk| task.run(chunk, &mut mica_threads::Scratch::new()));
     }

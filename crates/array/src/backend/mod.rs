@@ -1,7 +1,8 @@
 //! Backends: what runs a plan.
 //!
-//! A backend gets whole plans, not single ops: steps in order, each with its operands' memory.
-//! That leaves it free to enter its device once, to batch, and to fuse.
+//! A plan is given step by step, in the order in which steps are to run, each with its operands' memory, and then run
+//! as a whole. That leaves a backend free to enter its device once, to batch, and to fuse; and what it does not keep of
+//! a step is never copied, which is most of what graphs of small ops would cost.
 
 pub mod cpu;
 pub mod reference;
@@ -15,11 +16,11 @@ use mica_kernels::{DynView, DynViewMut};
 
 use crate::op::Op;
 use crate::packed::PackedWeight;
-use crate::storage::{Buffer, Spec, Storage};
+use crate::storage::{Spec, Storage};
 use crate::{Array, Dtype, Error, Result};
 
 /// Computes plans.
-pub trait Backend: Send + Sync {
+pub trait Backend: Send {
     /// The name.
     fn name(&self) -> &'static str;
 
@@ -33,19 +34,21 @@ pub trait Backend: Send + Sync {
         None
     }
 
-    /// Runs the steps in order.
-    fn run(&self, plan: &Plan) -> Result<()>;
+    /// Begins a plan. Steps of one that was never run are forgotten: their memory may be gone.
+    fn begin(&mut self);
 
-    /// Does all that running takes but the computing: the plan's operands have no memory. What a backend would
-    /// take beyond them it tells to [`crate::memory`].
-    fn rehearse(&self, _plan: &Plan) -> Result<()> {
-        Ok(())
-    }
+    /// The next step. Shapes and strides are lent for this call; the memory stays until the plan has run.
+    ///
+    /// # Errors
+    /// There is no kernel for it: the step is not part of the plan.
+    fn step(&mut self, step: &StepRef) -> Result<()>;
 
-    /// Whether some output of `op` may be written into the memory of this input.
-    fn may_alias(&self, op: &Op, input: usize) -> bool {
-        (0..3).any(|output| self.aliases_output(op, input, output))
-    }
+    /// Runs the steps in order, which ends the plan.
+    fn run(&mut self) -> Result<()>;
+
+    /// Ends the plan without running it: its operands have no memory. What running would take beyond them the
+    /// backend tells to [`crate::memory`].
+    fn rehearse(&mut self) -> Result<()>;
 
     /// Whether this output of `op` may be written into the memory of this input.
     fn aliases_output(&self, _op: &Op, _input: usize, _output: usize) -> bool {
@@ -53,25 +56,82 @@ pub trait Backend: Send + Sync {
     }
 }
 
-/// Steps in the order in which they run.
-#[derive(Default)]
-pub struct Plan {
-    /// The steps.
-    pub steps: Vec<Step>,
-    /// Inputs of the step that is being planned, alive until its outputs have their memory.
-    pub(crate) current: SmallVec<[Arc<Buffer>; 4]>,
-    /// Weights that steps read, alive until the plan has run.
-    pub(crate) weights: Vec<Arc<PackedWeight>>,
+/// One op with the memory of its operands, lent to a backend.
+#[derive(Clone, Copy)]
+pub struct StepRef<'a> {
+    /// The op.
+    pub op: &'a Op,
+    /// What it reads.
+    pub inputs: &'a [OperandRef<'a>],
+    /// What it writes.
+    pub outputs: &'a [OperandRef<'a>],
 }
 
-impl Plan {
-    /// An empty plan in the memory of another one's steps.
-    pub(crate) fn reusing(steps: Vec<Step>) -> Plan {
-        Plan { steps, ..Plan::default() }
+/// The memory of an operand.
+#[derive(Clone, Copy)]
+pub enum OperandRef<'a> {
+    /// Plain, strided memory.
+    Host(ViewRef<'a>),
+    /// A weight in a kernel's own layout.
+    Packed(&'a Arc<PackedWeight>),
+    /// An output that nobody asked for.
+    Absent,
+}
+
+/// A window on memory.
+#[derive(Clone, Copy, Debug)]
+pub struct ViewRef<'a> {
+    /// The first element.
+    pub pointer: *mut u8,
+    /// Sizes per dimension.
+    pub shape: &'a [usize],
+    /// In elements.
+    pub strides: &'a [isize],
+    /// The element type.
+    pub dtype: Dtype,
+}
+
+impl StepRef<'_> {
+    /// A copy, which may be kept until the plan has run.
+    pub fn to_step(&self) -> Step {
+        Step {
+            op: self.op.clone(),
+            inputs: self.inputs.iter().map(OperandRef::to_operand).collect(),
+            outputs: self.outputs.iter().map(OperandRef::to_operand).collect(),
+        }
     }
 }
 
-/// One op with the memory of its operands.
+impl<'a> OperandRef<'a> {
+    #[inline]
+    pub(crate) fn new(spec: &'a Spec, storage: &'a Storage) -> OperandRef<'a> {
+        match storage {
+            Storage::Host(host) => OperandRef::Host(ViewRef {
+                pointer: host.pointer(),
+                shape: &spec.shape,
+                strides: &host.strides,
+                dtype: spec.dtype,
+            }),
+            Storage::Packed(weight) => OperandRef::Packed(weight),
+            Storage::Absent => OperandRef::Absent,
+        }
+    }
+
+    fn to_operand(&self) -> Operand {
+        match self {
+            OperandRef::Host(view) => Operand::Host(HostView {
+                pointer: view.pointer,
+                shape: SmallVec::from_slice(view.shape),
+                strides: SmallVec::from_slice(view.strides),
+                dtype: view.dtype,
+            }),
+            OperandRef::Packed(weight) => Operand::Packed((*weight).clone()),
+            OperandRef::Absent => Operand::Absent,
+        }
+    }
+}
+
+/// [`StepRef`] on its own.
 #[derive(Clone)]
 pub struct Step {
     /// The op.
@@ -112,29 +172,13 @@ unsafe impl Send for HostView {}
 unsafe impl Sync for HostView {}
 
 impl Operand {
-    pub(crate) fn new(spec: &Spec, storage: &Storage) -> Result<Operand> {
-        Ok(match storage {
-            Storage::Host(host) => Operand::Host(HostView {
-                pointer: host.pointer(),
-                shape: SmallVec::from_slice(&spec.shape),
-                strides: SmallVec::from_slice(&host.strides),
-                dtype: spec.dtype,
-            }),
-            Storage::Packed(weight) => Operand::Packed(weight.clone()),
-            Storage::Absent => {
-                return Err(Error::Kernel("an output was read that was never asked for".into()));
-            }
-        })
-    }
-
     /// The memory of an array that has been computed.
     pub(crate) fn of(array: &Array) -> Result<Operand> {
-        let spec = Spec::new(array.shape(), array.dtype());
         let storage = crate::eval::ready_storage(array)?;
         if let Storage::Host(host) = &storage {
             crate::eval::wait_for(&host.buffer)?;
         }
-        Operand::new(&spec, &storage)
+        Ok(OperandRef::new(array.spec(), &storage).to_operand())
     }
 
     /// The plain memory.

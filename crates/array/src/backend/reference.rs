@@ -18,7 +18,7 @@ mod order;
 mod products;
 mod region;
 
-use super::{Backend, Operand, Plan, Step};
+use super::{Backend, Operand, Step, StepRef};
 use crate::op::{Op, UnaryOp};
 use crate::{Dtype, Error, Result};
 
@@ -32,8 +32,19 @@ impl Backend for Reference {
         "reference"
     }
 
-    fn run(&self, plan: &Plan) -> Result<()> {
-        plan.steps.iter().try_for_each(run_step)
+    fn begin(&mut self) {}
+
+    /// At once: there is no device to enter, and the steps before it have run.
+    fn step(&mut self, step: &StepRef) -> Result<()> {
+        if crate::memory::is_rehearsing() { Ok(()) } else { run_step(&step.to_step()) }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn rehearse(&mut self) -> Result<()> {
+        Ok(())
     }
 }
 

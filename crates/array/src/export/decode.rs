@@ -5,7 +5,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::encode::scatter_name;
 use super::{MOST_ELEMENTS, algebra};
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::{
     AdamWSpec, AttentionSpec, Axes, BinaryOp, CompareOp, ConvSpec, CrossEntropySpec, Op, Precision, ReduceOp,
     RopeSpec, Scalar, ScanOp, ScatterOp, UnaryOp,

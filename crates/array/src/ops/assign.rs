@@ -91,12 +91,7 @@ impl At<'_> {
     /// The array with values subtracted from the part.
     pub fn subtract(&self, values: impl Operand) -> Result<Array> {
         let values = values.operand(self.array.dtype()).astype(self.array.dtype())?;
-        let values = match values.dtype() {
-            // What subtracting a bool is: exclusive or.
-            Dtype::Bool => values,
-            _ => values.negative()?,
-        };
-        self.update(ScatterOp::Add, Some(BinaryOp::Add), values)
+        self.update(ScatterOp::Add, Some(BinaryOp::Add), values.negative()?)
     }
 
     /// The array with the part multiplied.

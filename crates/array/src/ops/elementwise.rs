@@ -12,8 +12,8 @@ use smallvec::smallvec;
 use super::{Grads, Vjp};
 use crate::dtype::{Complex32, promote};
 use crate::op::{BinaryOp, CompareOp, Op, Scalar, UnaryOp, first_failure};
-use crate::shape::broadcast_shapes;
-use crate::{Array, Dtype, Error, Result};
+use crate::shape::{broadcast_shapes, same};
+use crate::{Array, Dtype, Error, Result, Shape};
 
 /// The right-hand side of a binary function: an array, or a number whose dtype gives way to the
 /// array's, as a Python number's does.
@@ -144,6 +144,10 @@ impl Array {
             }
             _ => {}
         }
+        if dtype == self.dtype() && dtype == rhs.dtype() && same(self.shape(), rhs.shape()) {
+            let shape = Shape::from_slice(self.shape());
+            return Ok(Array::lazy(Op::Binary(op), smallvec![self.clone(), rhs], shape, dtype));
+        }
         let shape = broadcast_shapes(op.name(), self.shape(), rhs.shape())?;
         let inputs = smallvec![self.clone().brought_to(dtype, &shape)?, rhs.brought_to(dtype, &shape)?];
         Ok(Array::lazy(Op::Binary(op), inputs, shape, dtype))
@@ -162,7 +166,7 @@ impl Array {
     /// The handle itself, where it has the dtype and the shape already: small ops are cheap.
     fn brought_to(self, dtype: Dtype, shape: &[usize]) -> Result<Array> {
         let cast = if self.dtype() == dtype { self } else { self.astype(dtype)? };
-        if cast.shape() == shape { Ok(cast) } else { cast.broadcast_to(shape) }
+        if same(cast.shape(), shape) { Ok(cast) } else { cast.broadcast_to(shape) }
     }
 
     /// Where `condition` holds this array's values, elsewhere `other`'s.

@@ -32,7 +32,7 @@ pub mod windows;
 
 use smallvec::{SmallVec, smallvec};
 
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::Op;
 use crate::shape::Shape;
 use crate::{Array, Dtype, Result};

@@ -3,7 +3,7 @@
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Jvp, Tangents, Vjp, Vmap};
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::dtype::promote;
 use crate::op::{Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axis, size_of};

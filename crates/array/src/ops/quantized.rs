@@ -9,7 +9,7 @@ use mica_codec::micro::MicroMode;
 
 use super::products::matrix_indices;
 use super::{Grads, Jvp, Tangents, Vjp};
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::dtype::promote;
 use crate::op::{Op, first_failure};
 use crate::shape::Shape;

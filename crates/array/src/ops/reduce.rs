@@ -14,6 +14,10 @@ impl Array {
         first_failure(&[self])?;
         let axes = normalize_axes(op.name(), axes, self.rank())?;
         let dtype = op.output_dtype(self.dtype());
+        if axes.is_empty() && matches!(op, ReduceOp::Sum | ReduceOp::Prod) {
+            // Over no axes there is nothing to add up: small types stay as they are, as in MLX.
+            return Ok(self.clone());
+        }
         let empty = axes.iter().any(|&axis| self.shape()[axis] == 0);
         if empty && matches!(op, ReduceOp::Max | ReduceOp::Min) {
             return Err(Error::invalid(
@@ -35,7 +39,7 @@ impl Array {
         if keepdims { Ok(full) } else { drop_axes(&full, &axes) }
     }
 
-    /// Σ over the axes (all if none are named). Small integers add up in 32 bits.
+    /// Σ over the axes (all if none are named). Small integers add up in 32 bits; a scalar is its own sum.
     pub fn sum(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
         self.reduce(ReduceOp::Sum, axes, keepdims)
     }
@@ -91,8 +95,8 @@ impl Array {
             return if keepdims { index.reshape(&vec![1; self.rank()]) } else { Ok(index) };
         };
         let axis = normalize_axis(name, axis, self.rank())?;
-        if self.shape()[axis] == 0 {
-            return Err(Error::invalid(name, format!("axis {axis} of {:?} is empty", self.shape())));
+        if self.size() == 0 {
+            return Err(Error::invalid(name, format!("an array of {:?} is empty", self.shape())));
         }
         let mut kept: Shape = self.shape().into();
         kept[axis] = 1;
@@ -127,7 +131,13 @@ impl Array {
     }
 
     /// log Σ eˣ along an axis.
+    ///
+    /// # Errors
+    /// If there are no elements.
     pub fn logsumexp(&self, axis: i32, keepdims: bool) -> Result<Array> {
+        if self.size() == 0 {
+            return Err(Error::invalid("logsumexp", format!("an array of {:?} is empty", self.shape())));
+        }
         if self.dtype() == Dtype::C64 {
             let largest = self.max(&[axis], true)?;
             let sum = self.subtract(&largest)?.exp()?.sum(&[axis], true)?.log()?.add(&largest)?;

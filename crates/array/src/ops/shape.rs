@@ -6,7 +6,7 @@ pub(crate) mod vmap;
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Vjp};
-use crate::array::State;
+use crate::node::State;
 use crate::dtype::promote;
 use crate::op::{Axes, Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size_of};

@@ -39,6 +39,9 @@ impl Array {
     /// log Σ eˣ over several axes together (all if none are named).
     pub fn logsumexp_axes(&self, axes: &[i32], keepdims: bool) -> Result<Array> {
         let list = normalize_axes("logsumexp", axes, self.rank())?;
+        if self.size() == 0 {
+            return Err(Error::invalid("logsumexp", format!("an array of {:?} is empty", self.shape())));
+        }
         if let ([axis], false) = (list.as_slice(), self.dtype() == Dtype::C64) {
             return self.logsumexp(*axis as i32, keepdims);
         }

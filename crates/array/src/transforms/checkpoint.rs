@@ -14,7 +14,7 @@ use crate::{Array, Result};
 pub fn checkpoint(f: impl FnOnce(&[Array]) -> Result<Vec<Array>>, inputs: &[Array]) -> Result<Vec<Array>> {
     let graph = TracedGraph::trace(f, inputs)?;
     let specs = graph.output_specs();
-    let all: crate::array::Inputs = inputs.iter().chain(graph.captured()).cloned().collect();
+    let all: crate::node::Inputs = inputs.iter().chain(graph.captured()).cloned().collect();
     let count = specs.len();
     let custom = Checkpoint { graph, inputs: inputs.len() };
     let first = Array::lazy_many(Op::Custom(Arc::new(custom)), all, specs);

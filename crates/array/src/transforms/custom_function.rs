@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::jvp::{forward_from, trace_from};
 use super::{TracedGraph, backward};
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::Op;
 use crate::ops::custom::{Batched, CustomOp};
 use crate::{Array, Error, Result};

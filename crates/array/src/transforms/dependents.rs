@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::array::State;
+use crate::node::State;
 use crate::op::Op;
 use crate::{Array, Error, Result};
 

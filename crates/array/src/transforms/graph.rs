@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use super::compile::shapes::can_be;
 use super::compile::sizes::NodeSizes;
-use crate::array::{Inputs, State};
+use crate::node::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::storage::Spec;
 use crate::{Array, Result};

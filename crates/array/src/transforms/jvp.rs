@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::dependents::{Stops, check_built, dependents};
 use super::vjp::trace;
-use crate::array::State;
+use crate::node::State;
 use crate::op::{Op, TraceScope};
 use crate::ops::{self, Jvp, Tangents};
 use crate::{Array, Error, Result};

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use smallvec::SmallVec;
 
 use super::dependents::{Stops, dependents};
-use crate::array::State;
+use crate::node::State;
 use crate::op::{Op, TraceGuard, TraceScope, UnaryOp};
 use crate::ops::{self, Vjp};
 use crate::{Array, Error, Result};

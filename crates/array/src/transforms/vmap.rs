@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use super::dependents::{Stops, check_built, dependents};
 
-use crate::array::{Inputs, State};
+use crate::node::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope};
 use crate::ops::custom::CustomOp;
 use crate::ops::{self, Vmap};

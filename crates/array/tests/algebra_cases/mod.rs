@@ -1,5 +1,5 @@
-//! The cases of fixtures/mlx/algebra (made by fixtures/make/make_algebra.py), and how each is run and
-//! compared: values, shapes and dtypes, and that what the package refuses is refused.
+//! The cases of fixtures/mlx/algebra and algebra_edges (made by fixtures/make/make_algebra.py and
+//! make_algebra_edges.py), and how each is run and compared: values, shapes and dtypes, and that what the package refuses is refused.
 
 use mica_array::conv::{self, ConvNd};
 use mica_array::fast::{self, AttentionMask, RopeBase, RopeOffset};
@@ -562,10 +562,10 @@ fn check(golden: &Golden, case: &Value) -> Result<(), String> {
     Ok(())
 }
 
-/// Every case on the backend in force; panics with all that differ.
-pub fn check_all() {
-    let golden = Golden::load(fixture("mlx/algebra.safetensors"));
-    let text = std::fs::read_to_string(fixture("mlx/algebra.json")).unwrap();
+/// Every case of a file on the backend in force; panics with all that differ.
+pub fn check_all(file: &str) {
+    let golden = Golden::load(fixture(format!("mlx/{file}.safetensors")));
+    let text = std::fs::read_to_string(fixture(format!("mlx/{file}.json"))).unwrap();
     let file: Value = serde_json::from_str(&text).unwrap();
     let cases = file["cases"].as_array().unwrap();
     let failures: Vec<String> = cases

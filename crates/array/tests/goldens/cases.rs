@@ -1,4 +1,4 @@
-//! The cases of fixtures/mlx/array.json.
+//! The cases of fixtures/mlx/array.json and edges.json.
 
 use std::collections::BTreeMap;
 
@@ -18,10 +18,10 @@ pub(crate) struct Case {
     pub(crate) name: String,
 }
 
-fn load() -> Vec<Case> {
-    let text = std::fs::read_to_string(fixture("mlx/array.json")).unwrap();
+fn load(name: &str) -> Vec<Case> {
+    let text = std::fs::read_to_string(fixture(format!("mlx/{name}.json"))).unwrap();
     let file: Value = serde_json::from_str(&text).unwrap();
-    let golden = Golden::load(fixture("mlx/array.safetensors"));
+    let golden = Golden::load(fixture(format!("mlx/{name}.safetensors")));
     let array = |entry: &Value| {
         let shape: Vec<usize> = serde_json::from_value(entry["shape"].clone()).unwrap();
         let dtype = Dtype::from_name(entry["dtype"].as_str().unwrap()).unwrap();
@@ -44,10 +44,10 @@ fn load() -> Vec<Case> {
     file["cases"].as_array().unwrap().iter().enumerate().map(case).collect()
 }
 
-/// Runs all cases and fails with the ones that differ, a few of each function.
-pub(crate) fn check_all() {
+/// Runs all cases of a file and fails with the ones that differ, a few of each function.
+pub(crate) fn check_all(name: &str) {
     let mut wrong: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let cases = load();
+    let cases = load(name);
     for case in cases.iter().filter(|case| !compare::is_slip(case)) {
         if let Err(message) = check(case) {
             wrong.entry(case.op.clone()).or_default().push(format!("{}: {message}", case.name));

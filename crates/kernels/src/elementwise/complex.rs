@@ -28,10 +28,32 @@ pub fn multiply(a: Pair, b: Pair) -> Pair {
     (a.0 * b.0 - a.1 * b.1, a.0 * b.1 + a.1 * b.0)
 }
 
-/// Squares of f32 values do not overflow f64, so the plain formula does.
+/// Squares of f32 values do not overflow f64, so the plain formula does; where it comes to nothing, infinities and
+/// zeros are what C's annex G says, as in MLX.
 fn divide(a: Pair, b: Pair) -> Pair {
     let norm = b.0 * b.0 + b.1 * b.1;
-    ((a.0 * b.0 + a.1 * b.1) / norm, (a.1 * b.0 - a.0 * b.1) / norm)
+    let plain = ((a.0 * b.0 + a.1 * b.1) / norm, (a.1 * b.0 - a.0 * b.1) / norm);
+    if !(plain.0.is_nan() && plain.1.is_nan()) {
+        return plain;
+    }
+    let is_infinite = |z: Pair| z.0.is_infinite() || z.1.is_infinite();
+    let is_finite = |z: Pair| z.0.is_finite() && z.1.is_finite();
+    // The direction of an infinite number.
+    let boxed = |z: Pair| {
+        let part = |x: f64| f64::from(x.is_infinite()).copysign(x);
+        (part(z.0), part(z.1))
+    };
+    let times = |(x, y): Pair| (x * b.0 + y * b.1, y * b.0 - x * b.1);
+    if norm == 0.0 && !(a.0.is_nan() && a.1.is_nan()) {
+        scale(a, f64::INFINITY.copysign(b.0))
+    } else if is_infinite(a) && is_finite(b) {
+        scale(times(boxed(a)), f64::INFINITY)
+    } else if is_infinite(b) && is_finite(a) {
+        let (x, y) = boxed(b);
+        ((a.0 * x + a.1 * y) * 0.0, (a.1 * x - a.0 * y) * 0.0)
+    } else {
+        plain
+    }
 }
 
 /// a + a real number: on a branch cut the sign of a zero imaginary part decides, so it must stay.

@@ -19,6 +19,8 @@ mod select;
 pub(crate) mod tile;
 mod unary;
 
+use std::sync::OnceLock;
+
 use mica_simd::Isa;
 use mica_threads::Task;
 
@@ -29,8 +31,8 @@ pub(crate) use {binary::binary_op, compare::compare_op, select::select_op, unary
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::error::KernelError;
-pub use tile::Flat;
-use tile::{Dense, Elementwise, TileOp, compute_dtype};
+pub use tile::{Dense, Flat};
+use tile::{Elementwise, TileOp, compute_dtype};
 
 /// `out = op(a)`. `out` has `a`'s type; [`UnaryOp::LogicalNot`] takes any type and gives bool.
 pub fn unary(op: UnaryOp, a: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
@@ -61,12 +63,48 @@ fn unary_kernel(
     Ok((kernel, compute))
 }
 
+/// The loop of an op for a type on this machine, with the types that it computes in and gives. Made once: graphs of
+/// small ops ask for it for every node.
+#[derive(Clone, Copy)]
+struct Loop {
+    name: &'static str,
+    kernel: &'static dyn TileOp,
+    compute: Dtype,
+    out: Dtype,
+}
+
+/// A place per op and type.
+type Loops<const N: usize> = [OnceLock<Loop>; N];
+
+impl Loop {
+    #[cold]
+    fn make(
+        place: &'static OnceLock<Loop>,
+        name: &'static str,
+        (kernel, compute): (Box<dyn TileOp>, Dtype),
+        out: Dtype,
+    ) -> &'static Loop {
+        place.get_or_init(|| Loop { name, kernel: Box::leak(kernel), compute, out })
+    }
+}
+
 /// [`unary`] over so many dense elements.
 ///
 /// The pointers must be readable and writable as those of views are.
-pub fn unary_dense(op: UnaryOp, a: Flat, out: Flat, size: usize) -> Result<Box<dyn Task>, KernelError> {
-    let (kernel, compute) = unary_kernel(Isa::get(), op, a.dtype, out.dtype)?;
-    Ok(Dense::task(op.name(), kernel, &[(a, compute)], (out, compute), size))
+#[inline]
+pub fn unary_dense(op: UnaryOp, a: Flat, out: Flat, size: usize) -> Result<Dense, KernelError> {
+    const TYPES: usize = Dtype::ALL.len();
+    static LOOPS: Loops<{ UnaryOp::ALL.len() * TYPES }> =
+        [const { OnceLock::new() }; UnaryOp::ALL.len() * TYPES];
+    let place = &LOOPS[op as usize * TYPES + a.dtype as usize];
+    let made = match place.get() {
+        Some(made) => made,
+        None => Loop::make(place, op.name(), unary_kernel(Isa::get(), op, a.dtype, out.dtype)?, out.dtype),
+    };
+    if made.out != out.dtype {
+        expect_output(made.name, made.out, out.dtype)?;
+    }
+    Ok(Dense::new(made.name, made.kernel, &[a], out, made.compute, size))
 }
 
 /// `out = op(a, b)`: all of one type; the logical ops take any type and give bool.
@@ -101,15 +139,24 @@ fn binary_kernel(
 }
 
 /// [`binary`] over so many dense elements; see [`unary_dense`].
-pub fn binary_dense(
-    op: BinaryOp,
-    a: Flat,
-    b: Flat,
-    out: Flat,
-    size: usize,
-) -> Result<Box<dyn Task>, KernelError> {
-    let (kernel, compute) = binary_kernel(Isa::get(), op, [a.dtype, b.dtype], out.dtype)?;
-    Ok(Dense::task(op.name(), kernel, &[(a, compute), (b, compute)], (out, compute), size))
+#[inline]
+pub fn binary_dense(op: BinaryOp, a: Flat, b: Flat, out: Flat, size: usize) -> Result<Dense, KernelError> {
+    const TYPES: usize = Dtype::ALL.len();
+    static LOOPS: Loops<{ BinaryOp::ALL.len() * TYPES }> =
+        [const { OnceLock::new() }; BinaryOp::ALL.len() * TYPES];
+    let place = &LOOPS[op as usize * TYPES + a.dtype as usize];
+    let made = match place.get() {
+        Some(made) => made,
+        None => {
+            let kernel = binary_kernel(Isa::get(), op, [a.dtype, b.dtype], out.dtype)?;
+            Loop::make(place, op.name(), kernel, out.dtype)
+        }
+    };
+    if made.out != out.dtype || a.dtype != b.dtype {
+        expect_same(made.name, a.dtype, b.dtype)?;
+        expect_output(made.name, made.out, out.dtype)?;
+    }
+    Ok(Dense::new(made.name, made.kernel, &[a, b], out, made.compute, size))
 }
 
 /// `out = a op b` as bool; `a` and `b` of one type. Comparisons with NaN are false, `Ne` true.

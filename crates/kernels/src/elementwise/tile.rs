@@ -202,20 +202,19 @@ impl Elementwise {
     }
 }
 
-/// An op over dense arrays of one shape. Small graphs are made of these, so the task is small too.
-pub(crate) struct Dense {
+/// An op over dense arrays of one shape. Graphs of small ops are made of these, so the task is small, too, and comes
+/// without a box.
+pub struct Dense {
     name: &'static str,
-    op: Box<dyn TileOp>,
-    lines: Lines,
-}
-
-/// The memory of dense operands.
-struct Lines {
-    inputs: SmallVec<[Line; 3]>,
-    output: Line,
+    op: &'static dyn TileOp,
+    /// Up to two inputs, and the output last.
+    lines: [Line; 3],
+    inputs: usize,
     size: usize,
 }
 
+/// The memory of a dense operand.
+#[derive(Clone, Copy)]
 struct Line {
     pointer: *mut u8,
     bytes: usize,
@@ -223,9 +222,9 @@ struct Line {
 }
 
 // SAFETY: as for `Source` and `Sink`, which these are simple cases of.
-unsafe impl Send for Lines {}
+unsafe impl Send for Line {}
 // SAFETY: as above.
-unsafe impl Sync for Lines {}
+unsafe impl Sync for Line {}
 
 /// The memory of one operand, whose elements lie one after another.
 #[derive(Clone, Copy, Debug)]
@@ -236,57 +235,60 @@ pub struct Flat {
     pub dtype: Dtype,
 }
 
+impl Flat {
+    #[inline]
+    fn line(self, from: Dtype, to: Dtype) -> Line {
+        let convert = if from == to { None } else { Some(converter(from, to)) };
+        Line { pointer: self.pointer, bytes: self.dtype.size(), convert }
+    }
+}
+
 impl Dense {
-    /// `inputs` come with the types in which `op` takes them, `output` with the one it gives.
-    pub fn task(
+    /// `op` takes and gives values of type `compute`.
+    #[inline(always)]
+    pub(crate) fn new(
         name: &'static str,
-        op: Box<dyn TileOp>,
-        inputs: &[(Flat, Dtype)],
-        output: (Flat, Dtype),
+        op: &'static dyn TileOp,
+        inputs: &[Flat],
+        output: Flat,
+        compute: Dtype,
         size: usize,
-    ) -> Box<dyn Task> {
-        let line = |flat: Flat, from: Dtype, to: Dtype| Line {
-            pointer: flat.pointer,
-            bytes: flat.dtype.size(),
-            convert: (from != to).then(|| converter(from, to)),
-        };
-        let mut lines: SmallVec<[Line; 3]> = SmallVec::new();
-        for &(flat, compute) in inputs {
-            lines.push(line(flat, flat.dtype, compute));
-        }
-        let (flat, result) = output;
-        let output = line(flat, result, flat.dtype);
-        Box::new(Dense { name, op, lines: Lines { inputs: lines, output, size } })
+    ) -> Dense {
+        let output = output.line(compute, output.dtype);
+        let line = |at: usize| inputs.get(at).map_or(output, |input| input.line(input.dtype, compute));
+        Dense { name, op, lines: [line(0), line(1), output], inputs: inputs.len(), size }
     }
 }
 
 impl Task for Dense {
+    #[inline]
     fn chunks(&self) -> usize {
-        self.lines.size.div_ceil(CHUNK)
+        self.size.div_ceil(CHUNK)
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        let Lines { inputs, output, size } = &self.lines;
+        let (inputs, output) = (&self.lines[..self.inputs], &self.lines[2]);
         let tile = |line: &Line| match line.convert {
             Some(_) => scratch.take::<u8>(TILE_BYTES).as_mut_ptr(),
             None => std::ptr::null_mut(),
         };
-        let buffers: SmallVec<[*mut u8; 3]> = inputs.iter().map(tile).collect();
+        let mut buffers = [std::ptr::null_mut(); 2];
+        buffers.iter_mut().zip(inputs).for_each(|(buffer, line)| *buffer = tile(line));
         let result = tile(output);
-        let end = (*size).min((chunk + 1) * CHUNK);
+        let end = self.size.min((chunk + 1) * CHUNK);
         for start in (chunk * CHUNK..end).step_by(TILE) {
             let count = TILE.min(end - start);
             let at = |line: &Line| line.pointer.wrapping_add(start * line.bytes);
-            let mut operands: SmallVec<[*const u8; 3]> = SmallVec::new();
-            for (line, &buffer) in inputs.iter().zip(&buffers) {
-                operands.push(match line.convert {
+            let mut operands = [std::ptr::null::<u8>(); 2];
+            for ((operand, line), &buffer) in operands.iter_mut().zip(inputs).zip(&buffers) {
+                *operand = match line.convert {
                     Some(convert) => {
                         // SAFETY: the range is inside the operand, the buffer holds a tile.
                         unsafe { convert(at(line), buffer, count) };
                         buffer
                     }
                     None => at(line),
-                });
+                };
             }
             // SAFETY: operands hold `count` values of the op's types; the output is the caller's
             // promise: apart from the inputs or exactly one of them, so that a tile is read before
@@ -294,10 +296,10 @@ impl Task for Dense {
             unsafe {
                 match output.convert {
                     Some(convert) => {
-                        self.op.run(&operands, result, count);
+                        self.op.run(&operands[..self.inputs], result, count);
                         convert(result, at(output), count);
                     }
-                    None => self.op.run(&operands, at(output), count),
+                    None => self.op.run(&operands[..self.inputs], at(output), count),
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Steps whose kernels work on any dtype: elementwise, movement, reductions.
 
-use mica_kernels::elementwise::Flat;
+use mica_kernels::elementwise::{Dense, Flat};
 use mica_kernels::index::{self, ScatterOp};
 use mica_kernels::optimizer::{self, AdamWOptions, AdamWParameter};
 use mica_kernels::reduce::ArgReduceOp;
@@ -10,17 +10,16 @@ use mica_threads::Task;
 use smallvec::SmallVec;
 
 use super::{Lowered, input, output};
-use crate::backend::{HostView, Step};
+use crate::backend::{OperandRef, Step, StepRef};
 use crate::op::{AdamWSpec, Axes, Op, Scalar};
+use crate::shape::{same, size_of};
+use crate::storage::is_contiguous;
 use crate::transforms::Region;
 use crate::{Dtype, Result};
 
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
     if let Op::Fused(region) = &step.op {
         return fused(step, region);
-    }
-    if let Some(task) = dense(step) {
-        return Ok(task?.into());
     }
     let out = output(step, 0)?;
     let task: Box<dyn Task> = match &step.op {
@@ -141,28 +140,27 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
     Ok(task.into())
 }
 
-/// The task of an op over dense arrays of one shape, which graphs of small ops are made of: no views are made for it.
-fn dense(step: &Step) -> Option<Result<Box<dyn Task>>> {
+/// The task of an op over dense arrays of one shape, which graphs of small ops are made of: nothing is copied for it.
+#[inline]
+pub(super) fn dense(step: &StepRef) -> Option<Result<Dense>> {
     if !matches!(step.op, Op::Unary(_) | Op::Binary(_)) {
         return None;
     }
-    let out = step.outputs[0].host().ok().filter(|out| out.is_contiguous())?;
-    let flat = |view: &HostView| Flat { pointer: view.pointer, dtype: view.dtype };
-    let mut inputs: SmallVec<[Flat; 2]> = SmallVec::new();
-    for operand in &step.inputs {
-        let view = operand.host().ok()?;
-        if view.shape != out.shape || !view.is_contiguous() {
-            return None;
+    let OperandRef::Host(target) = step.outputs.first()? else { return None };
+    let flat = |operand: &OperandRef| match operand {
+        OperandRef::Host(view) if same(view.shape, target.shape) && is_contiguous(view.shape, view.strides) => {
+            Some(Flat { pointer: view.pointer, dtype: view.dtype })
         }
-        inputs.push(flat(view));
-    }
-    let size = crate::shape::size_of(&out.shape);
-    let task = match (&step.op, inputs.as_slice()) {
-        (Op::Unary(op), &[a]) => elementwise::unary_dense(*op, a, flat(out), size),
-        (Op::Binary(op), &[a, b]) => elementwise::binary_dense(*op, a, b, flat(out), size),
-        _ => return None,
+        _ => None,
     };
-    Some(task.map_err(Into::into))
+    let (out, size) = (flat(&step.outputs[0])?, size_of(target.shape));
+    Some(match (step.op, step.inputs) {
+        (Op::Unary(op), [a]) => elementwise::unary_dense(*op, flat(a)?, out, size).map_err(Into::into),
+        (Op::Binary(op), [a, b]) => {
+            elementwise::binary_dense(*op, flat(a)?, flat(b)?, out, size).map_err(Into::into)
+        }
+        _ => return None,
+    })
 }
 
 /// The index arrays from input `first` on, each with its axis.

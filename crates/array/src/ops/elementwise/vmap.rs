@@ -2,7 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::Op;
 use crate::ops::Vmap;
 use crate::shape::Shape;

@@ -4,7 +4,7 @@
 use smallvec::{SmallVec, smallvec};
 
 use super::definition;
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::{AttentionSpec, ConvSpec, Op, RopeSpec};
 use crate::ops::Vmap;
 use crate::shape::Shape;

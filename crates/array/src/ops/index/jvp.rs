@@ -2,7 +2,7 @@
 
 use smallvec::smallvec;
 
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::{Op, ScatterOp};
 use crate::ops::{Jvp, Tangents};
 use crate::{Array, Error, Result};

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use super::constant;
 use super::plan::Plans;
-use crate::array::Inputs;
+use crate::node::Inputs;
 use crate::op::Op;
 use crate::ops::{Grads, Jvp, Tangents, Vjp};
 use crate::transforms::TracedGraph;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use smallvec::{SmallVec, smallvec};
 
 use super::numbers::{self, Number};
-use crate::array::State;
+use crate::node::State;
 use crate::op::{Op, Scalar};
 use crate::storage::Spec;
 use crate::transforms::graph::{TracedGraph, TracedNode};
