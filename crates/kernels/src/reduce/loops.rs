@@ -1,0 +1,261 @@
+//! The innermost loops of reductions: values into the lanes of a row, rows onto the totals of
+//! their columns.
+//!
+//! Those of f32 are written in vectors, because it is what memory can keep up with: from loops over arrays of lanes
+//! LLVM makes gathers across the blocks. The other types have plain loops. Both join in the same order.
+
+use std::marker::PhantomData;
+
+use mica_simd::{Isa, Kernel, Vector, dispatch};
+
+use super::LANES;
+
+/// Rows that [`Loops::columns`] takes at a time: a total is read and written once for all.
+pub(super) const ROWS: usize = 4;
+/// Vectors that an extreme is looked for in: a comparison does not wait for the one before.
+const CHAINS: usize = 4;
+
+/// Loops over values of type T, joined by F.
+pub(super) struct Loops<T, F> {
+    isa: Isa,
+    row: RowLoop<T, F>,
+    columns: ColumnLoop<T, F>,
+}
+
+type RowLoop<T, F> = fn(&F, Isa, &mut [T; LANES], &[T]);
+type ColumnLoop<T, F> = unsafe fn(&F, Isa, &mut [T], &[*const T]);
+
+impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
+    /// Loops over values one by one.
+    pub fn plain() -> Self {
+        Loops { isa: Isa::Scalar, row: plain_row::<T, F>, columns: plain_columns::<T, F> }
+    }
+
+    /// Joins a row's values with its lanes: value *i* with lane *i* mod [`LANES`] (extremes of f32, of which any
+    /// order gives the same number, in an order of their own).
+    pub fn row(&self, join: &F, lanes: &mut [T; LANES], values: &[T]) {
+        (self.row)(join, self.isa, lanes, values)
+    }
+
+    /// Joins up to [`ROWS`] rows, each as long as the totals, with these, one row after the other.
+    ///
+    /// # Safety
+    /// The rows are readable and apart from the totals.
+    pub unsafe fn columns(&self, join: &F, totals: &mut [T], rows: &[*const T]) {
+        // SAFETY: promised by the caller.
+        unsafe { (self.columns)(join, self.isa, totals, rows) }
+    }
+}
+
+impl<F> Loops<f32, F> {
+    /// Loops over vectors. `J` is `F` in vectors.
+    pub fn vectors<J: Join>(isa: Isa) -> Self {
+        Loops { isa, row: vector_row::<J, F>, columns: vector_columns::<J, F> }
+    }
+
+    /// The same for the largest or smallest value.
+    pub fn extremes<J: Extreme>(isa: Isa) -> Self {
+        Loops { row: extreme_row::<J, F>, ..Loops::vectors::<J>(isa) }
+    }
+}
+
+fn plain_row<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, lanes: &mut [T; LANES], values: &[T]) {
+    let mut joined = *lanes;
+    let (blocks, tail) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            joined[lane] = join(joined[lane], block[lane]);
+        }
+    }
+    for (lane, &value) in tail.iter().enumerate() {
+        joined[lane] = join(joined[lane], value);
+    }
+    *lanes = joined;
+}
+
+unsafe fn plain_columns<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, totals: &mut [T], rows: &[*const T]) {
+    for &row in rows {
+        // SAFETY: promised by the caller.
+        let values = unsafe { std::slice::from_raw_parts(row, totals.len()) };
+        for (total, &value) in totals.iter_mut().zip(values) {
+            *total = join(*total, value);
+        }
+    }
+}
+
+/// How vectors are joined.
+pub(super) trait Join: 'static {
+    /// Joined with anything it changes nothing.
+    const NEUTRAL: f32;
+    fn join<V: Vector>(a: V, b: V) -> V;
+}
+
+/// A [`Join`] of which one instruction does all but let NaN win.
+pub(super) trait Extreme: Join {
+    fn quick<V: Vector>(a: V, b: V) -> V;
+}
+
+pub(super) struct Sum;
+pub(super) struct Product;
+pub(super) struct Largest;
+pub(super) struct Smallest;
+
+impl Join for Sum {
+    const NEUTRAL: f32 = 0.0;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        a + b
+    }
+}
+
+impl Join for Product {
+    const NEUTRAL: f32 = 1.0;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        a * b
+    }
+}
+
+impl Join for Largest {
+    const NEUTRAL: f32 = f32::NEG_INFINITY;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        V::select(a.is_nan(), a, a.max(b))
+    }
+}
+
+impl Extreme for Largest {
+    #[inline(always)]
+    fn quick<V: Vector>(a: V, b: V) -> V {
+        a.max(b)
+    }
+}
+
+impl Join for Smallest {
+    const NEUTRAL: f32 = f32::INFINITY;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        V::select(a.is_nan(), a, a.min(b))
+    }
+}
+
+impl Extreme for Smallest {
+    #[inline(always)]
+    fn quick<V: Vector>(a: V, b: V) -> V {
+        a.min(b)
+    }
+}
+
+fn vector_row<J: Join, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+    dispatch(isa, Row::<J> { lanes, values, join: PhantomData })
+}
+
+struct Row<'a, J> {
+    lanes: &'a mut [f32; LANES],
+    values: &'a [f32],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for Row<'_, J> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let mut lanes = V::from_array(*self.lanes);
+        let (blocks, tail) = self.values.as_chunks::<LANES>();
+        for block in blocks {
+            // SAFETY: a block is a vector.
+            lanes = J::join(lanes, unsafe { V::load(block.as_ptr()) });
+        }
+        if !tail.is_empty() {
+            lanes = J::join(lanes, V::from_slice(tail, J::NEUTRAL));
+        }
+        *self.lanes = lanes.to_array();
+    }
+}
+
+fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+    dispatch(isa, ExtremeRow::<J> { lanes, values, join: PhantomData })
+}
+
+/// Finds the extreme of what is no NaN and notes beside it whether there is one; if so, the values are joined
+/// once more, so that it wins.
+struct ExtremeRow<'a, J> {
+    lanes: &'a mut [f32; LANES],
+    values: &'a [f32],
+    join: PhantomData<J>,
+}
+
+impl<J: Extreme> Kernel for ExtremeRow<'_, J> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let mut found = [V::splat(J::NEUTRAL); CHAINS];
+        let mut numbers = V::mask_from_bits(u16::MAX);
+        let (blocks, tail) = self.values.as_chunks::<{ CHAINS * LANES }>();
+        for block in blocks {
+            for chain in 0..CHAINS {
+                // SAFETY: a block is so many vectors.
+                let values = unsafe { V::load(block.as_ptr().add(chain * LANES)) };
+                found[chain] = J::quick(found[chain], values);
+                numbers = V::mask_and(numbers, values.eq(values));
+            }
+        }
+        let (lanes, join) = (self.lanes, PhantomData);
+        if !V::all(numbers) {
+            return Row::<J> { lanes, values: self.values, join }.run::<V>();
+        }
+        let found = J::join(J::join(found[0], found[1]), J::join(found[2], found[3]));
+        *lanes = J::join(V::from_array(*lanes), found).to_array();
+        Row::<J> { lanes, values: tail, join }.run::<V>();
+    }
+}
+
+unsafe fn vector_columns<J: Join, F>(_: &F, isa: Isa, totals: &mut [f32], rows: &[*const f32]) {
+    if let Ok(&rows) = <&[*const f32; ROWS]>::try_from(rows) {
+        dispatch(isa, Columns::<J, ROWS> { totals, rows, join: PhantomData });
+    } else {
+        for &row in rows {
+            dispatch(isa, Columns::<J, 1> { totals, rows: [row], join: PhantomData });
+        }
+    }
+}
+
+/// The rows are readable as far as there are totals.
+struct Columns<'a, J, const N: usize> {
+    totals: &'a mut [f32],
+    rows: [*const f32; N],
+    join: PhantomData<J>,
+}
+
+impl<J: Join, const N: usize> Kernel for Columns<'_, J, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let count = self.totals.len();
+        let totals = self.totals.as_mut_ptr();
+        let whole = count - count % LANES;
+        for at in (0..whole).step_by(LANES) {
+            // SAFETY: a whole vector of each row and of the totals.
+            unsafe {
+                let mut total = V::load(totals.add(at));
+                for row in self.rows {
+                    total = J::join(total, V::load(row.add(at)));
+                }
+                total.store(totals.add(at));
+            }
+        }
+        if whole < count {
+            // SAFETY: the rest of each, and nothing past it.
+            unsafe {
+                let mut total = V::load_part(totals.add(whole), count - whole, J::NEUTRAL);
+                for row in self.rows {
+                    total = J::join(total, V::load_part(row.add(whole), count - whole, J::NEUTRAL));
+                }
+                total.store_part(totals.add(whole), count - whole);
+            }
+        }
+    }
+}
