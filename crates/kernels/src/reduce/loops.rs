@@ -10,7 +10,8 @@ use mica_simd::{Isa, Kernel, Vector, dispatch};
 
 use super::LANES;
 
-/// Rows that [`Loops::columns`] takes at a time: a total is read and written once for all.
+/// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::rows`]
+/// (sums of one row wait for each other).
 pub(super) const ROWS: usize = 4;
 /// Vectors that an extreme is looked for in: a comparison does not wait for the one before.
 const CHAINS: usize = 4;
@@ -19,22 +20,32 @@ const CHAINS: usize = 4;
 pub(super) struct Loops<T, F> {
     isa: Isa,
     row: RowLoop<T, F>,
+    rows: Option<RowsLoop<T, F>>,
     columns: ColumnLoop<T, F>,
 }
 
 type RowLoop<T, F> = fn(&F, Isa, &mut [T; LANES], &[T]);
+type RowsLoop<T, F> = fn(&F, Isa, &mut [[T; LANES]; ROWS], [&[T]; ROWS]);
 type ColumnLoop<T, F> = unsafe fn(&F, Isa, &mut [T], &[*const T]);
 
 impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
     /// Loops over values one by one.
     pub fn plain() -> Self {
-        Loops { isa: Isa::Scalar, row: plain_row::<T, F>, columns: plain_columns::<T, F> }
+        Loops { isa: Isa::Scalar, row: plain_row::<T, F>, rows: None, columns: plain_columns::<T, F> }
     }
 
     /// Joins a row's values with its lanes: value *i* with lane *i* mod [`LANES`] (extremes of f32, of which any
     /// order gives the same number, in an order of their own).
     pub fn row(&self, join: &F, lanes: &mut [T; LANES], values: &[T]) {
         (self.row)(join, self.isa, lanes, values)
+    }
+
+    /// Joins the values of several rows of one length, each with its lanes.
+    pub fn rows(&self, join: &F, lanes: &mut [[T; LANES]; ROWS], values: [&[T]; ROWS]) {
+        match self.rows {
+            Some(rows) => rows(join, self.isa, lanes, values),
+            None => lanes.iter_mut().zip(values).for_each(|(lanes, values)| self.row(join, lanes, values)),
+        }
     }
 
     /// Joins up to [`ROWS`] rows, each as long as the totals, with these, one row after the other.
@@ -50,12 +61,17 @@ impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
 impl<F> Loops<f32, F> {
     /// Loops over vectors. `J` is `F` in vectors.
     pub fn vectors<J: Join>(isa: Isa) -> Self {
-        Loops { isa, row: vector_row::<J, F>, columns: vector_columns::<J, F> }
+        Loops {
+            isa,
+            row: vector_row::<J, F>,
+            rows: Some(vector_rows::<J, F>),
+            columns: vector_columns::<J, F>,
+        }
     }
 
     /// The same for the largest or smallest value.
     pub fn extremes<J: Extreme>(isa: Isa) -> Self {
-        Loops { row: extreme_row::<J, F>, ..Loops::vectors::<J>(isa) }
+        Loops { row: extreme_row::<J, F>, rows: None, ..Loops::vectors::<J>(isa) }
     }
 }
 
@@ -171,6 +187,71 @@ impl<J: Join> Kernel for Row<'_, J> {
             lanes = J::join(lanes, V::from_slice(tail, J::NEUTRAL));
         }
         *self.lanes = lanes.to_array();
+    }
+}
+
+fn vector_rows<J: Join, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+    dispatch(isa, RowsOf::<J> { lanes, values, join: PhantomData })
+}
+
+struct RowsOf<'a, J> {
+    lanes: &'a mut [[f32; LANES]; ROWS],
+    values: [&'a [f32]; ROWS],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for RowsOf<'_, J> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let count = self.values[0].len();
+        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
+        let whole = count - count % LANES;
+        let mut lanes = [V::splat(J::NEUTRAL); ROWS];
+        for row in 0..ROWS {
+            lanes[row] = V::from_array(self.lanes[row]);
+        }
+        for at in (0..whole).step_by(LANES) {
+            for row in 0..ROWS {
+                // SAFETY: a whole vector of the row.
+                lanes[row] = J::join(lanes[row], unsafe { V::load(self.values[row].as_ptr().add(at)) });
+            }
+        }
+        for row in 0..ROWS {
+            if whole < count {
+                lanes[row] = J::join(lanes[row], V::from_slice(&self.values[row][whole..], J::NEUTRAL));
+            }
+            self.lanes[row] = lanes[row].to_array();
+        }
+    }
+}
+
+/// The largest or smallest value; NaN if any is.
+pub(super) fn extreme<J: Extreme>(isa: Isa, values: &[f32]) -> f32 {
+    let mut lanes = [J::NEUTRAL; LANES];
+    dispatch(isa, ExtremeRow::<J> { lanes: &mut lanes, values, join: PhantomData });
+    dispatch(isa, Fold::<J> { lanes, join: PhantomData })
+}
+
+struct Fold<J> {
+    lanes: [f32; LANES],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for Fold<J> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> f32 {
+        let mut lanes = self.lanes;
+        for width in [8, 4, 2, 1] {
+            // The upper half of what is left joins the lower.
+            let mut upper = [J::NEUTRAL; LANES];
+            upper[..width].copy_from_slice(&lanes[width..2 * width]);
+            lanes = J::join(V::from_array(lanes), V::from_array(upper)).to_array();
+        }
+        lanes[0]
     }
 }
 

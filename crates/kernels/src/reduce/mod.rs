@@ -300,12 +300,35 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
                 }
             }
         }
+        self.fold(lanes)
+    }
+
+    fn fold(&self, mut lanes: [T; LANES]) -> T {
         for width in [8, 4, 2, 1] {
             for lane in 0..width {
                 lanes[lane] = (self.join)(lanes[lane], lanes[lane + width]);
             }
         }
         lanes[0]
+    }
+
+    /// Several outputs, from `start` on, that are one dense piece each; nothing if they are not.
+    ///
+    /// # Safety
+    /// They are outputs.
+    unsafe fn dense_rows(&self, start: usize) -> Option<[T; ROWS]> {
+        let length = self.source.linear.size();
+        if self.outer.size() != 1 || !(1..=SEGMENT).contains(&length) {
+            return None;
+        }
+        let dense = self.source.dense(0, 0, length)?.cast::<T>();
+        let values: [&[T]; ROWS] = std::array::from_fn(|i| {
+            // SAFETY: an output's row, inside the source.
+            unsafe { std::slice::from_raw_parts(dense.wrapping_offset(self.kept.offset(start + i)), length) }
+        });
+        let mut lanes = [[self.neutral; LANES]; ROWS];
+        self.loops.rows(&self.join, &mut lanes, values);
+        Some(lanes.map(|lanes| self.fold(lanes)))
     }
 
     /// Joins pieces `first .. last` of output `output`.
@@ -337,9 +360,20 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         let mut batch = [self.neutral; 64];
         for start in (chunk * outputs..end).step_by(64) {
             let count = 64.min(end - start);
-            for (i, value) in batch[..count].iter_mut().enumerate() {
-                // SAFETY: all pieces of an output of this chunk.
-                *value = unsafe { self.pieces(start + i, 0, self.outer.size() * a_row, scratch) };
+            let mut done = 0;
+            while done < count {
+                // SAFETY: outputs of this chunk, and all pieces of one.
+                unsafe {
+                    if done + ROWS <= count
+                        && let Some(values) = self.dense_rows(start + done)
+                    {
+                        batch[done..done + ROWS].copy_from_slice(&values);
+                        done += ROWS;
+                        continue;
+                    }
+                    batch[done] = self.pieces(start + done, 0, self.outer.size() * a_row, scratch);
+                    done += 1;
+                }
             }
             // SAFETY: outputs of this chunk.
             unsafe { self.write(start, &batch[..count], scratch) }
