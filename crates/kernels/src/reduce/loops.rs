@@ -11,7 +11,7 @@ use mica_simd::{Isa, Kernel, Vector, dispatch};
 use super::LANES;
 
 /// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::rows`]
-/// (sums of one row wait for each other).
+/// (sums of one row wait for each other, and memory delivers more from several places at a time).
 pub(super) const ROWS: usize = 4;
 /// Vectors that an extreme is looked for in: a comparison does not wait for the one before.
 const CHAINS: usize = 4;
@@ -71,7 +71,7 @@ impl<F> Loops<f32, F> {
 
     /// The same for the largest or smallest value.
     pub fn extremes<J: Extreme>(isa: Isa) -> Self {
-        Loops { row: extreme_row::<J, F>, rows: None, ..Loops::vectors::<J>(isa) }
+        Loops { row: extreme_row::<J, F>, rows: Some(extreme_rows::<J, F>), ..Loops::vectors::<J>(isa) }
     }
 }
 
@@ -230,7 +230,10 @@ impl<J: Join> Kernel for RowsOf<'_, J> {
 /// The largest or smallest value; NaN if any is.
 pub(super) fn extreme<J: Extreme>(isa: Isa, values: &[f32]) -> f32 {
     let mut lanes = [J::NEUTRAL; LANES];
-    dispatch(isa, ExtremeRow::<J> { lanes: &mut lanes, values, join: PhantomData });
+    dispatch(
+        isa,
+        Extremes::<J, 1> { lanes: std::array::from_mut(&mut lanes), values: [values], join: PhantomData },
+    );
     dispatch(isa, Fold::<J> { lanes, join: PhantomData })
 }
 
@@ -256,40 +259,55 @@ impl<J: Join> Kernel for Fold<J> {
 }
 
 fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
-    dispatch(isa, ExtremeRow::<J> { lanes, values, join: PhantomData })
+    dispatch(
+        isa,
+        Extremes::<J, 1> { lanes: std::array::from_mut(lanes), values: [values], join: PhantomData },
+    )
 }
 
-/// Finds the extreme of what is no NaN and notes beside it whether there is one; if so, the values are joined
-/// once more, so that it wins.
-struct ExtremeRow<'a, J> {
-    lanes: &'a mut [f32; LANES],
-    values: &'a [f32],
+fn extreme_rows<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+    dispatch(isa, Extremes::<J, ROWS> { lanes, values, join: PhantomData })
+}
+
+/// Finds the extremes of what is no NaN and notes beside it whether there is one; a row that has one is joined once
+/// more, so that it wins.
+struct Extremes<'a, J, const N: usize> {
+    lanes: &'a mut [[f32; LANES]; N],
+    values: [&'a [f32]; N],
     join: PhantomData<J>,
 }
 
-impl<J: Extreme> Kernel for ExtremeRow<'_, J> {
+impl<J: Extreme, const N: usize> Kernel for Extremes<'_, J, N> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let mut found = [V::splat(J::NEUTRAL); CHAINS];
-        let mut numbers = V::mask_from_bits(u16::MAX);
-        let (blocks, tail) = self.values.as_chunks::<{ CHAINS * LANES }>();
-        for block in blocks {
-            for chain in 0..CHAINS {
-                // SAFETY: a block is so many vectors.
-                let values = unsafe { V::load(block.as_ptr().add(chain * LANES)) };
-                found[chain] = J::quick(found[chain], values);
-                numbers = V::mask_and(numbers, values.eq(values));
+        const BLOCK: usize = CHAINS * LANES;
+        let count = self.values[0].len();
+        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
+        let whole = count - count % BLOCK;
+        let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
+        let mut numbers = [V::mask_from_bits(u16::MAX); N];
+        for at in (0..whole).step_by(BLOCK) {
+            for row in 0..N {
+                for chain in 0..CHAINS {
+                    // SAFETY: a block is so many vectors.
+                    let values = unsafe { V::load(self.values[row].as_ptr().add(at + chain * LANES)) };
+                    found[row][chain] = J::quick(found[row][chain], values);
+                    numbers[row] = V::mask_and(numbers[row], values.eq(values));
+                }
             }
         }
-        let (lanes, join) = (self.lanes, PhantomData);
-        if !V::all(numbers) {
-            return Row::<J> { lanes, values: self.values, join }.run::<V>();
+        for row in 0..N {
+            let (lanes, values, join) = (&mut self.lanes[row], self.values[row], PhantomData);
+            if !V::all(numbers[row]) {
+                Row::<J> { lanes, values, join }.run::<V>();
+                continue;
+            }
+            let [a, b, c, d] = found[row];
+            *lanes = J::join(V::from_array(*lanes), J::join(J::join(a, b), J::join(c, d))).to_array();
+            Row::<J> { lanes, values: &values[whole..], join }.run::<V>();
         }
-        let found = J::join(J::join(found[0], found[1]), J::join(found[2], found[3]));
-        *lanes = J::join(V::from_array(*lanes), found).to_array();
-        Row::<J> { lanes, values: tail, join }.run::<V>();
     }
 }
 
