@@ -1,5 +1,6 @@
 //! Ops of two operands of one type.
 
+use half::bf16;
 use mica_simd::Isa;
 
 use super::lanes::{map2, narrow2};
@@ -7,7 +8,7 @@ use super::tile::TileOp;
 use super::unary::ops;
 use super::{complex, math};
 use crate::dtype::Dtype;
-use crate::element::Bool8;
+use crate::element::{Bool8, CastTo, round_bf16};
 
 ops! {
     /// An op of two operands of one type. Integers wrap; shifts take the count modulo 32 (64 for
@@ -168,6 +169,20 @@ fn float32(isa: Isa, op: BinaryOp) -> Option<Box<dyn TileOp>> {
         Power | Atan2 | LogAddExp => return math::binary(isa, op),
         _ => return None,
     })
+}
+
+/// Arithmetic on bf16 in memory, without passes of its own that widen and round; the same bits as in f32 and rounded.
+pub(super) fn bfloat16(isa: Isa, op: BinaryOp) -> Option<Box<dyn TileOp>> {
+    fn make(isa: Isa, f: impl Fn(f32, f32) -> f32 + Send + Sync + 'static) -> Option<Box<dyn TileOp>> {
+        Some(map2(isa, move |a: bf16, b: bf16| round_bf16(f(a.cast(), b.cast()))))
+    }
+    match op {
+        BinaryOp::Add => make(isa, |a, b| a + b),
+        BinaryOp::Subtract => make(isa, |a, b| a - b),
+        BinaryOp::Multiply => make(isa, |a, b| a * b),
+        BinaryOp::Divide => make(isa, |a, b| a / b),
+        _ => None,
+    }
 }
 
 /// The larger; NaN if either is; of two zeros the second.

@@ -134,6 +134,11 @@ fn binary_kernel(
     let (compute, expected) =
         if op.is_logical() { (Dtype::Bool, Dtype::Bool) } else { (compute_dtype(a), a) };
     expect_output(op.name(), expected, out)?;
+    if a == Dtype::BF16
+        && let Some(kernel) = binary::bfloat16(isa, op)
+    {
+        return Ok((kernel, a));
+    }
     let kernel = binary_op(isa, op, compute).ok_or_else(|| unsupported(op.name(), a))?;
     Ok((kernel, compute))
 }
@@ -197,8 +202,7 @@ pub fn select(
 /// `out = a` in `out`'s type: C's rules, but a float outside an integer's range saturates and NaN
 /// becomes 0. Of a complex number the real part is kept (for bool, whether either is not zero).
 pub fn cast(a: DynView, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
-    let dtype = out.dtype;
-    Elementwise::task("cast", select::move_op(dtype.size()), &[(&a, dtype)], (&out, dtype))
+    tile::Cast::task(&a, &out)
 }
 
 fn expect_same(name: &'static str, a: Dtype, b: Dtype) -> Result<(), KernelError> {

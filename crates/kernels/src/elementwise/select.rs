@@ -1,9 +1,8 @@
-//! Ops that only move values: select, and the identity behind cast.
+//! Select: an op that only moves values.
 
 use super::tile::TileOp;
 
 struct Select<T>(std::marker::PhantomData<fn(T)>);
-struct Move(usize);
 
 /// `out = condition ? a : b` for values of `size` bytes.
 pub(crate) fn select_op(size: usize) -> Box<dyn TileOp> {
@@ -11,11 +10,6 @@ pub(crate) fn select_op(size: usize) -> Box<dyn TileOp> {
         Box::new(Select::<T>(std::marker::PhantomData))
     }
     crate::layout::by_size!(size, make())
-}
-
-/// `out = a` for values of `size` bytes.
-pub(crate) fn move_op(size: usize) -> Box<dyn TileOp> {
-    Box::new(Move(size))
 }
 
 impl<T: Copy> TileOp for Select<T> {
@@ -30,12 +24,5 @@ impl<T: Copy> TileOp for Select<T> {
                 *out.add(i) = if *condition.add(i) != 0 { x } else { y };
             }
         }
-    }
-}
-
-impl TileOp for Move {
-    unsafe fn run(&self, inputs: &[*const u8], output: *mut u8, count: usize) {
-        // SAFETY: promised by the caller; input and output may be the same.
-        unsafe { std::ptr::copy(inputs[0], output, count * self.0) }
     }
 }

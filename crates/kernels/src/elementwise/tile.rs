@@ -78,6 +78,17 @@ impl Source {
         }
     }
 
+    /// Elements `start .. start + count` moved by `base` elements, if they are dense and in the compute type where
+    /// they are.
+    #[inline]
+    pub fn dense(&self, base: isize, start: usize, count: usize) -> Option<*const u8> {
+        if self.convert.is_some() {
+            return None;
+        }
+        let offset = base + self.linear.contiguous_from(start, count)?;
+        Some(self.pointer.wrapping_offset(offset * self.dtype.size() as isize))
+    }
+
     /// Elements `start .. start + count` moved by `base` elements, dense and in the compute type:
     /// either where they are, or copied to `buffer`.
     ///
@@ -307,6 +318,57 @@ impl Task for Dense {
 
     fn name(&self) -> &'static str {
         self.name
+    }
+}
+
+/// Values in another type. What is dense goes from memory to memory, without a tile between.
+pub(crate) struct Cast {
+    input: Source,
+    output: Sink,
+    /// Both are the same memory.
+    in_place: bool,
+}
+
+impl Cast {
+    pub fn task(a: &DynView, out: &DynViewMut) -> Result<Box<dyn Task>, KernelError> {
+        let wide = broadcast("cast", a, &out.shape)?;
+        check_output("cast", out)?;
+        let in_place = std::ptr::eq(a.pointer, out.pointer);
+        let (input, output) = (Source::new(&wide, out.dtype), Sink::new(out, out.dtype));
+        Ok(Box::new(Cast { input, output, in_place }))
+    }
+}
+
+impl Task for Cast {
+    fn chunks(&self) -> usize {
+        self.output.linear.size().div_ceil(CHUNK)
+    }
+
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let buffer = scratch.take::<u8>(TILE_BYTES).as_mut_ptr();
+        let raw = scratch.take::<u8>(TILE_BYTES).as_mut_ptr();
+        let end = self.output.linear.size().min((chunk + 1) * CHUNK);
+        for start in (chunk * CHUNK..end).step_by(TILE) {
+            let count = TILE.min(end - start);
+            let place = self.output.direct(start, count).filter(|_| !self.in_place);
+            // SAFETY: the range is inside both views, the buffers hold a tile. The output is apart from the input,
+            // or laid out exactly as it and written after it was read.
+            unsafe {
+                let values = self.input.load(0, start, count, place.unwrap_or(buffer), raw);
+                match place {
+                    // The same type: the values are still where they were.
+                    Some(place) if !std::ptr::eq(values, place) => {
+                        std::ptr::copy_nonoverlapping(values, place, count * self.output.dtype.size())
+                    }
+                    Some(_) => {}
+                    None => self.output.store(values, start, count, raw),
+                }
+            }
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "cast"
     }
 }
 

@@ -6,9 +6,9 @@
 //! chain over k, whatever the blocks.
 //!
 //! A is packed by a task of its own when several chunks read the same rows, otherwise by the
-//! chunk. B is read in place when a packed weight has the right kind of lines, packed by the chunk
-//! when it would be used by few of them, and by a task for AMX, whose products are so fast that
-//! packing twice would show.
+//! chunk. B is read in place when a packed weight has the right kind of lines, packed by a task when
+//! several blocks of rows read it (twenty blocks that pack the same columns cost a tenth of a product),
+//! and by the chunk otherwise or when the whole of it would take too much memory.
 
 use std::sync::Arc;
 
@@ -30,8 +30,10 @@ const FEW_ROWS: usize = 32;
 const WIDEN_ROWS: usize = 16;
 /// Bytes of packed A that exist at one time.
 const A_LIMIT: usize = 64 << 20;
-/// Bytes of B up to which it is packed by a task for AMX.
-const B_LIMIT: usize = 256 << 20;
+/// Bytes of B up to which it is packed by a task; for AMX, whose products are so fast that packing twice would
+/// show most, more.
+const B_LIMIT: usize = 64 << 20;
+const B_LIMIT_TILES: usize = 256 << 20;
 /// Bytes of a packed weight per chunk when rows are few: long reads for the prefetchers, and still
 /// many chunks to share out.
 const STREAM_BYTES: usize = 128 << 10;
@@ -125,9 +127,10 @@ impl Product {
         };
         let cut = Cut::new(&micro, in_place, strided, fine, batches, m, n, k);
         let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
+        let b_limit = if micro.tile_rows.is_some() { B_LIMIT_TILES } else { B_LIMIT };
         Product {
             a_shared: m > FEW_ROWS && n > cut.nc,
-            b_shared: strided && micro.tile_rows.is_some() && m > cut.mc && b_bytes <= B_LIMIT,
+            b_shared: strided && m > cut.mc && b_bytes <= b_limit,
             store: storer(isa),
             pack_a: PackA::new(isa, &a, micro.line, round),
             pack_b: PackB::new(isa, &b, panels_line, round),
@@ -195,7 +198,12 @@ impl Product {
         if !self.b_shared {
             return 0;
         }
-        self.b_batches() * self.b_panels() * self.micro.line.panel_bytes(self.k)
+        self.b_batches() * self.b_slab(self.k)
+    }
+
+    /// Where the slab of k from `k0` starts in a packed entry of B: like A's, for the same reason.
+    fn b_slab(&self, k0: usize) -> usize {
+        self.b_panels() * self.micro.line.panel_bytes(k0)
     }
 
     pub fn workspace_bytes(&self) -> usize {
@@ -273,10 +281,14 @@ impl Product {
         let k_blocks = self.k.div_ceil(kc).max(1);
         let tile = micro.rows * 16;
         let row_panels = rows.div_ceil(micro.rows);
-        // Few rows in one block of k go straight from the registers to the output; else the sums of
-        // the chunk stay together, and rows are stored whole.
-        let together = k_blocks > 1 || rows > FEW_ROWS;
-        let sums = if together { row_panels * panels } else { wide };
+        // Few rows in one block of k read B straight through, from memory.
+        let straight = k_blocks == 1 && rows <= FEW_ROWS;
+        // Finished sums are stored at once, while they are in the first-level cache. Only products in tiles are so
+        // fast that stores of a few columns would hold them up: there, whole rows are stored at the end.
+        let later = micro.tile_rows.is_some() && !straight;
+        // Sums of one block of k are finished at once; else those of the whole chunk wait for the next block.
+        let all = later || k_blocks > 1;
+        let sums = if all { row_panels * panels } else { wide };
         let acc = scratch.take::<f32>(sums * tile).as_mut_ptr();
         let own_a = match packed_a {
             Some(_) => std::ptr::null_mut(),
@@ -286,9 +298,8 @@ impl Product {
             }
         };
         let own_b = !self.in_place && !self.b_shared;
-        let b_stride = micro.line.panel_bytes(if own_b { kc } else { self.k });
         let b_scratch = match own_b {
-            true => scratch.take::<u8>(panels * b_stride).as_mut_ptr(),
+            true => scratch.take::<u8>(panels * micro.line.panel_bytes(kc)).as_mut_ptr(),
             false => std::ptr::null_mut(),
         };
         let b_base = match &self.b {
@@ -298,10 +309,6 @@ impl Product {
         let panels_in_place: *const u8 = match &self.b {
             BSource::Weight { tiles, .. } if self.in_place => {
                 tiles.pointer.wrapping_add(tiles.offset(n0 / 16, 0))
-            }
-            _ if self.b_shared => {
-                let entry = if self.b_batches() == 1 { 0 } else { entry };
-                packed_b.wrapping_add((entry * self.b_panels() + n0 / 16) * b_stride)
             }
             _ => std::ptr::null(),
         };
@@ -325,12 +332,18 @@ impl Product {
                     let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
                     self.pack_rows(block, (k0, k), own_a);
                 }
-                let b = if own_b {
-                    let range = (n0, self.n, panels);
-                    self.pack_b.panels(b_base, range, (k0, k), b_scratch, b_stride);
-                    b_scratch as *const u8
+                let (b, b_stride) = if own_b {
+                    let (range, stride) = ((n0, self.n, panels), micro.line.panel_bytes(kc));
+                    self.pack_b.panels(b_base, range, (k0, k), b_scratch, stride);
+                    (b_scratch as *const u8, stride)
+                } else if self.b_shared {
+                    let entry = if self.b_batches() == 1 { 0 } else { entry };
+                    let stride = micro.line.panel_bytes(k);
+                    let at = entry * self.b_slab(self.k) + self.b_slab(k0) + n0 / 16 * stride;
+                    (packed_b.wrapping_add(at), stride)
                 } else {
-                    panels_in_place.wrapping_add(micro.line.k_offset(k0))
+                    let stride = micro.line.panel_bytes(self.k);
+                    (panels_in_place.wrapping_add(micro.line.k_offset(k0)), stride)
                 };
                 for panel in (0..panels).step_by(wide) {
                     let wide = wide.min(panels - panel);
@@ -339,9 +352,9 @@ impl Product {
                         let here = micro.rows.min(rows - row);
                         let padded = micro.padded(here, rows);
                         let a = slab.wrapping_add(row * a_row_bytes);
-                        let at = if together { row_panel * panels + panel } else { 0 };
+                        let at = if all { row_panel * panels + panel } else { 0 };
                         let sums = acc.add(at * tile);
-                        if together && !own_b {
+                        if !straight && !own_b {
                             // The next panels come from far away: fetch a share of them per call.
                             let bytes = micro.line.panel_bytes(k) / row_panels;
                             for p in 0..wide {
@@ -358,9 +371,9 @@ impl Product {
                             acc: sums,
                             acc_panel: tile,
                             load: k_block > 0,
-                            stream: self.in_place && !together,
+                            stream: self.in_place && straight,
                         });
-                        if !together {
+                        if k_block + 1 == k_blocks && !later {
                             let column = panel * 16;
                             (self.store)(&StoreJob {
                                 sums,
@@ -374,7 +387,7 @@ impl Product {
                     }
                 }
             }
-            if together {
+            if later {
                 for row_panel in 0..row_panels {
                     let row = row_panel * micro.rows;
                     (self.store)(&StoreJob {
@@ -591,16 +604,17 @@ impl Task for Stage {
                 let groups = product.b_panels().div_ceil(PANELS_PER_CHUNK);
                 let (entry, first) = (chunk / groups, chunk % groups * PANELS_PER_CHUNK);
                 let panels = PANELS_PER_CHUNK.min(product.b_panels() - first);
-                let stride = product.micro.line.panel_bytes(product.k);
                 let BSource::Strided(b) = &product.b else {
                     unreachable!("only strided operands are packed by a task")
                 };
-                // SAFETY: the workspace has room for all panels.
-                unsafe {
-                    let into = self.packed_b.add((entry * product.b_panels() + first) * stride);
-                    let base = b.at(entry, &product.batch);
+                let base = b.at(entry, &product.batch);
+                for k0 in (0..product.k).step_by(product.cut.kc) {
+                    let k = product.cut.kc.min(product.k - k0);
+                    let stride = product.micro.line.panel_bytes(k);
+                    let at = entry * product.b_slab(product.k) + product.b_slab(k0) + first * stride;
                     let range = (first * 16, product.n, panels);
-                    product.pack_b.panels(base, range, (0, product.k), into, stride);
+                    // SAFETY: the workspace has room for all slabs.
+                    unsafe { product.pack_b.panels(base, range, (k0, k), self.packed_b.add(at), stride) }
                 }
             }
             What::Multiply => {

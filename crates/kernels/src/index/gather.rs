@@ -1,13 +1,13 @@
 //! Reading at indices.
 
-use mica_threads::{Scratch, Task};
+use mica_threads::{Plain, Scratch, Task};
 use smallvec::SmallVec;
 
-use super::{AxisIndex, check_slices, common_shape};
+use super::{AxisIndex, Place, check_slices, common_shape, fits_narrow};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, TILE, TILE_BYTES, broadcast, check_output};
 use crate::error::KernelError;
-use crate::layout::{Linear, by_size, gather_run, scatter_run};
+use crate::layout::{Linear, by_size, gather_run, prefetch, scatter_run};
 
 /// `out[i…, s…] = source[s… + indices[i…] on their axes]`: a slice of `slice_sizes` (one size per
 /// axis of `source`) for every position of the index arrays, which broadcast together. `out` has
@@ -28,16 +28,19 @@ pub fn gather(
     check_out(NAME, source.dtype, &expected, &out)?;
     let (out_index, out_slice) = out.shape.split_at(index_shape.len());
     let (index_strides, slice_strides) = out.strides.split_at(index_shape.len());
+    let narrow = indices.iter().all(|(_, view)| fits_narrow(view.dtype, &source.shape, &source.strides));
+    let make = if narrow { AxisIndex::new::<i32> } else { AxisIndex::new::<i64> };
     let mut axes = SmallVec::new();
     for (axis, view) in indices {
         let (size, stride) = (source.shape[*axis], source.strides[*axis]);
-        axes.push(AxisIndex::new(NAME, view, &index_shape, *axis, size, slice_sizes[*axis], stride)?);
+        axes.push(make(NAME, view, &index_shape, *axis, size, slice_sizes[*axis], stride)?);
     }
     Ok(Box::new(Gather {
         name: NAME,
         bytes: source.dtype.size(),
         source: source.pointer,
         axes,
+        narrow,
         base: None,
         slice: Linear::new(slice_sizes, &source.strides),
         out: out.pointer,
@@ -95,12 +98,15 @@ pub fn take_along_axis(
     check_out(NAME, source.dtype, &indices.shape, &out)?;
     let base = along_axis_base(NAME, &source, axis, &indices.shape)?;
     let (size, stride) = (source.shape[axis], source.strides[axis]);
-    let index = AxisIndex::new(NAME, &indices, &indices.shape, axis, size, 1, stride)?;
+    let narrow = fits_narrow(indices.dtype, &source.shape, &source.strides);
+    let make = if narrow { AxisIndex::new::<i32> } else { AxisIndex::new::<i64> };
+    let index = make(NAME, &indices, &indices.shape, axis, size, 1, stride)?;
     Ok(Box::new(Gather {
         name: NAME,
         bytes: source.dtype.size(),
         source: source.pointer,
         axes: SmallVec::from_iter([index]),
+        narrow,
         base: Some(base),
         slice: Linear::new(&[], &[]),
         out: out.pointer,
@@ -144,11 +150,16 @@ fn check_out(
     check_output(name, out)
 }
 
+/// Bytes of the longest line that is asked for as a whole: less than a first-level cache.
+const LINE: usize = 32 << 10;
+
 struct Gather {
     name: &'static str,
     bytes: usize,
     source: *const u8,
     axes: SmallVec<[AxisIndex; 2]>,
+    /// Places are of 32 bits, otherwise of 64.
+    narrow: bool,
     /// Offsets that depend on the position among the indices.
     base: Option<Linear>,
     slice: Linear,
@@ -172,7 +183,7 @@ impl Gather {
 
     /// # Safety
     /// `chunk` is one of [`Task::chunks`].
-    unsafe fn run_typed<T: Copy>(&self, chunk: usize, scratch: &Scratch) {
+    unsafe fn run_typed<T: Copy, P: Place + Plain>(&self, chunk: usize, scratch: &Scratch) {
         let (positions, pieces) = self.cut();
         let (group, piece) = (chunk / pieces, chunk % pieces);
         let end = self.out_index.size().min((group + 1) * positions);
@@ -180,7 +191,7 @@ impl Gather {
         let length = CHUNK.min(self.slice.size() - from);
         let buffer = scratch.take::<u8>(TILE_BYTES).as_mut_ptr();
         let raw = scratch.take::<u8>(TILE_BYTES).as_mut_ptr();
-        let places = scratch.take::<i64>(TILE);
+        let places = scratch.take::<P>(TILE);
         for start in (group * positions..end).step_by(TILE) {
             let count = TILE.min(end - start);
             let places = &mut places[..count];
@@ -190,16 +201,18 @@ impl Gather {
             unsafe {
                 if self.slice.size() == 1 {
                     let source = self.source.cast::<T>();
-                    let values = buffer.cast::<T>();
-                    for (i, &place) in places.iter().enumerate() {
-                        *values.add(i) = *source.offset(place as isize);
+                    match self.out_index.contiguous_from(start, count) {
+                        Some(offset) => collect(source, places, self.out.cast::<T>().offset(offset)),
+                        None => {
+                            collect(source, places, buffer.cast::<T>());
+                            scatter_run::<T>(buffer, self.out, &self.out_index, start, count);
+                        }
                     }
-                    scatter_run::<T>(buffer, self.out, &self.out_index, start, count);
                     continue;
                 }
                 for (i, &place) in places.iter().enumerate() {
                     let to = self.out.cast::<T>().offset(self.out_index.offset(start + i));
-                    let source = self.source.cast::<T>().offset(place as isize);
+                    let source = self.source.cast::<T>().offset(place.offset());
                     self.copy_slice(source, to, from, length, buffer);
                 }
             }
@@ -207,22 +220,37 @@ impl Gather {
     }
 
     /// Source offsets of index positions from `start`.
-    fn places(&self, start: usize, places: &mut [i64], buffer: *mut u8, raw: *mut u8) {
-        places.fill(0);
-        let mut at = 0;
-        if let Some(base) = &self.base {
-            base.runs(start, places.len(), |offset, stride, length| {
-                let mut next = offset as i64;
-                for place in &mut places[at..at + length] {
-                    *place = next;
-                    next += stride as i64;
-                }
-                at += length;
-            });
+    fn places<P: Place>(&self, start: usize, places: &mut [P], buffer: *mut u8, raw: *mut u8) {
+        match &self.base {
+            None => places.fill(P::ZERO),
+            Some(base) => {
+                let mut at = 0;
+                base.runs(start, places.len(), |offset, stride, length| {
+                    let run = &mut places[at..at + length];
+                    at += length;
+                    if stride == 0 {
+                        run.fill(P::of(offset));
+                        self.ask_for_line(offset, length);
+                        return;
+                    }
+                    for (i, place) in run.iter_mut().enumerate() {
+                        *place = P::of(offset + i as isize * stride);
+                    }
+                });
+            }
         }
         for axis in &self.axes {
             // SAFETY: inside the index shape; the buffers hold a tile.
             unsafe { axis.add_offsets(start, places, buffer, raw) };
+        }
+    }
+
+    /// A dense line of which so many elements are wanted, in any order, is better asked for from front to back.
+    fn ask_for_line(&self, offset: isize, wanted: usize) {
+        let &[AxisIndex { size, stride: 1, .. }] = self.axes.as_slice() else { return };
+        let bytes = size * self.bytes;
+        if bytes <= LINE && wanted * self.bytes >= bytes / 4 {
+            prefetch(self.source.wrapping_offset(offset * self.bytes as isize), bytes);
         }
     }
 
@@ -274,5 +302,29 @@ impl Task for Gather {
 
 unsafe fn run_gather<T: Copy>(gather: &Gather, chunk: usize, scratch: &Scratch) {
     // SAFETY: promised by the caller.
-    unsafe { gather.run_typed::<T>(chunk, scratch) }
+    unsafe {
+        match gather.narrow {
+            true => gather.run_typed::<T, i32>(chunk, scratch),
+            false => gather.run_typed::<T, i64>(chunk, scratch),
+        }
+    }
+}
+
+/// `out[i] = source[places[i]]`.
+///
+/// # Safety
+/// The places are inside the source; `out` has room for as many values.
+#[inline(always)]
+unsafe fn collect<T: Copy, P: Place>(source: *const T, places: &[P], out: *mut T) {
+    let (blocks, rest) = places.as_chunks::<8>();
+    // SAFETY: promised by the caller.
+    unsafe {
+        for (at, block) in blocks.iter().enumerate() {
+            let values = block.map(|place| *source.offset(place.offset()));
+            out.add(at * 8).cast::<[T; 8]>().write_unaligned(values);
+        }
+        for (at, place) in rest.iter().enumerate() {
+            *out.add(blocks.len() * 8 + at) = *source.offset(place.offset());
+        }
+    }
 }

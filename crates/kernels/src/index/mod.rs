@@ -19,6 +19,73 @@ use crate::dtype::{Dtype, DynView};
 use crate::elementwise::tile::{Source, TILE, broadcast};
 use crate::error::KernelError;
 
+/// A place in an array, or an index: 32 bits where they are enough, because vectors then hold twice as many (and
+/// the simplest ones know no arithmetic of 64).
+trait Place: Copy + std::ops::BitOr<Output = Self> + std::ops::BitAnd<Output = Self> {
+    const ZERO: Self;
+    /// The type of indices that come as this.
+    const DTYPE: Dtype;
+    /// A number that fits.
+    fn of(number: isize) -> Self;
+    fn offset(self) -> isize;
+    /// The number that this index was: `signed` says how to read its highest bit.
+    fn index(self, signed: bool) -> i128;
+    fn plus(self, other: Self) -> Self;
+    fn minus(self, other: Self) -> Self;
+    fn times(self, other: Self) -> Self;
+    /// All bits are the sign.
+    fn sign(self) -> Self;
+}
+
+macro_rules! places {
+    ($($t:ty, $unsigned:ty, $dtype:ident;)*) => { $(
+        impl Place for $t {
+            const ZERO: $t = 0;
+            const DTYPE: Dtype = Dtype::$dtype;
+            #[inline(always)]
+            fn of(number: isize) -> $t {
+                number as $t
+            }
+            #[inline(always)]
+            fn offset(self) -> isize {
+                self as isize
+            }
+            fn index(self, signed: bool) -> i128 {
+                if signed { self as i128 } else { self as $unsigned as i128 }
+            }
+            #[inline(always)]
+            fn plus(self, other: $t) -> $t {
+                self.wrapping_add(other)
+            }
+            #[inline(always)]
+            fn minus(self, other: $t) -> $t {
+                self.wrapping_sub(other)
+            }
+            #[inline(always)]
+            fn times(self, other: $t) -> $t {
+                self.wrapping_mul(other)
+            }
+            #[inline(always)]
+            fn sign(self) -> $t {
+                self >> (<$t>::BITS - 1)
+            }
+        }
+    )* };
+}
+places! {
+    i32, u32, I32;
+    i64, u64, I64;
+}
+
+/// Whether indices of `dtype` and places in an array of this layout are [`Place`]s of 32 bits.
+fn fits_narrow(dtype: Dtype, shape: &[usize], strides: &[isize]) -> bool {
+    let reach =
+        |(&size, &stride): (&usize, &isize)| size.saturating_sub(1).saturating_mul(stride.unsigned_abs());
+    let span = shape.iter().zip(strides).map(reach).fold(0, usize::saturating_add);
+    let sizes = shape.iter().copied().max().unwrap_or(0);
+    dtype.size() <= 4 && span.max(sizes) < i32::MAX as usize
+}
+
 /// Indices along one axis of an array, and how far apart its places are.
 struct AxisIndex {
     name: &'static str,
@@ -33,8 +100,8 @@ struct AxisIndex {
 }
 
 impl AxisIndex {
-    /// `indices`, broadcast to `shape`, of slices of `slice` places on an axis of `size`.
-    fn new(
+    /// `indices`, broadcast to `shape`, of slices of `slice` places on an axis of `size`. They come as `P`.
+    fn new<P: Place>(
         name: &'static str,
         indices: &DynView,
         shape: &[usize],
@@ -47,53 +114,56 @@ impl AxisIndex {
             let message = format!("indices must be integers, got {}", indices.dtype);
             return Err(KernelError::new(name, message));
         }
-        let wide = broadcast(name, indices, shape)?;
+        let mut wide = broadcast(name, indices, shape)?;
         let room = (size + 1).saturating_sub(slice.max(1));
-        let from_end = indices.dtype != Dtype::U64;
-        Ok(AxisIndex { name, indices: Source::new(&wide, Dtype::I64), from_end, axis, size, room, stride })
+        // Unsigned numbers of the same width are read as they are: what would be negative is outside in any case.
+        let unsigned = matches!((wide.dtype, P::DTYPE), (Dtype::U32, Dtype::I32) | (Dtype::U64, Dtype::I64));
+        if unsigned {
+            wide.dtype = P::DTYPE;
+        }
+        let indices = Source::new(&wide, P::DTYPE);
+        Ok(AxisIndex { name, indices, from_end: !unsigned, axis, size, room, stride })
     }
 
     /// Adds to `places` the offsets of indices from `start`; at most a tile of them.
     ///
     /// # Safety
-    /// They are inside the indices' shape; `buffer` and `raw` hold a tile.
-    unsafe fn add_offsets(&self, start: usize, places: &mut [i64], buffer: *mut u8, raw: *mut u8) {
+    /// They are inside the indices' shape; `buffer` and `raw` hold a tile; P is the type that this was made for.
+    unsafe fn add_offsets<P: Place>(&self, start: usize, places: &mut [P], buffer: *mut u8, raw: *mut u8) {
         debug_assert!(places.len() <= TILE);
         // SAFETY: promised by the caller.
         let indices = unsafe {
             let tile = self.indices.load(0, start, places.len(), buffer, raw);
-            std::slice::from_raw_parts(tile.cast::<i64>(), places.len())
+            std::slice::from_raw_parts(tile.cast::<P>(), places.len())
         };
         // Without a branch and without comparing, so that it becomes vectors: one is outside if one of these
         // numbers is negative. Which one is looked for once there is any.
-        let (size, last, stride) = (self.wrap(), self.room as i64 - 1, self.stride as i64);
-        let at = |index: i64| index.wrapping_add(size & (index >> 63));
-        let signs = |index: i64| at(index) | last.wrapping_sub(at(index));
-        if indices.iter().fold(0, |any, &index| any | signs(index)) < 0 {
-            self.fail(*indices.iter().find(|&&index| signs(index) < 0).expect("one is outside"));
+        let wrap = P::of(if self.from_end { self.size as isize } else { 0 });
+        let (last, stride) = (P::of(self.room as isize - 1), P::of(self.stride));
+        let at = |index: P| index.plus(wrap & index.sign());
+        let signs = |index: P| at(index) | last.minus(at(index));
+        let outside = |bits: P| bits.sign().offset() != 0;
+        if outside(indices.iter().fold(P::ZERO, |any, &index| any | signs(index))) {
+            let index = indices.iter().find(|&&index| outside(signs(index))).expect("one is outside");
+            self.fail(index.index(self.from_end));
         }
-        if stride == 1 {
-            places.iter_mut().zip(indices).for_each(|(place, &index)| *place += at(index));
+        if self.stride == 1 {
+            places.iter_mut().zip(indices).for_each(|(place, &index)| *place = place.plus(at(index)));
         } else {
-            places.iter_mut().zip(indices).for_each(|(place, &index)| *place += at(index) * stride);
+            let offset = |index: P| at(index).times(stride);
+            places.iter_mut().zip(indices).for_each(|(place, &index)| *place = place.plus(offset(index)));
         }
-    }
-
-    /// What is added to negative indices.
-    fn wrap(&self) -> i64 {
-        if self.from_end { self.size as i64 } else { 0 }
     }
 
     /// Ends the task; the pool turns the message into an error. Not `panic!`, because this is bad
     /// data and not a bug: no backtrace belongs on stderr.
     #[cold]
-    fn fail(&self, index: i64) -> ! {
+    fn fail(&self, index: i128) -> ! {
         let (name, axis, size) = (self.name, self.axis, self.size);
         let slice = match size - self.room {
             0 => String::new(),
             more => format!(" (slices of {})", more + 1),
         };
-        let index = if self.from_end { index as i128 } else { index as u64 as i128 };
         let message = format!("[{name}] index {index} is outside axis {axis} of {size}{slice}");
         std::panic::resume_unwind(Box::new(message))
     }

@@ -56,7 +56,7 @@ pub fn scatter(
     let mut axes: SmallVec<[AxisIndex; 2]> = SmallVec::new();
     for (axis, view) in indices {
         let (size, stride) = (out.shape[*axis], out.strides[*axis]);
-        axes.push(AxisIndex::new(NAME, view, &index_shape, *axis, size, slice_shape[*axis], stride)?);
+        axes.push(AxisIndex::new::<i64>(NAME, view, &index_shape, *axis, size, slice_shape[*axis], stride)?);
     }
     let slice = Linear::new(slice_shape, &out.strides);
     let positions: usize = index_shape.iter().product();
@@ -113,7 +113,7 @@ pub fn scatter_along_axis(
         op,
         out: out.pointer,
         dtype: out.dtype,
-        axes: SmallVec::from_iter([AxisIndex::new(NAME, &indices, &shape, axis, size, 1, stride)?]),
+        axes: SmallVec::from_iter([AxisIndex::new::<i64>(NAME, &indices, &shape, axis, size, 1, stride)?]),
         base: Some(base),
         slice: Linear::new(&[], &[]),
         updates: Source::new(&updates, out.dtype),

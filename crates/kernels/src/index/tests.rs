@@ -280,6 +280,13 @@ fn indices_outside_end_the_task_with_a_message() {
         let error = Pool::new(2).run(&[task]).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
+    // Read as it is this number has the sign bit; from the end it would be a place.
+    let indices = Laid::contiguous(Dtype::U32, &[2, 1], &[1.0, 4_294_967_294.0]);
+    let mut out = Laid::poisoned(Dtype::F32, &[2, 1], Layout::Contiguous);
+    let two = Laid::contiguous(Dtype::F32, &[2, 4], &[0.0; 8]);
+    let task = take_along_axis(two.view(), 1, indices.view(), out.view_mut()).unwrap();
+    let error = Pool::new(2).run(&[task]).unwrap_err().to_string();
+    assert!(error.contains("index 4294967294 is outside axis 1 of 4"), "{error}");
     let indices = Laid::contiguous(Dtype::I32, &[1], &[4.0]);
     let mut out = Laid::poisoned(Dtype::F32, &[1, 2, 4], Layout::Contiguous);
     let task = gather(a.view(), &[(0, indices.view())], &[2, 4], out.view_mut()).unwrap();

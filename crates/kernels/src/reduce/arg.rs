@@ -1,8 +1,10 @@
 //! The place of the largest or smallest element along an axis.
 
+use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::geometry::Geometry;
+use super::loops::{Largest, Smallest, extreme};
 use super::{Buffers, LANES};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Complex32, Element};
@@ -52,14 +54,15 @@ pub fn arg_reduce(
     let max = op == ArgReduceOp::ArgMax;
     macro_rules! make {
         ($t:ty, $nan:expr) => {
+            make!($t, $nan, top, top)
+        };
+        ($t:ty, $nan:expr, $largest:expr, $smallest:expr) => {
             if max {
-                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, |a: $t, b: $t| {
-                    (a > b) | ($nan(a) & !$nan(b))
-                })
+                let better = |a: $t, b: $t| (a > b) | ($nan(a) & !$nan(b));
+                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $largest)
             } else {
-                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, |a: $t, b: $t| {
-                    (a < b) | ($nan(a) & !$nan(b))
-                })
+                let better = |a: $t, b: $t| (a < b) | ($nan(a) & !$nan(b));
+                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $smallest)
             }
         };
     }
@@ -73,7 +76,14 @@ pub fn arg_reduce(
         Dtype::I16 => make!(i16, |_| false),
         Dtype::I32 => make!(i32, |_| false),
         Dtype::I64 => make!(i64, |_| false),
-        Dtype::F32 => make!(f32, |x: f32| x.is_nan()),
+        Dtype::F32 => {
+            make!(
+                f32,
+                |x: f32| x.is_nan(),
+                |_, values| extreme::<Largest>(Isa::get(), values),
+                |_, values| { extreme::<Smallest>(Isa::get(), values) }
+            )
+        }
         Dtype::F64 => make!(f64, |x: f64| x.is_nan()),
         Dtype::C64 => {
             let less = crate::elementwise::complex::stored_is_less;
@@ -81,7 +91,7 @@ pub fn arg_reduce(
             let better = move |a: Complex32, b: Complex32| {
                 (nan(a) && !nan(b)) || if max { less(b, a) } else { less(a, b) }
             };
-            ArgReduce::<Complex32, _>::boxed(name, geometry, &source, &out, better)
+            ArgReduce::<Complex32, _>::boxed(name, geometry, &source, &out, better, top)
         }
         Dtype::F16 | Dtype::BF16 => {
             return Err(KernelError::new(name, format!("not defined for {}", source.dtype)));
@@ -98,8 +108,27 @@ struct ArgReduce<T, F> {
     columns: Option<Linear>,
     out: Sink,
     better: F,
+    top: Top<T, F>,
     outputs_a_chunk: usize,
-    type_of: std::marker::PhantomData<fn(T)>,
+}
+
+/// Finds the best of at least one value.
+type Top<T, F> = fn(&F, &[T]) -> T;
+
+fn top<T: Copy, F: Fn(T, T) -> bool>(better: &F, values: &[T]) -> T {
+    let mut lanes = [values[0]; LANES];
+    let (blocks, tail) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            let (a, b) = (block[lane], lanes[lane]);
+            lanes[lane] = if better(a, b) { a } else { b };
+        }
+    }
+    let mut top = lanes[0];
+    for &value in lanes.iter().chain(tail) {
+        top = if better(value, top) { value } else { top };
+    }
+    top
 }
 
 impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
@@ -109,6 +138,7 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
         source: &DynView,
         out: &DynViewMut,
         better: F,
+        top: Top<T, F>,
     ) -> Box<dyn Task> {
         let length = geometry.reduced().max(1);
         let Geometry { kept, outer, row, by_columns } = geometry;
@@ -120,8 +150,8 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
             columns: by_columns.then_some(outer),
             out: Sink::new(out, Dtype::U32),
             better,
+            top,
             outputs_a_chunk: if by_columns { 256 } else { (CHUNK / length).max(1) },
-            type_of: std::marker::PhantomData,
         })
     }
 
@@ -137,18 +167,8 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
                 let tile = self.source.load(base, start, count, buffers.tile, buffers.raw);
                 std::slice::from_raw_parts(tile.cast::<T>(), count)
             };
-            let mut lanes = [values[0]; LANES];
-            let (blocks, tail) = values.as_chunks::<LANES>();
-            for block in blocks {
-                for lane in 0..LANES {
-                    let (a, b) = (block[lane], lanes[lane]);
-                    lanes[lane] = if (self.better)(a, b) { a } else { b };
-                }
-            }
-            let mut top = lanes[0];
-            for &value in lanes.iter().chain(tail) {
-                top = if (self.better)(value, top) { value } else { top };
-            }
+            let top = (self.top)(&self.better, values);
+            let (blocks, _) = values.as_chunks::<LANES>();
             if best.is_none_or(|(value, _)| (self.better)(top, value)) {
                 let is_top = |value: &T| !(self.better)(top, *value);
                 let has_top = |block: &[T; LANES]| block.iter().fold(false, |any, value| any | is_top(value));

@@ -10,21 +10,26 @@
 //!   least 16,384 elements, then group by group.
 //! - If the last axis is kept, each output is one ascending chain over the outer elements,
 //!   segment by segment of 512.
+//! - `Max` and `Min` of f32 take any order: only the sign of a zero depends on it, and follows from the shape.
 //!
 //! Half types accumulate in f32 and round once. Integers wrap. `Max` and `Min` are NaN if any
 //! element is. The output may not alias the source.
 
 mod arg;
 mod geometry;
+mod loops;
 mod softmax;
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
+use smallvec::SmallVec;
 
 pub use arg::{ArgReduceOp, arg_reduce};
 use geometry::Geometry;
+use loops::{Largest, Loops, Product, ROWS, Smallest, Sum};
 pub use softmax::{logsumexp, softmax};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
@@ -39,8 +44,13 @@ use crate::layout::Linear;
 const SEGMENT: usize = 16_384;
 /// Outer elements that are summed apart when the last axis is kept.
 const OUTER_SEGMENT: usize = 512;
-/// Outputs that a chunk computes when the last axis is kept.
-const COLUMNS: usize = 256;
+/// Outputs that a chunk computes when the last axis is kept, if there are [`CHUNKS`] such chunks: a page of
+/// f32 from each row, which reads half as fast again as 1 KB (Sapphire Rapids).
+const COLUMNS: usize = 1024;
+/// Outputs that it computes at least, if there are so many.
+const FEW_COLUMNS: usize = 256;
+/// Chunks of columns to have for the threads, rather than long reads.
+const CHUNKS: usize = 8;
 /// Lanes of a row reduction, on every instruction set.
 const LANES: usize = 16;
 
@@ -95,6 +105,16 @@ pub fn reduce(
     axes: &[usize],
     out: DynViewMut,
 ) -> Result<Box<dyn Task>, KernelError> {
+    reduce_on(Isa::get(), op, source, axes, out)
+}
+
+fn reduce_on(
+    isa: Isa,
+    op: ReduceOp,
+    source: DynView,
+    axes: &[usize],
+    out: DynViewMut,
+) -> Result<Box<dyn Task>, KernelError> {
     let name = op.name();
     let expected = op.output_dtype(source.dtype);
     if out.dtype != expected {
@@ -114,58 +134,42 @@ pub fn reduce(
         (_, Dtype::F16 | Dtype::BF16) => Dtype::F32,
         (_, other) => other,
     };
-    macro_rules! number {
-        ($t:ty, $zero:expr, $one:expr, $low:expr, $high:expr, $add:expr, $multiply:expr, $max:expr, $min:expr) => {
-            match op {
-                ReduceOp::Sum => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $zero, $add)),
-                ReduceOp::Prod => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $one, $multiply)),
-                ReduceOp::Max => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $low, $max)),
-                ReduceOp::Min => Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $high, $min)),
-                ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
-            }
+    macro_rules! task {
+        ($t:ty, $loops:expr, $neutral:expr, $join:expr) => {
+            Ok(Reduce::<$t, _>::boxed(name, geometry, &source, &out, $loops, $neutral, $join))
         };
     }
     macro_rules! integer {
         ($t:ty) => {
-            number!(
-                $t,
-                0,
-                1,
-                <$t>::MIN,
-                <$t>::MAX,
-                |a: $t, b: $t| a.wrapping_add(b),
-                |a: $t, b: $t| a.wrapping_mul(b),
-                |a: $t, b: $t| a.max(b),
-                |a: $t, b: $t| a.min(b)
-            )
+            match op {
+                ReduceOp::Sum => task!($t, Loops::plain(), 0, |a: $t, b: $t| a.wrapping_add(b)),
+                ReduceOp::Prod => task!($t, Loops::plain(), 1, |a: $t, b: $t| a.wrapping_mul(b)),
+                ReduceOp::Max => task!($t, Loops::plain(), <$t>::MIN, |a: $t, b: $t| a.max(b)),
+                ReduceOp::Min => task!($t, Loops::plain(), <$t>::MAX, |a: $t, b: $t| a.min(b)),
+                ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
+            }
         };
     }
     macro_rules! float {
-        ($t:ident) => {
-            number!(
-                $t,
-                0.0,
-                1.0,
-                $t::NEG_INFINITY,
-                $t::INFINITY,
-                |a: $t, b: $t| a + b,
-                |a: $t, b: $t| a * b,
-                |a: $t, b: $t| if a.is_nan() | (a > b) { a } else { b },
-                |a: $t, b: $t| if a.is_nan() | (a < b) { a } else { b }
-            )
-        };
+        ($t:ident, $sum:expr, $product:expr, $largest:expr, $smallest:expr) => {{
+            let larger = |a: $t, b: $t| if a.is_nan() | (a > b) { a } else { b };
+            let smaller = |a: $t, b: $t| if a.is_nan() | (a < b) { a } else { b };
+            match op {
+                ReduceOp::Sum => task!($t, $sum, 0.0, |a: $t, b: $t| a + b),
+                ReduceOp::Prod => task!($t, $product, 1.0, |a: $t, b: $t| a * b),
+                ReduceOp::Max => task!($t, $largest, $t::NEG_INFINITY, larger),
+                ReduceOp::Min => task!($t, $smallest, $t::INFINITY, smaller),
+                ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
+            }
+        }};
     }
     match compute {
-        Dtype::Bool => Ok(match op {
+        Dtype::Bool => match op {
             ReduceOp::All | ReduceOp::Min => {
-                let and = |a: Bool8, b: Bool8| Bool8(a.0 & b.0);
-                Reduce::boxed(name, geometry, &source, &out, Bool8(1), and)
+                task!(Bool8, Loops::plain(), Bool8(1), |a: Bool8, b: Bool8| Bool8(a.0 & b.0))
             }
-            _ => {
-                let or = |a: Bool8, b: Bool8| Bool8(a.0 | b.0);
-                Reduce::boxed(name, geometry, &source, &out, Bool8(0), or)
-            }
-        }),
+            _ => task!(Bool8, Loops::plain(), Bool8(0), |a: Bool8, b: Bool8| Bool8(a.0 | b.0)),
+        },
         Dtype::U8 => integer!(u8),
         Dtype::U16 => integer!(u16),
         Dtype::U32 => integer!(u32),
@@ -174,8 +178,14 @@ pub fn reduce(
         Dtype::I16 => integer!(i16),
         Dtype::I32 => integer!(i32),
         Dtype::I64 => integer!(i64),
-        Dtype::F32 => float!(f32),
-        Dtype::F64 => float!(f64),
+        Dtype::F32 => float!(
+            f32,
+            Loops::vectors::<Sum>(isa),
+            Loops::vectors::<Product>(isa),
+            Loops::extremes::<Largest>(isa),
+            Loops::extremes::<Smallest>(isa)
+        ),
+        Dtype::F64 => float!(f64, Loops::plain(), Loops::plain(), Loops::plain(), Loops::plain()),
         Dtype::C64 => {
             use complex::{binary, stored};
             let number = |re, im| Complex32 { re, im };
@@ -187,7 +197,7 @@ pub fn reduce(
                 ReduceOp::All | ReduceOp::Any => unreachable!("their type is bool"),
             };
             let join = stored(binary(joined).expect("complex numbers have it"));
-            Ok(Reduce::<Complex32, _>::boxed(name, geometry, &source, &out, start, join))
+            task!(Complex32, Loops::plain(), start, join)
         }
         Dtype::F16 | Dtype::BF16 => Err(KernelError::new(name, format!("not defined for {}", source.dtype))),
     }
@@ -203,6 +213,7 @@ struct Reduce<T, F> {
     out: Sink,
     neutral: T,
     join: F,
+    loops: Loops<T, F>,
     work: Work,
     /// Partial results and how many chunks have left theirs; unused when there is one part.
     parts: UnsafeCell<Box<[T]>>,
@@ -216,7 +227,7 @@ enum Work {
     /// The last axis is reduced; a chunk is one group of one output. `pieces` segments a group.
     Groups { groups: usize, pieces: usize },
     /// The last axis is kept: a chunk is a segment of outer elements of a block of outputs.
-    Columns { segments: usize },
+    Columns { segments: usize, columns: usize },
 }
 
 // SAFETY: views may be used from any thread (their maker's promise); `parts` is written by chunks
@@ -229,6 +240,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         geometry: Geometry,
         source: &DynView,
         out: &DynViewMut,
+        loops: Loops<T, F>,
         neutral: T,
         join: F,
     ) -> Box<dyn Task> {
@@ -236,7 +248,11 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         let outputs = kept.size();
         let (work, parts) = if by_columns {
             let segments = outer.size().div_ceil(OUTER_SEGMENT).max(1);
-            (Work::Columns { segments }, if segments > 1 { segments * outputs } else { 0 })
+            let mut columns = COLUMNS;
+            while columns > FEW_COLUMNS && segments * outputs.div_ceil(columns) < CHUNKS {
+                columns /= 2;
+            }
+            (Work::Columns { segments, columns }, if segments > 1 { segments * outputs } else { 0 })
         } else {
             let per_output = row.size() * outer.size();
             let pieces = outer.size() * row.size().div_ceil(SEGMENT);
@@ -257,6 +273,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
             out: Sink::new(out, T::DTYPE),
             neutral,
             join,
+            loops,
             work,
             parts: UnsafeCell::new(vec![neutral; parts].into_boxed_slice()),
             done: AtomicUsize::new(0),
@@ -269,29 +286,49 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
     /// They are inside the source.
     unsafe fn row(&self, base: isize, start: usize, count: usize, scratch: &Buffers) -> T {
         let mut lanes = [self.neutral; LANES];
-        for at in (0..count).step_by(TILE) {
-            let length = TILE.min(count - at);
-            // SAFETY: inside the source; the buffers hold a tile.
-            let values = unsafe {
-                let tile = self.source.load(base, start + at, length, scratch.tile, scratch.raw);
-                std::slice::from_raw_parts(tile.cast::<T>(), length)
-            };
-            let (blocks, tail) = values.as_chunks::<LANES>();
-            for block in blocks {
-                for lane in 0..LANES {
-                    lanes[lane] = (self.join)(lanes[lane], block[lane]);
+        // SAFETY: inside the source; the buffers hold a tile.
+        unsafe {
+            if let Some(dense) = self.source.dense(base, start, count) {
+                let values = std::slice::from_raw_parts(dense.cast::<T>(), count);
+                self.loops.row(&self.join, &mut lanes, values);
+            } else {
+                for at in (0..count).step_by(TILE) {
+                    let length = TILE.min(count - at);
+                    let tile = self.source.load(base, start + at, length, scratch.tile, scratch.raw);
+                    let values = std::slice::from_raw_parts(tile.cast::<T>(), length);
+                    self.loops.row(&self.join, &mut lanes, values);
                 }
             }
-            for (lane, &value) in tail.iter().enumerate() {
-                lanes[lane] = (self.join)(lanes[lane], value);
-            }
         }
+        self.fold(lanes)
+    }
+
+    fn fold(&self, mut lanes: [T; LANES]) -> T {
         for width in [8, 4, 2, 1] {
             for lane in 0..width {
                 lanes[lane] = (self.join)(lanes[lane], lanes[lane + width]);
             }
         }
         lanes[0]
+    }
+
+    /// Several outputs, from `start` on, that are one dense piece each; nothing if they are not.
+    ///
+    /// # Safety
+    /// They are outputs.
+    unsafe fn dense_rows(&self, start: usize) -> Option<[T; ROWS]> {
+        let length = self.source.linear.size();
+        if self.outer.size() != 1 || !(1..=SEGMENT).contains(&length) {
+            return None;
+        }
+        let dense = self.source.dense(0, 0, length)?.cast::<T>();
+        let values: [&[T]; ROWS] = std::array::from_fn(|i| {
+            // SAFETY: an output's row, inside the source.
+            unsafe { std::slice::from_raw_parts(dense.wrapping_offset(self.kept.offset(start + i)), length) }
+        });
+        let mut lanes = [[self.neutral; LANES]; ROWS];
+        self.loops.rows(&self.join, &mut lanes, values);
+        Some(lanes.map(|lanes| self.fold(lanes)))
     }
 
     /// Joins pieces `first .. last` of output `output`.
@@ -323,9 +360,20 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         let mut batch = [self.neutral; 64];
         for start in (chunk * outputs..end).step_by(64) {
             let count = 64.min(end - start);
-            for (i, value) in batch[..count].iter_mut().enumerate() {
-                // SAFETY: all pieces of an output of this chunk.
-                *value = unsafe { self.pieces(start + i, 0, self.outer.size() * a_row, scratch) };
+            let mut done = 0;
+            while done < count {
+                // SAFETY: outputs of this chunk, and all pieces of one.
+                unsafe {
+                    if done + ROWS <= count
+                        && let Some(values) = self.dense_rows(start + done)
+                    {
+                        batch[done..done + ROWS].copy_from_slice(&values);
+                        done += ROWS;
+                        continue;
+                    }
+                    batch[done] = self.pieces(start + done, 0, self.outer.size() * a_row, scratch);
+                    done += 1;
+                }
             }
             // SAFETY: outputs of this chunk.
             unsafe { self.write(start, &batch[..count], scratch) }
@@ -353,25 +401,31 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         }
     }
 
-    fn column_chunk(&self, segments: usize, chunk: usize, scratch: &Buffers) {
+    fn column_chunk(&self, segments: usize, columns: usize, chunk: usize, scratch: &Buffers) {
         let outputs = self.kept.size();
         let (segment, block) = (chunk % segments, chunk / segments);
-        let start = block * COLUMNS;
-        let count = COLUMNS.min(outputs - start);
+        let start = block * columns;
+        let count = columns.min(outputs - start);
         let mut totals = [self.neutral; COLUMNS];
         let totals = &mut totals[..count];
         let from = segment * OUTER_SEGMENT;
         let length = OUTER_SEGMENT.min(self.outer.size() - from);
+        let dense = self.source.dense(0, start, count);
         self.outer.runs(from, length, |offset, stride, length| {
-            for i in 0..length as isize {
+            for first in (0..length).step_by(ROWS) {
+                let bases = (first..length.min(first + ROWS)).map(|i| offset + i as isize * stride);
                 // SAFETY: inside the source; the buffers hold a tile.
-                let values = unsafe {
-                    let base = offset + i * stride;
-                    let tile = self.source.load(base, start, count, scratch.tile, scratch.raw);
-                    std::slice::from_raw_parts(tile.cast::<T>(), count)
-                };
-                for (total, &value) in totals.iter_mut().zip(values) {
-                    *total = (self.join)(*total, value);
+                unsafe {
+                    if let Some(dense) = dense {
+                        let rows: SmallVec<[*const T; ROWS]> =
+                            bases.map(|base| dense.cast::<T>().wrapping_offset(base)).collect();
+                        self.loops.columns(&self.join, totals, &rows);
+                    } else {
+                        for base in bases {
+                            let tile = self.source.load(base, start, count, scratch.tile, scratch.raw);
+                            self.loops.columns(&self.join, totals, &[tile.cast::<T>()]);
+                        }
+                    }
                 }
             }
         });
@@ -430,7 +484,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Reduce<T, F>
         match self.work {
             Work::Rows { outputs } => self.kept.size().div_ceil(outputs),
             Work::Groups { groups, .. } => self.kept.size() * groups,
-            Work::Columns { segments } => self.kept.size().div_ceil(COLUMNS) * segments,
+            Work::Columns { segments, columns } => self.kept.size().div_ceil(columns) * segments,
         }
     }
 
@@ -439,7 +493,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Reduce<T, F>
         match self.work {
             Work::Rows { outputs } => self.rows_chunk(outputs, chunk, &buffers),
             Work::Groups { groups, pieces } => self.group_chunk(groups, pieces, chunk, &buffers),
-            Work::Columns { segments } => self.column_chunk(segments, chunk, &buffers),
+            Work::Columns { segments, columns } => self.column_chunk(segments, columns, chunk, &buffers),
         }
     }
 

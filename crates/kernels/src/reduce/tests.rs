@@ -138,6 +138,44 @@ fn floats_follow_the_documented_order() {
 }
 
 #[test]
+fn tiers_agree() {
+    let mut rng = Rng::new(14);
+    for (shape, axis) in
+        [([3, 5000], 1), ([2, 90], 1), ([7, 63], 1), ([600, 1100], 0), ([5, 70], 0), ([6, 1], 0)]
+    {
+        for special in [None, Some(f64::NAN), Some(f64::INFINITY), Some(-0.0)] {
+            let mut values: Vec<f64> = (0..shape[0] * shape[1]).map(|_| rng.normal() as f64).collect();
+            if let Some(special) = special {
+                for _ in 0..values.len() / 50 + 1 {
+                    let at = rng.range(0..values.len());
+                    values[at] = special;
+                    let at = rng.range(0..values.len());
+                    values[at] = 0.0;
+                }
+            }
+            for dtype in [Dtype::F32, Dtype::BF16] {
+                let a = Laid::new(dtype, &shape, *rng.choose(&layouts(&shape)), &values);
+                for op in [ReduceOp::Sum, ReduceOp::Prod, ReduceOp::Max, ReduceOp::Min] {
+                    let kept = [shape[1 - axis]];
+                    let result = |isa| {
+                        let mut out = Laid::poisoned(dtype, &kept, Layout::Contiguous);
+                        run_both(&mut out, |view| reduce_on(isa, op, a.view(), &[axis], view).unwrap());
+                        out.values()
+                            .into_iter()
+                            .map(|x| if x.is_nan() { 1 } else { x.to_bits() })
+                            .collect::<Vec<_>>()
+                    };
+                    let expected = result(Isa::Scalar);
+                    for &isa in Isa::available() {
+                        assert!(result(isa) == expected, "{isa} {op:?} {dtype} {shape:?} {special:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn integers_and_truth_match_plain_loops() {
     let mut rng = Rng::new(12);
     for &(shape, axes) in CASES {

@@ -94,6 +94,38 @@ pub(super) unsafe fn select(mut keys: &mut [u32], other: &mut [u32], at: usize) 
     }
 }
 
+/// Brings keys into the order of buckets, of which each but the first has a limit, the smallest key that may be in
+/// it, ascending; `cuts` gets where these buckets begin.
+///
+/// # Safety
+/// As for [`sort`].
+#[target_feature(enable = "avx512f,popcnt")]
+pub(super) unsafe fn split(keys: &mut [u32], other: &mut [u32], limits: &[u32], cuts: &mut [u32]) {
+    debug_assert!(other.len() >= keys.len() + ROOM && limits.len() == cuts.len());
+    // SAFETY: the caller's.
+    unsafe { split_part(keys, 0, other.as_mut_ptr(), limits, cuts) }
+}
+
+/// # Safety
+/// As for [`sort`].
+#[target_feature(enable = "avx512f,popcnt")]
+unsafe fn split_part(keys: &mut [u32], first: usize, other: *mut u32, limits: &[u32], cuts: &mut [u32]) {
+    if limits.is_empty() {
+        return;
+    }
+    let middle = limits.len() / 2;
+    // SAFETY: the caller's.
+    let below = unsafe { partition::<false>(keys, other, limits[middle]) };
+    cuts[middle] = (first + below) as u32;
+    let (low, high) = keys.split_at_mut(below);
+    let (low_cuts, high_cuts) = cuts.split_at_mut(middle);
+    // SAFETY: the caller's.
+    unsafe {
+        split_part(low, first, other, &limits[..middle], low_cuts);
+        split_part(high, first + below, other, &limits[middle + 1..], &mut high_cuts[1..]);
+    }
+}
+
 /// The middle one of 16 keys.
 #[target_feature(enable = "avx512f,popcnt")]
 fn pivot(keys: &[u32]) -> u32 {
@@ -333,6 +365,37 @@ mod tests {
                     // SAFETY: as above.
                     let found = unsafe { select(&mut keys.clone(), &mut other, at) };
                     assert_eq!(found, (expected[at], smaller), "{at} of {length} of {kinds}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_are_split_at_limits() {
+        if !Isa::available().contains(&Isa::Avx512) {
+            return; // sorted there
+        }
+        let mut rng = Rng::new(72);
+        for length in [0, 1, 15, 16, 17, 1000, 70_001] {
+            for buckets in [1, 2, 3, 64, 255] {
+                for below in [3, 1000, u32::MAX as usize] {
+                    let keys: Vec<u32> = (0..length).map(|_| rng.range(0..below) as u32).collect();
+                    let mut limits: Vec<u32> = (1..buckets).map(|_| rng.range(0..below) as u32).collect();
+                    limits.sort_unstable();
+                    let (mut split_keys, mut other) = (keys.clone(), vec![0; length + ROOM]);
+                    let mut cuts = vec![u32::MAX; limits.len()];
+                    // SAFETY: the tier is there, and so is the room.
+                    unsafe { split(&mut split_keys, &mut other, &limits, &mut cuts) };
+                    for (&cut, &limit) in cuts.iter().zip(&limits) {
+                        let (low, high) = split_keys.split_at(cut as usize);
+                        assert!(low.iter().all(|&key| key < limit), "{length} {buckets} {below}");
+                        assert!(high.iter().all(|&key| key >= limit), "{length} {buckets} {below}");
+                    }
+                    let sorted = |mut keys: Vec<u32>| {
+                        keys.sort_unstable();
+                        keys
+                    };
+                    assert!(sorted(split_keys) == sorted(keys), "{length} {buckets} {below}");
                 }
             }
         }

@@ -1,8 +1,9 @@
 //! The values of one long line, sorted by all threads.
 //!
-//! Chunks of a fixed size are sorted each; evenly spread samples of them give the limits of buckets; and the parts
-//! of all chunks that fall into a bucket are sorted once more. Keys that are equal are one number, so the result
-//! is one, and every step reads and writes memory in its order.
+//! Samples of chunks of a fixed size give the limits of buckets; every chunk is split at these limits, by vectors
+//! where there is AVX-512, else by sorting it; and the parts of all chunks that fall into a bucket are sorted
+//! together. Keys that are equal are one number, so the result is one, and every step reads and writes memory in its
+//! order.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -12,13 +13,16 @@ use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::keys::{Bits, KeyOrder, keys_of, write_values};
+#[cfg(target_arch = "x86_64")]
+use super::quick;
 use super::{Sort, sort_keys};
 use crate::elementwise::tile::TILE_BYTES;
 use crate::plan::Workspace;
 
-/// Elements of a chunk: sorting it stays in the second-level cache.
+/// Elements of a chunk: splitting and sorting it stay in the second-level cache.
 const CHUNK: usize = 1 << 16;
-/// Samples of a chunk: buckets then have twice their share at most, but for equal keys.
+/// Samples of a chunk. Of a sorted one they keep buckets below twice their share, but for equal keys; of one that is
+/// not they come from anywhere in it, and it takes bad luck.
 const SAMPLES: usize = 64;
 /// Buckets at most.
 const BUCKETS: usize = 256;
@@ -61,10 +65,10 @@ pub(super) fn line<T: Bits>(sort: &Arc<Sort>, line: usize, memory: Workspace, li
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Step {
-    /// Makes the keys of a chunk, and sorts them.
+    /// Makes the keys of a chunk (and sorts them, without AVX-512), and takes samples.
     Chunk,
     Limits,
-    /// Finds the limits in a chunk.
+    /// Brings the keys of a chunk into the order of their buckets.
     Cut,
     /// Brings the keys of a bucket together and writes their values.
     Bucket,
@@ -95,7 +99,7 @@ impl<T: Bits> Pass<T> {
         chunk * CHUNK..self.sort.length.min((chunk + 1) * CHUNK)
     }
 
-    /// The keys of a chunk, sorted.
+    /// The keys of a chunk.
     ///
     /// # Safety
     /// They have been written, and nobody writes them meanwhile.
@@ -136,10 +140,16 @@ impl<T: Bits> Pass<T> {
                 }
             });
             *self.at::<[u8; 2]>(self.places.zeros).add(chunk) = zeros.map(u8::from);
-            sort_keys(isa, keys, self.sort.dtype.size(), scratch);
+            let splits = splits(isa);
+            if !splits {
+                sort_keys(isa, keys, self.sort.dtype.size(), scratch);
+            }
             for i in 0..SAMPLES {
-                let sample = keys[(2 * i + 1) * keys.len() / (2 * SAMPLES)];
-                *self.at::<u32>(self.places.samples).add(chunk * SAMPLES + i) = sample;
+                let place = match splits {
+                    true => anywhere(chunk * SAMPLES + i, keys.len()),
+                    false => (2 * i + 1) * keys.len() / (2 * SAMPLES),
+                };
+                *self.at::<u32>(self.places.samples).add(chunk * SAMPLES + i) = keys[place];
             }
         }
     }
@@ -158,18 +168,22 @@ impl<T: Bits> Pass<T> {
         }
     }
 
-    fn cut(&self, chunk: usize) {
+    fn cut(&self, chunk: usize, scratch: &Scratch) {
         let (_, buckets) = self.lengths();
-        // SAFETY: written by the steps before; the cuts are this chunk's own.
-        unsafe {
-            let (keys, cuts) = (self.keys(chunk), self.cuts(chunk));
-            *cuts = 0;
-            for bucket in 1..buckets {
-                let limit = *self.at::<u32>(self.places.limits).add(bucket);
-                *cuts.add(bucket) = keys.partition_point(|&key| key < limit) as u32;
-            }
-            *cuts.add(buckets) = keys.len() as u32;
-        }
+        let range = self.range(chunk);
+        // SAFETY: written by the steps before; the keys and cuts are this chunk's own.
+        let (keys, cuts, limits) = unsafe {
+            let keys = self.at::<u32>(self.places.keys).add(range.start);
+            let limits = self.at::<u32>(self.places.limits);
+            (
+                std::slice::from_raw_parts_mut(keys, range.len()),
+                std::slice::from_raw_parts_mut(self.cuts(chunk), buckets + 1),
+                std::slice::from_raw_parts(limits.add(1), buckets - 1),
+            )
+        };
+        cuts[0] = 0;
+        cuts[buckets] = keys.len() as u32;
+        split(Isa::get(), keys, limits, &mut cuts[1..buckets], scratch);
     }
 
     fn bucket(&self, bucket: usize, scratch: &Scratch) {
@@ -185,7 +199,7 @@ impl<T: Bits> Pass<T> {
         let keys = scratch.take::<u32>(length);
         let mut at = 0;
         for chunk in 0..chunks {
-            // SAFETY: all chunks are sorted, and only read from now on.
+            // SAFETY: all chunks are split, and only read from now on.
             let part = unsafe { &self.keys(chunk)[part(chunk)] };
             keys[at..at + part.len()].copy_from_slice(part);
             at += part.len();
@@ -209,6 +223,35 @@ impl<T: Bits> Pass<T> {
     }
 }
 
+/// Whether keys are split where they are not sorted.
+fn splits(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx512 | Isa::Amx)
+}
+
+/// One of so many places, by a number: places of consecutive numbers have no pattern that data could share.
+fn anywhere(number: usize, places: usize) -> usize {
+    let mixed = (number as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    (mixed * places as u64 >> 32) as usize
+}
+
+/// Orders keys by bucket and notes where each but the first begins; keys below its limit are before it.
+fn split(isa: Isa, keys: &mut [u32], limits: &[u32], cuts: &mut [u32], scratch: &Scratch) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Amx => {
+            let other = scratch.take::<u32>(keys.len() + quick::ROOM);
+            // SAFETY: the tier is the machine's, and there is room.
+            unsafe { quick::split(keys, other, limits, cuts) }
+        }
+        _ => {
+            let _ = scratch;
+            for (cut, &limit) in cuts.iter_mut().zip(limits) {
+                *cut = keys.partition_point(|&key| key < limit) as u32;
+            }
+        }
+    }
+}
+
 impl<T: Bits> Task for Pass<T> {
     fn chunks(&self) -> usize {
         let (chunks, buckets) = self.lengths();
@@ -223,7 +266,7 @@ impl<T: Bits> Task for Pass<T> {
         match self.step {
             Step::Chunk => self.chunk(chunk, scratch),
             Step::Limits => self.limits(),
-            Step::Cut => self.cut(chunk),
+            Step::Cut => self.cut(chunk, scratch),
             Step::Bucket => self.bucket(chunk, scratch),
             Step::Zeros => self.zeros(scratch),
         }

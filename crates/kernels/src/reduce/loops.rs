@@ -1,0 +1,360 @@
+//! The innermost loops of reductions: values into the lanes of a row, rows onto the totals of
+//! their columns.
+//!
+//! Those of f32 are written in vectors, because it is what memory can keep up with: from loops over arrays of lanes
+//! LLVM makes gathers across the blocks. The other types have plain loops. Both join in the same order.
+
+use std::marker::PhantomData;
+
+use mica_simd::{Isa, Kernel, Vector, dispatch};
+
+use super::LANES;
+
+/// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::rows`]
+/// (sums of one row wait for each other, and memory delivers more from several places at a time).
+pub(super) const ROWS: usize = 4;
+/// Vectors that an extreme is looked for in: a comparison does not wait for the one before.
+const CHAINS: usize = 4;
+
+/// Loops over values of type T, joined by F.
+pub(super) struct Loops<T, F> {
+    isa: Isa,
+    row: RowLoop<T, F>,
+    rows: Option<RowsLoop<T, F>>,
+    columns: ColumnLoop<T, F>,
+}
+
+type RowLoop<T, F> = fn(&F, Isa, &mut [T; LANES], &[T]);
+type RowsLoop<T, F> = fn(&F, Isa, &mut [[T; LANES]; ROWS], [&[T]; ROWS]);
+type ColumnLoop<T, F> = unsafe fn(&F, Isa, &mut [T], &[*const T]);
+
+impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
+    /// Loops over values one by one.
+    pub fn plain() -> Self {
+        Loops { isa: Isa::Scalar, row: plain_row::<T, F>, rows: None, columns: plain_columns::<T, F> }
+    }
+
+    /// Joins a row's values with its lanes: value *i* with lane *i* mod [`LANES`] (extremes of f32, of which any
+    /// order gives the same number, in an order of their own).
+    pub fn row(&self, join: &F, lanes: &mut [T; LANES], values: &[T]) {
+        (self.row)(join, self.isa, lanes, values)
+    }
+
+    /// Joins the values of several rows of one length, each with its lanes.
+    pub fn rows(&self, join: &F, lanes: &mut [[T; LANES]; ROWS], values: [&[T]; ROWS]) {
+        match self.rows {
+            Some(rows) => rows(join, self.isa, lanes, values),
+            None => lanes.iter_mut().zip(values).for_each(|(lanes, values)| self.row(join, lanes, values)),
+        }
+    }
+
+    /// Joins up to [`ROWS`] rows, each as long as the totals, with these, one row after the other.
+    ///
+    /// # Safety
+    /// The rows are readable and apart from the totals.
+    pub unsafe fn columns(&self, join: &F, totals: &mut [T], rows: &[*const T]) {
+        // SAFETY: promised by the caller.
+        unsafe { (self.columns)(join, self.isa, totals, rows) }
+    }
+}
+
+impl<F> Loops<f32, F> {
+    /// Loops over vectors. `J` is `F` in vectors.
+    pub fn vectors<J: Join>(isa: Isa) -> Self {
+        Loops {
+            isa,
+            row: vector_row::<J, F>,
+            rows: Some(vector_rows::<J, F>),
+            columns: vector_columns::<J, F>,
+        }
+    }
+
+    /// The same for the largest or smallest value.
+    pub fn extremes<J: Extreme>(isa: Isa) -> Self {
+        Loops { row: extreme_row::<J, F>, rows: Some(extreme_rows::<J, F>), ..Loops::vectors::<J>(isa) }
+    }
+}
+
+fn plain_row<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, lanes: &mut [T; LANES], values: &[T]) {
+    let mut joined = *lanes;
+    let (blocks, tail) = values.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            joined[lane] = join(joined[lane], block[lane]);
+        }
+    }
+    for (lane, &value) in tail.iter().enumerate() {
+        joined[lane] = join(joined[lane], value);
+    }
+    *lanes = joined;
+}
+
+unsafe fn plain_columns<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, totals: &mut [T], rows: &[*const T]) {
+    for &row in rows {
+        // SAFETY: promised by the caller.
+        let values = unsafe { std::slice::from_raw_parts(row, totals.len()) };
+        for (total, &value) in totals.iter_mut().zip(values) {
+            *total = join(*total, value);
+        }
+    }
+}
+
+/// How vectors are joined.
+pub(super) trait Join: 'static {
+    /// Joined with anything it changes nothing.
+    const NEUTRAL: f32;
+    fn join<V: Vector>(a: V, b: V) -> V;
+}
+
+/// A [`Join`] of which one instruction does all but let NaN win.
+pub(super) trait Extreme: Join {
+    fn quick<V: Vector>(a: V, b: V) -> V;
+}
+
+pub(super) struct Sum;
+pub(super) struct Product;
+pub(super) struct Largest;
+pub(super) struct Smallest;
+
+impl Join for Sum {
+    const NEUTRAL: f32 = 0.0;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        a + b
+    }
+}
+
+impl Join for Product {
+    const NEUTRAL: f32 = 1.0;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        a * b
+    }
+}
+
+impl Join for Largest {
+    const NEUTRAL: f32 = f32::NEG_INFINITY;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        V::select(a.is_nan(), a, a.max(b))
+    }
+}
+
+impl Extreme for Largest {
+    #[inline(always)]
+    fn quick<V: Vector>(a: V, b: V) -> V {
+        a.max(b)
+    }
+}
+
+impl Join for Smallest {
+    const NEUTRAL: f32 = f32::INFINITY;
+    #[inline(always)]
+    fn join<V: Vector>(a: V, b: V) -> V {
+        V::select(a.is_nan(), a, a.min(b))
+    }
+}
+
+impl Extreme for Smallest {
+    #[inline(always)]
+    fn quick<V: Vector>(a: V, b: V) -> V {
+        a.min(b)
+    }
+}
+
+fn vector_row<J: Join, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+    dispatch(isa, Row::<J> { lanes, values, join: PhantomData })
+}
+
+struct Row<'a, J> {
+    lanes: &'a mut [f32; LANES],
+    values: &'a [f32],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for Row<'_, J> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let mut lanes = V::from_array(*self.lanes);
+        let (blocks, tail) = self.values.as_chunks::<LANES>();
+        for block in blocks {
+            // SAFETY: a block is a vector.
+            lanes = J::join(lanes, unsafe { V::load(block.as_ptr()) });
+        }
+        if !tail.is_empty() {
+            lanes = J::join(lanes, V::from_slice(tail, J::NEUTRAL));
+        }
+        *self.lanes = lanes.to_array();
+    }
+}
+
+fn vector_rows<J: Join, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+    dispatch(isa, RowsOf::<J> { lanes, values, join: PhantomData })
+}
+
+struct RowsOf<'a, J> {
+    lanes: &'a mut [[f32; LANES]; ROWS],
+    values: [&'a [f32]; ROWS],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for RowsOf<'_, J> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let count = self.values[0].len();
+        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
+        let whole = count - count % LANES;
+        let mut lanes = [V::splat(J::NEUTRAL); ROWS];
+        for row in 0..ROWS {
+            lanes[row] = V::from_array(self.lanes[row]);
+        }
+        for at in (0..whole).step_by(LANES) {
+            for row in 0..ROWS {
+                // SAFETY: a whole vector of the row.
+                lanes[row] = J::join(lanes[row], unsafe { V::load(self.values[row].as_ptr().add(at)) });
+            }
+        }
+        for row in 0..ROWS {
+            if whole < count {
+                lanes[row] = J::join(lanes[row], V::from_slice(&self.values[row][whole..], J::NEUTRAL));
+            }
+            self.lanes[row] = lanes[row].to_array();
+        }
+    }
+}
+
+/// The largest or smallest value; NaN if any is.
+pub(super) fn extreme<J: Extreme>(isa: Isa, values: &[f32]) -> f32 {
+    let mut lanes = [J::NEUTRAL; LANES];
+    dispatch(
+        isa,
+        Extremes::<J, 1> { lanes: std::array::from_mut(&mut lanes), values: [values], join: PhantomData },
+    );
+    dispatch(isa, Fold::<J> { lanes, join: PhantomData })
+}
+
+struct Fold<J> {
+    lanes: [f32; LANES],
+    join: PhantomData<J>,
+}
+
+impl<J: Join> Kernel for Fold<J> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> f32 {
+        let mut lanes = self.lanes;
+        for width in [8, 4, 2, 1] {
+            // The upper half of what is left joins the lower.
+            let mut upper = [J::NEUTRAL; LANES];
+            upper[..width].copy_from_slice(&lanes[width..2 * width]);
+            lanes = J::join(V::from_array(lanes), V::from_array(upper)).to_array();
+        }
+        lanes[0]
+    }
+}
+
+fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+    dispatch(
+        isa,
+        Extremes::<J, 1> { lanes: std::array::from_mut(lanes), values: [values], join: PhantomData },
+    )
+}
+
+fn extreme_rows<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+    dispatch(isa, Extremes::<J, ROWS> { lanes, values, join: PhantomData })
+}
+
+/// Finds the extremes of what is no NaN and notes beside it whether there is one; a row that has one is joined once
+/// more, so that it wins.
+struct Extremes<'a, J, const N: usize> {
+    lanes: &'a mut [[f32; LANES]; N],
+    values: [&'a [f32]; N],
+    join: PhantomData<J>,
+}
+
+impl<J: Extreme, const N: usize> Kernel for Extremes<'_, J, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        const BLOCK: usize = CHAINS * LANES;
+        let count = self.values[0].len();
+        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
+        let whole = count - count % BLOCK;
+        let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
+        let mut numbers = [V::mask_from_bits(u16::MAX); N];
+        for at in (0..whole).step_by(BLOCK) {
+            for row in 0..N {
+                for chain in 0..CHAINS {
+                    // SAFETY: a block is so many vectors.
+                    let values = unsafe { V::load(self.values[row].as_ptr().add(at + chain * LANES)) };
+                    found[row][chain] = J::quick(found[row][chain], values);
+                    numbers[row] = V::mask_and(numbers[row], values.eq(values));
+                }
+            }
+        }
+        for row in 0..N {
+            let (lanes, values, join) = (&mut self.lanes[row], self.values[row], PhantomData);
+            if !V::all(numbers[row]) {
+                Row::<J> { lanes, values, join }.run::<V>();
+                continue;
+            }
+            let [a, b, c, d] = found[row];
+            *lanes = J::join(V::from_array(*lanes), J::join(J::join(a, b), J::join(c, d))).to_array();
+            Row::<J> { lanes, values: &values[whole..], join }.run::<V>();
+        }
+    }
+}
+
+unsafe fn vector_columns<J: Join, F>(_: &F, isa: Isa, totals: &mut [f32], rows: &[*const f32]) {
+    if let Ok(&rows) = <&[*const f32; ROWS]>::try_from(rows) {
+        dispatch(isa, Columns::<J, ROWS> { totals, rows, join: PhantomData });
+    } else {
+        for &row in rows {
+            dispatch(isa, Columns::<J, 1> { totals, rows: [row], join: PhantomData });
+        }
+    }
+}
+
+/// The rows are readable as far as there are totals.
+struct Columns<'a, J, const N: usize> {
+    totals: &'a mut [f32],
+    rows: [*const f32; N],
+    join: PhantomData<J>,
+}
+
+impl<J: Join, const N: usize> Kernel for Columns<'_, J, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let count = self.totals.len();
+        let totals = self.totals.as_mut_ptr();
+        let whole = count - count % LANES;
+        for at in (0..whole).step_by(LANES) {
+            // SAFETY: a whole vector of each row and of the totals.
+            unsafe {
+                let mut total = V::load(totals.add(at));
+                for row in self.rows {
+                    total = J::join(total, V::load(row.add(at)));
+                }
+                total.store(totals.add(at));
+            }
+        }
+        if whole < count {
+            // SAFETY: the rest of each, and nothing past it.
+            unsafe {
+                let mut total = V::load_part(totals.add(whole), count - whole, J::NEUTRAL);
+                for row in self.rows {
+                    total = J::join(total, V::load_part(row.add(whole), count - whole, J::NEUTRAL));
+                }
+                total.store_part(totals.add(whole), count - whole);
+            }
+        }
+    }
+}
