@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mica_array::kv::{KvCache, KvSpec, PagedSpec};
-use mica_array::transforms::{checkpoint, compile, grad, value_and_grad};
+use mica_array::transforms::{CustomFunction, checkpoint, compile, custom_function, grad, value_and_grad};
 use mica_array::{Array, Dtype, PadMode, Precision, Result, eval, memory, pending_ops};
 use mica_testkit::Rng;
 
@@ -404,7 +404,7 @@ type OfArrays = fn(&[Array]) -> Result<Array>;
 
 #[test]
 fn sizes_that_get_into_the_graph_are_formulas_of_the_inputs_sizes() {
-    let cases: [(&str, OfArrays); 14] = [
+    let cases: [(&str, OfArrays); 18] = [
         ("a mean", |x| (&x[0] * 2.0).exp()?.mean(&[0], false)),
         ("a variance of a sample", |x| x[0].var(&[0, 1], true, 1)),
         ("a size as a number", |x| (&x[0] * x[0].dim(0) as f64).exp()),
@@ -431,6 +431,25 @@ fn sizes_that_get_into_the_graph_are_formulas_of_the_inputs_sizes() {
         ("a captured weight", |x| x[0].matmul(&Array::full(&[3, 4], 0.5, Dtype::F32))?.tanh()),
         ("a column", |x| x[0].narrow(1, 1, 2)?.squeeze(&[1])),
         ("a sort", |x| x[0].argsort(0)?.astype(Dtype::F32)?.add(x[0].max(&[0], true)?)),
+        ("a checkpoint", |x| {
+            let inner = |y: &[Array]| Ok(vec![y[0].mean(&[0], true)?.subtract(&y[0])?.flatten()?]);
+            Ok(checkpoint(inner, &x[..1])?.remove(0).tanh()?)
+        }),
+        ("a checkpoint that captures a range of the batch", |x| {
+            let at = Array::arange(0.0, x[0].dim(0) as f64, 1.0, Dtype::F32)?.expand_dims(&[1])?;
+            let inner = |y: &[Array]| Ok(vec![y[0].multiply(&at)?.multiply(1.0 / at.dim(0) as f64)?]);
+            Ok(checkpoint(inner, &[x[0].exp()?])?.remove(0))
+        }),
+        ("a checkpoint in a checkpoint", |x| {
+            let inner = |y: &[Array]| Ok(vec![y[0].narrow(0, 1, y[0].dim(0))?.sum(&[0], false)?]);
+            let outer = |y: &[Array]| checkpoint(inner, &[y[0].sin()?]);
+            Ok(checkpoint(outer, &x[..1])?.remove(0))
+        }),
+        ("a function with a rule", |x| {
+            let scaled = custom_function(|x| Ok(vec![x[0].multiply(x[0].dim(0) as f64)?]))
+                .with_vjp(|_, cotangents, _| Ok(vec![cotangents[0].minimum(1.0)?]));
+            Ok(scaled.call(&x[..1])?.remove(0).add(1.0)?)
+        }),
     ];
     for (name, f) in cases {
         let calls = AtomicUsize::new(0);
@@ -478,10 +497,55 @@ fn sizes_without_a_formula_are_traced_for_each() {
     }
 }
 
+#[test]
+fn rules_reach_gradients_through_a_function_of_any_size() {
+    // The gradient is cut off at a number of its own for each, so that the rules can be told apart.
+    let clipped = |limit: f64| -> CustomFunction {
+        custom_function(|x| Ok(vec![x[0].square()?.mean(&[0], false)?]))
+            .with_vjp(move |x, cotangents, _| Ok(vec![x[0].multiply(cotangents[0].minimum(limit)?)?]))
+    };
+    let outside = clipped(0.5);
+    let f = |x: &[Array]| {
+        let rows = x[0].dim(0);
+        let inner = |y: &[Array]| Ok(vec![y[0].exp()?.multiply(1.0 / rows as f64)?.tanh()?]);
+        let y = checkpoint(inner, &x[..1])?.remove(0);
+        outside.call(&[y])
+    };
+    let compiled = compile(f).shapeless();
+    for rows in [4, 9, 2, 30] {
+        let x = [random(&[rows, 3], Dtype::F32, rows as u64)];
+        let loss = |y: Vec<Array>| y[0].multiply(2.0)?.sum(&[], false);
+        let got = grad(|x| loss(compiled.call(x)?), &x).unwrap();
+        assert_same(&format!("{rows} rows"), &got, &grad(|x| loss(f(x)?), &x).unwrap());
+    }
+    assert_eq!(compiled.signatures(), 1);
+
+    // A rule that captured something is known again only if it is the same one.
+    let calls = AtomicUsize::new(0);
+    let made_anew = compile(|x| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        clipped(x[0].dim(0) as f64 / 8.0).call(x)
+    })
+    .shapeless();
+    for rows in [4, 9, 2] {
+        let x = [random(&[rows, 3], Dtype::F32, rows as u64)];
+        let loss = |y: Vec<Array>| y[0].multiply(2.0)?.sum(&[], false);
+        let got = grad(|x| loss(made_anew.call(x)?), &x).unwrap();
+        let eager = grad(|x| loss(clipped(rows as f64 / 8.0).call(x)?), &x).unwrap();
+        assert_same(&format!("{rows} rows, a rule made anew"), &got, &eager);
+    }
+    assert_eq!(made_anew.signatures(), 3);
+}
+
 /// What is right for the sizes that were traced and wrong for others is an error there, as without compiling.
 #[test]
 fn a_slice_past_the_end_is_refused() {
-    let f = |x: &[Array]| Ok(vec![x[0].narrow(0, 3, 6)?.exp()?]);
+    let slice: fn(&[Array]) -> Result<Vec<Array>> = |x| Ok(vec![x[0].narrow(0, 3, 6)?.exp()?]);
+    check_slice(slice);
+    check_slice(|x| checkpoint(|x| Ok(vec![x[0].narrow(0, 3, 6)?.exp()?]), x));
+}
+
+fn check_slice(f: fn(&[Array]) -> Result<Vec<Array>>) {
     let compiled = compile(f).shapeless();
     for (rows, fits) in [(8, true), (6, true), (12, true), (5, false), (2, false), (7, true)] {
         let x = random(&[rows, 2], Dtype::F32, 1);
@@ -616,8 +680,14 @@ fn appending_to_a_store_is_refused() {
     let store = Mutex::new(store);
     let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Exact };
     let f = compile(|x| Ok(vec![store.lock().unwrap().attend(0, &x[0], &x[0], &x[0], spec)?]));
-    let error = f.call(&[random(&[1, 1, 1, 16], Dtype::F32, 1)]).unwrap_err().to_string();
-    assert!(error.contains("store") && error.contains("outside"), "{error}");
+    let within = compile(|x| {
+        let appends = |x: &[Array]| Ok(vec![store.lock().unwrap().attend(0, &x[0], &x[0], &x[0], spec)?]);
+        checkpoint(appends, x)
+    });
+    let x = [random(&[1, 1, 1, 16], Dtype::F32, 1)];
+    for error in [f.call(&x).unwrap_err().to_string(), within.call(&x).unwrap_err().to_string()] {
+        assert!(error.contains("store") && error.contains("outside"), "{error}");
+    }
 }
 
 #[test]

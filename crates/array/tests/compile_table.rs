@@ -56,6 +56,5 @@ fn a_changing_batch_is_right_and_is_not_traced_again() {
             traced_for_each.push(case.name);
         }
     }
-    // A function with rules of its own is made anew by every trace.
-    assert_eq!(traced_for_each, ["checkpoint"], "these are traced for each batch");
+    assert!(traced_for_each.is_empty(), "these are traced for each batch: {traced_for_each:?}");
 }

@@ -1,5 +1,6 @@
 //! Nodes with rules of their own.
 
+use std::any::Any;
 use std::fmt;
 
 use super::{Grads, Jvp, Tangents, Vjp};
@@ -12,7 +13,7 @@ pub type Batched = (Vec<Array>, Vec<Option<usize>>);
 
 /// A function that brings its own meaning and gradient. It is expanded into other ops when it is
 /// evaluated. [`crate::transforms::custom_function`] makes one from closures.
-pub trait CustomOp: fmt::Debug + Send + Sync {
+pub trait CustomOp: Any + fmt::Debug + Send + Sync {
     /// The name in messages and profiles.
     fn name(&self) -> &'static str;
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::TracedGraph;
 use super::vjp::backward;
+use crate::node::Inputs;
 use crate::op::{Op, TraceScope};
 use crate::ops::custom::CustomOp;
 use crate::{Array, Result};
@@ -12,19 +13,21 @@ use crate::{Array, Result};
 /// Calls `f` so that nothing inside it is kept for the gradient: the backward pass computes it
 /// again from the inputs. Gradients also reach the arrays that `f` captured.
 pub fn checkpoint(f: impl FnOnce(&[Array]) -> Result<Vec<Array>>, inputs: &[Array]) -> Result<Vec<Array>> {
-    let graph = TracedGraph::trace(f, inputs)?;
+    let mut graph = TracedGraph::trace(f, inputs)?;
     let specs = graph.output_specs();
-    let all: crate::node::Inputs = inputs.iter().chain(graph.captured()).cloned().collect();
+    let captured = std::mem::take(&mut graph.captured);
+    let all: Inputs = inputs.iter().cloned().chain(captured).collect();
     let count = specs.len();
     let custom = Checkpoint { graph, inputs: inputs.len() };
     let first = Array::lazy_many(Op::Custom(Arc::new(custom)), all, specs);
     Ok((0..count).map(|output| first.sibling(output)).collect())
 }
 
-struct Checkpoint {
-    graph: TracedGraph,
-    /// How many inputs come before the captured arrays.
-    inputs: usize,
+#[derive(Clone)]
+pub(super) struct Checkpoint {
+    pub(super) graph: TracedGraph,
+    /// How many inputs come before the captured arrays, which are inputs of the node too.
+    pub(super) inputs: usize,
 }
 
 impl fmt::Debug for Checkpoint {

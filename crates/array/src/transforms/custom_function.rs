@@ -1,5 +1,6 @@
 //! Functions with rules of one's own for gradients, tangents and batches.
 
+use std::any::TypeId;
 use std::fmt;
 use std::sync::Arc;
 
@@ -17,9 +18,31 @@ type VmapRule = dyn Fn(&[Array], &[Option<usize>]) -> Result<Batched> + Send + S
 
 #[derive(Clone, Default)]
 struct Rules {
-    vjp: Option<Arc<VjpRule>>,
-    jvp: Option<Arc<JvpRule>>,
-    vmap: Option<Arc<VmapRule>>,
+    vjp: Option<Rule<VjpRule>>,
+    jvp: Option<Rule<JvpRule>>,
+    vmap: Option<Rule<VmapRule>>,
+}
+
+struct Rule<F: ?Sized> {
+    f: Arc<F>,
+    /// The closure's type, if it captured nothing: then that is all there is to it.
+    whole: Option<TypeId>,
+}
+
+impl<F: ?Sized> Rule<F> {
+    fn new<R: 'static>(f: Arc<F>) -> Rule<F> {
+        Rule { f, whole: (size_of::<R>() == 0).then(TypeId::of::<R>) }
+    }
+
+    fn is(&self, other: &Rule<F>) -> bool {
+        Arc::ptr_eq(&self.f, &other.f) || (self.whole.is_some() && self.whole == other.whole)
+    }
+}
+
+impl<F: ?Sized> Clone for Rule<F> {
+    fn clone(&self) -> Self {
+        Rule { f: self.f.clone(), whole: self.whole }
+    }
 }
 
 /// A function that transformations treat as its author says: see [`custom_function`].
@@ -61,32 +84,32 @@ impl CustomFunction {
 
     /// The gradients: `rule(primals, cotangents, outputs)` gives one per primal, of its shape. An
     /// output that no gradient reached has zeros for its cotangent.
-    pub fn with_vjp(
-        mut self,
-        rule: impl Fn(&[Array], &[Array], &[Array]) -> Result<Vec<Array>> + Send + Sync + 'static,
-    ) -> Self {
-        self.rules.vjp = Some(Arc::new(rule));
+    pub fn with_vjp<R>(mut self, rule: R) -> Self
+    where
+        R: Fn(&[Array], &[Array], &[Array]) -> Result<Vec<Array>> + Send + Sync + 'static,
+    {
+        self.rules.vjp = Some(Rule::new::<R>(Arc::new(rule)));
         self
     }
 
     /// The tangents: `rule(primals, tangents)` gives one per output, of its shape. A primal that
     /// does not move has zeros for its tangent.
-    pub fn with_jvp(
-        mut self,
-        rule: impl Fn(&[Array], &[Array]) -> Result<Vec<Array>> + Send + Sync + 'static,
-    ) -> Self {
-        self.rules.jvp = Some(Arc::new(rule));
+    pub fn with_jvp<R>(mut self, rule: R) -> Self
+    where
+        R: Fn(&[Array], &[Array]) -> Result<Vec<Array>> + Send + Sync + 'static,
+    {
+        self.rules.jvp = Some(Rule::new::<R>(Arc::new(rule)));
         self
     }
 
     /// The batched form: `rule(inputs, axes)` gets inputs with a batch at these axes (`None`:
     /// shared), and gives the outputs with the axes of theirs. It is not used where a captured
     /// array has a batch, since it could not tell.
-    pub fn with_vmap(
-        mut self,
-        rule: impl Fn(&[Array], &[Option<usize>]) -> Result<Batched> + Send + Sync + 'static,
-    ) -> Self {
-        self.rules.vmap = Some(Arc::new(rule));
+    pub fn with_vmap<R>(mut self, rule: R) -> Self
+    where
+        R: Fn(&[Array], &[Option<usize>]) -> Result<Batched> + Send + Sync + 'static,
+    {
+        self.rules.vmap = Some(Rule::new::<R>(Arc::new(rule)));
         self
     }
 
@@ -95,14 +118,15 @@ impl CustomFunction {
     /// # Errors
     /// Those of `f`.
     pub fn call(&self, inputs: &[Array]) -> Result<Vec<Array>> {
-        let graph = TracedGraph::trace(|traced| (self.f)(traced), inputs)?;
+        let mut graph = TracedGraph::trace(|traced| (self.f)(traced), inputs)?;
         let specs = graph.output_specs();
         let count = specs.len();
         if count == 0 {
             return Ok(Vec::new());
         }
-        let all: Inputs = inputs.iter().chain(graph.captured()).cloned().collect();
-        let custom = Recorded { name: self.name, graph, inputs: inputs.len(), rules: self.rules.clone() };
+        let captured = std::mem::take(&mut graph.captured);
+        let all: Inputs = inputs.iter().cloned().chain(captured).collect();
+        let custom = CallOfCustom { name: self.name, graph, inputs: inputs.len(), rules: self.rules.clone() };
         let first = Array::lazy_many(Op::Custom(Arc::new(custom)), all, specs);
         Ok((0..count).map(|output| first.sibling(output)).collect())
     }
@@ -114,21 +138,35 @@ impl fmt::Debug for CustomFunction {
     }
 }
 
-/// One call: the inputs, then the arrays that the function captured.
-struct Recorded {
+/// One call. The arrays that the function captured come after its inputs.
+#[derive(Clone)]
+pub(super) struct CallOfCustom {
     name: &'static str,
-    graph: TracedGraph,
-    inputs: usize,
+    pub(super) graph: TracedGraph,
+    pub(super) inputs: usize,
     rules: Rules,
 }
 
-impl fmt::Debug for Recorded {
+impl fmt::Debug for CallOfCustom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}({} ops)", self.name, self.graph.nodes.len())
     }
 }
 
-impl Recorded {
+impl CallOfCustom {
+    /// Whether the two have the same rules, as far as that can be known.
+    pub(super) fn has_rules_of(&self, other: &CallOfCustom) -> bool {
+        fn same<F: ?Sized>(a: &Option<Rule<F>>, b: &Option<Rule<F>>) -> bool {
+            match (a, b) {
+                (Some(a), Some(b)) => a.is(b),
+                (None, None) => true,
+                _ => false,
+            }
+        }
+        let (a, b) = (&self.rules, &other.rules);
+        self.name == other.name && same(&a.vjp, &b.vjp) && same(&a.jvp, &b.jvp) && same(&a.vmap, &b.vmap)
+    }
+
     fn check(&self, rule: &str, got: &[Array], expected: usize) -> Result<()> {
         if got.len() == expected {
             return Ok(());
@@ -174,7 +212,7 @@ impl Recorded {
     }
 }
 
-impl CustomOp for Recorded {
+impl CustomOp for CallOfCustom {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -195,7 +233,7 @@ impl CustomOp for Recorded {
             .zip(outputs)
             .map(|(cotangent, output)| cotangent.clone().unwrap_or_else(|| output.zeros_like()))
             .collect();
-        let grads = rule(&inputs[..self.inputs], &given, outputs)?;
+        let grads = (rule.f)(&inputs[..self.inputs], &given, outputs)?;
         self.check("vjp", &grads, self.inputs)?;
         let mut all = self.derived_vjp(inputs, self.inputs, cotangents)?;
         for (slot, grad) in all.iter_mut().zip(grads) {
@@ -213,7 +251,7 @@ impl CustomOp for Recorded {
                 tangent.clone().unwrap_or_else(|| input.zeros_like())
             };
             let given: Vec<Array> = tangents.iter().zip(inputs).take(self.inputs).map(zeros).collect();
-            let found = rule(&inputs[..self.inputs], &given)?;
+            let found = (rule.f)(&inputs[..self.inputs], &given)?;
             self.check("jvp", &found, count)?;
             for (slot, tangent) in all.iter_mut().zip(found) {
                 *slot = Some(match slot.take() {
@@ -228,7 +266,7 @@ impl CustomOp for Recorded {
     fn vmap(&self, inputs: &[Array], axes: &[Option<usize>]) -> Result<Option<Batched>> {
         match &self.rules.vmap {
             Some(rule) if axes[self.inputs..].iter().all(Option::is_none) => {
-                rule(&inputs[..self.inputs], &axes[..self.inputs]).map(Some)
+                (rule.f)(&inputs[..self.inputs], &axes[..self.inputs]).map(Some)
             }
             _ => Ok(None),
         }

@@ -13,7 +13,7 @@ use crate::storage::Spec;
 use crate::{Array, Result};
 
 /// The graph of a function, to be built again on other inputs.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct TracedGraph {
     /// What the inputs were when the function was traced.
     pub(crate) inputs: Vec<Spec>,

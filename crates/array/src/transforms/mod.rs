@@ -9,6 +9,7 @@ mod custom_function;
 mod dependents;
 mod graph;
 mod jvp;
+mod recorded;
 mod vjp;
 mod vmap;
 

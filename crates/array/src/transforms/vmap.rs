@@ -405,11 +405,11 @@ fn map_custom(custom: &Arc<dyn CustomOp>, rule: &Vmap) -> Result<Outputs> {
 }
 
 /// A custom op over a batch: its meaning, its gradient and its tangents, each mapped.
-#[derive(Debug)]
-struct MappedCustom {
-    inner: Arc<dyn CustomOp>,
-    batched: SmallVec<[bool; 4]>,
-    size: usize,
+#[derive(Clone, Debug)]
+pub(super) struct MappedCustom {
+    pub(super) inner: Arc<dyn CustomOp>,
+    pub(super) batched: SmallVec<[bool; 4]>,
+    pub(super) size: usize,
 }
 
 impl CustomOp for MappedCustom {

@@ -11,7 +11,7 @@
 mod cache;
 mod constant;
 mod fuse;
-mod numbers;
+pub(super) mod numbers;
 mod plan;
 mod region;
 pub(super) mod shapes;
@@ -23,6 +23,7 @@ use std::fmt;
 use smallvec::SmallVec;
 
 use super::TracedGraph;
+use super::recorded::graph_inside;
 use crate::op::{Op, first_failure};
 use crate::{Array, Error, Result};
 use plan::Plans;
@@ -136,13 +137,14 @@ impl<F> fmt::Debug for Compiled<F> {
 /// Fails if the function changes something: playing its graph would do to the same place what was
 /// done at the first call, and running the closure after its trace would do it twice.
 fn refuse_effects(graph: &TracedGraph) -> Result<()> {
-    match graph.nodes.iter().find(|node| matches!(node.op, Op::PagedAttention(_))) {
-        Some(node) => Err(Error::unsupported(
+    graph.nodes.iter().try_for_each(|node| match &node.op {
+        Op::PagedAttention(_) => Err(Error::unsupported(
             "compile",
             format!("{} appends to a store, so it can't be recorded: call it outside", node.op.name()),
         )),
-        None => Ok(()),
-    }
+        Op::Custom(custom) => graph_inside(custom.as_ref()).map_or(Ok(()), refuse_effects),
+        _ => Ok(()),
+    })
 }
 
 /// The graph of the same function with fewer ops, and without fused regions.

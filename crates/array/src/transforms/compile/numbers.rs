@@ -1,23 +1,26 @@
 //! What an op is besides its sizes: the numbers in its fields that sizes of arrays may have got
 //! into, and whether two ops are the same apart from them.
 
+use crate::Dtype;
 use crate::op::{Op, Scalar};
+use crate::transforms::recorded;
 
-/// A number in an op's fields.
-pub(super) enum Number<'a> {
+/// A number in an op's fields. Those that are elements of arrays come with the type of these.
+pub(crate) enum Number<'a> {
     Size(&'a mut usize),
     Step(&'a mut isize),
-    Float(&'a mut f64),
-    Value(&'a mut Scalar),
+    Float(&'a mut f64, Dtype),
+    Value(&'a mut Scalar, Dtype),
 }
 
-/// Visits the numbers of an op that a size of an array may be, or be part of, always in the same order.
-pub(super) fn visit(op: &mut Op, see: &mut dyn FnMut(Number)) {
+/// Visits the numbers of an op that a size of an array may be, or be part of, always in the same
+/// order. The op's result is of this dtype.
+pub(crate) fn visit(op: &mut Op, dtype: Dtype, see: &mut dyn FnMut(Number)) {
     match op {
-        Op::Full(value) => see(Number::Value(value)),
+        Op::Full(value) => see(Number::Value(value, dtype)),
         Op::Arange { start, step } => {
-            see(Number::Float(start));
-            see(Number::Float(step));
+            see(Number::Float(start, dtype));
+            see(Number::Float(step, dtype));
         }
         Op::Slice { start, step } | Op::SliceUpdate { start, step } => {
             start.iter_mut().for_each(|start| see(Number::Size(start)));
@@ -33,6 +36,7 @@ pub(super) fn visit(op: &mut Op, see: &mut dyn FnMut(Number)) {
             let spec = std::sync::Arc::make_mut(spec);
             spec.low.iter_mut().chain(&mut spec.high).for_each(|zeros| see(Number::Step(zeros)));
         }
+        Op::Custom(custom) => recorded::visit(custom, see),
         _ => {}
     }
 }
@@ -40,22 +44,25 @@ pub(super) fn visit(op: &mut Op, see: &mut dyn FnMut(Number)) {
 /// The op with zeros for the numbers that [`visit`] sees.
 fn without_numbers(op: &Op) -> Op {
     let mut op = op.clone();
-    visit(&mut op, &mut |number| match number {
+    visit(&mut op, Dtype::F32, &mut |number| match number {
         Number::Size(size) => *size = 0,
         Number::Step(step) => *step = 0,
-        Number::Float(float) => *float = 0.0,
+        Number::Float(float, _) => *float = 0.0,
         // What kind of number it is stays.
-        Number::Value(Scalar::Float(value)) => *value = 0.0,
-        Number::Value(Scalar::Int(value)) => *value = 0,
-        Number::Value(Scalar::UInt(value)) => *value = 0,
-        Number::Value(Scalar::Bool(_)) => {}
+        Number::Value(Scalar::Float(value), _) => *value = 0.0,
+        Number::Value(Scalar::Int(value), _) => *value = 0,
+        Number::Value(Scalar::UInt(value), _) => *value = 0,
+        Number::Value(Scalar::Bool(_), _) => {}
     });
     op
 }
 
 /// Whether two ops are the same but for numbers that may be sizes.
 pub(super) fn is_same_but_for_numbers(a: &Op, b: &Op) -> bool {
-    is_same(&without_numbers(a), &without_numbers(b))
+    match (a, b) {
+        (Op::Custom(a), Op::Custom(b)) => recorded::is_same_but_for_numbers(a, b),
+        _ => is_same(&without_numbers(a), &without_numbers(b)),
+    }
 }
 
 /// Whether two ops on the same operands give the same. Ops with effects, or with rules of their

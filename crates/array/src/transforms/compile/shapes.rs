@@ -4,6 +4,7 @@ use smallvec::SmallVec;
 
 use crate::op::{Op, SortOrder};
 use crate::storage::Spec;
+use crate::transforms::recorded;
 
 /// Whether these sizes are ones that the op's constructor would accept. That sizes which must be
 /// equal are equal follows from how they were found; what is asked here is what holds for some
@@ -29,6 +30,7 @@ pub(crate) fn can_be(op: &Op, inputs: &[&[usize]], outputs: &[Spec]) -> bool {
         Op::Gather { slice, .. } => slice.iter().zip(inputs[0]).all(|(size, whole)| size <= whole),
         Op::Sort { axis, order: SortOrder::Partition(kth) }
         | Op::ArgSort { axis, order: SortOrder::Partition(kth) } => *kth < inputs[0][*axis],
+        Op::Custom(custom) => recorded::fits(custom.as_ref(), inputs),
         _ => true,
     }
 }

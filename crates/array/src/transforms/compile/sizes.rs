@@ -147,7 +147,7 @@ pub(super) fn general(
 }
 
 /// Whether two graphs are of the same ops on the same values, apart from sizes.
-fn is_same_but_for_sizes(a: &TracedGraph, b: &TracedGraph) -> bool {
+pub(crate) fn is_same_but_for_sizes(a: &TracedGraph, b: &TracedGraph) -> bool {
     let is_same_node = |(a, b): (&TracedNode, &TracedNode)| {
         let dtypes_and_ranks = |node: &TracedNode| {
             node.specs.iter().map(|spec| (spec.dtype, spec.shape.len())).collect::<SmallVec<[_; 4]>>()
@@ -269,12 +269,14 @@ impl NodeSizes {
     pub(crate) fn apply(&self, symbols: &[usize], op: &mut Op, specs: &mut [Spec]) -> Option<()> {
         let mut formulas = self.op.iter();
         let mut whole = true;
-        numbers::visit(op, &mut |number| {
-            if let Some(formula) = formulas.next() {
-                let value = formula.value(symbols);
-                whole &= value.is_some_and(|value| set(number, value));
-            }
-        });
+        if !self.op.is_empty() {
+            numbers::visit(op, specs[0].dtype, &mut |number| {
+                if let Some(formula) = formulas.next() {
+                    let value = formula.value(symbols);
+                    whole &= value.is_some_and(|value| set(number, value));
+                }
+            });
+        }
         let sizes = specs.iter_mut().flat_map(|spec| spec.shape.iter_mut());
         for (size, formula) in sizes.zip(&self.shapes) {
             let Some(Num::Whole(value)) = formula.value(symbols) else { return None };
@@ -296,13 +298,13 @@ fn set(number: Number, value: Num) -> bool {
     match (number, value) {
         (Number::Size(place), Num::Whole(value)) => write(place, value),
         (Number::Step(place), Num::Whole(value)) => write(place, value),
-        (Number::Value(Scalar::Int(place)), Num::Whole(value)) => write(place, value),
-        (Number::Value(Scalar::UInt(place)), Num::Whole(value)) => write(place, value),
-        (Number::Float(place) | Number::Value(Scalar::Float(place)), value) => {
+        (Number::Value(Scalar::Int(place), _), Num::Whole(value)) => write(place, value),
+        (Number::Value(Scalar::UInt(place), _), Num::Whole(value)) => write(place, value),
+        (Number::Float(place, _) | Number::Value(Scalar::Float(place), _), value) => {
             *place = float(value);
             true
         }
-        (Number::Value(Scalar::Bool(place)), Num::Whole(value)) => {
+        (Number::Value(Scalar::Bool(place), _), Num::Whole(value)) => {
             *place = value != 0;
             true
         }
@@ -310,18 +312,18 @@ fn set(number: Number, value: Num) -> bool {
     }
 }
 
-/// The numbers of an op.
-fn numbers_of(op: &Op) -> SmallVec<[Num; 8]> {
+/// The numbers of a node's op, with the type that each was rounded to.
+fn numbers_of(node: &TracedNode) -> SmallVec<[(Num, Dtype); 8]> {
     let mut found = SmallVec::new();
-    numbers::visit(&mut op.clone(), &mut |number| {
+    numbers::visit(&mut node.op.clone(), node.specs[0].dtype, &mut |number| {
         found.push(match number {
-            Number::Size(size) => Num::Whole(*size as i128),
-            Number::Step(step) => Num::Whole(*step as i128),
-            Number::Float(float) => Num::Float(*float),
-            Number::Value(Scalar::Bool(value)) => Num::Whole(*value as i128),
-            Number::Value(Scalar::Int(value)) => Num::Whole(*value as i128),
-            Number::Value(Scalar::UInt(value)) => Num::Whole(*value as i128),
-            Number::Value(Scalar::Float(value)) => Num::Float(*value),
+            Number::Size(size) => (Num::Whole(*size as i128), Dtype::I64),
+            Number::Step(step) => (Num::Whole(*step as i128), Dtype::I64),
+            Number::Float(float, dtype) => (Num::Float(*float), dtype),
+            Number::Value(Scalar::Bool(value), dtype) => (Num::Whole(*value as i128), dtype),
+            Number::Value(Scalar::Int(value), dtype) => (Num::Whole(*value as i128), dtype),
+            Number::Value(Scalar::UInt(value), dtype) => (Num::Whole(*value as i128), dtype),
+            Number::Value(Scalar::Float(value), dtype) => (Num::Float(*value), dtype),
         });
     });
     found
@@ -338,36 +340,31 @@ impl Finder<'_> {
     /// The formulas of one node in all traces: nothing if some number has none, `None` within if
     /// none is needed.
     fn node(&self, traces: &[&TracedNode]) -> Option<Option<NodeSizes>> {
-        let numbers: SmallVec<[SmallVec<[Num; 8]>; 4]> =
-            traces.iter().map(|node| numbers_of(&node.op)).collect();
-        let shapes: SmallVec<[SmallVec<[Num; 8]>; 4]> = traces
+        let numbers: SmallVec<[SmallVec<[(Num, Dtype); 8]>; 4]> =
+            traces.iter().map(|node| numbers_of(node)).collect();
+        let shapes: SmallVec<[SmallVec<[(Num, Dtype); 8]>; 4]> = traces
             .iter()
             .map(|node| {
                 let sizes = node.specs.iter().flat_map(|spec| spec.shape.iter());
-                sizes.map(|&size| Num::Whole(size as i128)).collect()
+                sizes.map(|&size| (Num::Whole(size as i128), Dtype::I64)).collect()
             })
             .collect();
-        let dtype = traces[0].specs[0].dtype;
-        let op: SmallVec<[Formula; 2]> = self.all(&numbers, dtype)?;
-        let shapes: SmallVec<[Formula; 4]> = self.all(&shapes, dtype)?;
+        let op: SmallVec<[Formula; 2]> = self.all(&numbers)?;
+        let shapes: SmallVec<[Formula; 4]> = self.all(&shapes)?;
         let op = if op.iter().all(Formula::is_fixed) { SmallVec::new() } else { op };
         let shapes = if shapes.iter().all(Formula::is_fixed) { SmallVec::new() } else { shapes };
         Some((!op.is_empty() || !shapes.is_empty()).then_some(NodeSizes { op, shapes }))
     }
 
     /// A formula per number of a list, given in all traces.
-    fn all<const N: usize>(
-        &self,
-        lists: &[SmallVec<[Num; 8]>],
-        dtype: Dtype,
-    ) -> Option<SmallVec<[Formula; N]>>
+    fn all<const N: usize>(&self, lists: &[SmallVec<[(Num, Dtype); 8]>]) -> Option<SmallVec<[Formula; N]>>
     where
         [Formula; N]: smallvec::Array<Item = Formula>,
     {
         (0..lists[0].len())
             .map(|at| {
-                let values: SmallVec<[Num; 4]> = lists.iter().map(|list| list[at]).collect();
-                self.formula(&values, dtype)
+                let values: SmallVec<[Num; 4]> = lists.iter().map(|list| list[at].0).collect();
+                self.formula(&values, lists[0][at].1)
             })
             .collect()
     }
