@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
+use crate::Dtype;
 use crate::backend::{Operand, Step};
 use crate::kv::PagedStep;
 use crate::op::{Op, Precision};
@@ -174,7 +175,10 @@ fn seen<'a>(paged: &'a PagedStep, queries: &'a Operand) -> impl Iterator<Item = 
 }
 
 fn arithmetic(step: &Step) -> Arithmetic {
+    // Products of two bf16 arrays are exact in bf16.
+    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
     let float = |precision: Precision| match precision {
+        Precision::Exact if matches!(step.op, Op::Matmul { .. }) && halves() => Arithmetic::Bf16,
         Precision::Exact => Arithmetic::F32,
         Precision::Bf16 | Precision::Fast => Arithmetic::Bf16,
     };

@@ -1,7 +1,7 @@
 //! `mica bench`: speeds of a model, with the machine's ceilings measured in the same run, and where the time of a
 //! step goes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mica_array::{Dtype, Precision, profile};
 use mica_ceiling::Ceilings;
@@ -57,6 +57,8 @@ fn parse_batch(text: &str) -> Result<usize, String> {
 
 /// Bytes of the block that bandwidth is measured on.
 pub const BLOCK: usize = 1 << 29;
+/// How long filling a cache may take before a line says that it is done.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Steps whose ops are measured one by one.
 const PROFILED: usize = 8;
 
@@ -103,7 +105,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let what = format!("{longest} tokens in each of {} sequences", args.batch);
     mica_lm::memory::check(needed, &what, "lower -p, -g, --depth or --batch")?;
     let bench = Bench { args: &args, loaded: &loaded, precision, kv_dtype };
+    let filling = Instant::now();
     let filled = if depth == args.prompt_tokens { None } else { Some(bench.filled(depth)?) };
+    if filled.is_some() && filling.elapsed() > PATIENCE {
+        eprintln!("{depth} tokens are cached after {:.0} s", filling.elapsed().as_secs_f64());
+    }
     // One run to warm up, whose peak is the model's own: measuring the bandwidth takes memory too.
     bench.measure(filled.as_ref(), depth, None)?;
     let peak_memory_gb = peak_memory_gb();
