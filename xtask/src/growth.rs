@@ -1,5 +1,8 @@
 //! How cost grows: decoding against depth, prompts against length, training steps against length and batch, opening
-//! against file size. Each is a plot with the measured points, and a line of cost per unit.
+//! against file size. Each is a plot with the measured points.
+//!
+//! A point can take minutes, and points may be measured on different occasions: those of earlier runs stay in
+//! growth.json until they are measured again, and the plots show all.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -35,6 +38,9 @@ pub struct Growth {
     /// Only the plots whose file name contains one of these
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only these depths, lengths or batches
+    #[arg(long, value_delimiter = ',', value_name = "N,N")]
+    at: Vec<usize>,
     /// Where plots and points are written
     #[arg(long, value_name = "FOLDER", default_value = "docs/performance")]
     output: PathBuf,
@@ -54,7 +60,9 @@ impl Growth {
         ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
         std::fs::create_dir_all(&self.output)?;
         let mut known = self.read()?;
-        for curve in self.curves()? {
+        for mut curve in self.curves()? {
+            let before = known.get(curve.file).map(|curve| curve["points"].clone()).unwrap_or_default();
+            curve.keep(serde_json::from_value::<Option<_>>(before)?.unwrap_or_default());
             known.insert(
                 curve.file.into(),
                 json!({"title": curve.title, "x": curve.x, "y": curve.y, "points": curve.points}),
@@ -84,7 +92,9 @@ impl Growth {
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().to_string();
         let (small, large) = (name(&self.quantized), name(&self.float));
         let doubling = |from: usize, to: usize| {
-            std::iter::successors(Some(from), |n| Some(n * 2)).take_while(move |&n| n <= to)
+            std::iter::successors(Some(from), |n| Some(n * 2))
+                .take_while(move |&n| n <= to)
+                .filter(|n| self.at.is_empty() || self.at.contains(n))
         };
         let mut curves = Vec::new();
         let wanted = |file: &str| self.only.is_empty() || self.only.iter().any(|part| file.contains(part));
@@ -209,6 +219,14 @@ impl Growth {
 }
 
 impl Curve {
+    /// Takes the points of earlier runs where there is no new one.
+    fn keep(&mut self, earlier: Vec<(f64, f64)>) {
+        let new = std::mem::take(&mut self.points);
+        self.points = earlier.into_iter().filter(|old| new.iter().all(|point| point.0 != old.0)).collect();
+        self.points.extend(new);
+        self.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+
     /// A line through the points, both axes from zero.
     fn draw(&self, path: &Path) -> anyhow::Result<()> {
         let largest = |of: fn(&(f64, f64)) -> f64| self.points.iter().map(of).fold(0.0, f64::max) * 1.05;
@@ -225,5 +243,18 @@ impl Curve {
         chart.draw_series(self.points.iter().map(|&point| Circle::new(point, 3, BLUE.filled())))?;
         area.present()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_points_replace_those_of_the_same_place() {
+        let mut curve =
+            Curve { file: "a", title: String::new(), x: "", y: "", points: vec![(2.0, 5.0), (8.0, 9.0)] };
+        curve.keep(vec![(1.0, 1.0), (2.0, 2.0), (4.0, 4.0)]);
+        assert_eq!(curve.points, [(1.0, 1.0), (2.0, 5.0), (4.0, 4.0), (8.0, 9.0)]);
     }
 }

@@ -3,6 +3,7 @@
 //! `cargo run --release --package xtask -- peers --help`
 
 mod growth;
+mod instructions;
 mod micro;
 mod peers;
 mod table;
@@ -21,6 +22,8 @@ enum Task {
     Peers(peers::Peers),
     /// Time single ops, or compiled chains of ops, against torch and NumPy, and write a table with the ratios
     Micro(micro::Micro),
+    /// Count what a node of a graph costs in instructions, under valgrind
+    Instructions(instructions::Instructions),
     /// Measure how cost grows with depth, length, batch and size, and draw it
     Growth(growth::Growth),
 }
@@ -29,6 +32,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().task {
         Task::Peers(peers) => peers.run(),
         Task::Micro(micro) => micro.run(),
+        Task::Instructions(instructions) => instructions.run(),
         Task::Growth(growth) => growth.run(),
     }
 }

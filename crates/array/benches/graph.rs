@@ -1,5 +1,6 @@
 //! What a graph costs besides its arithmetic: building nodes, evaluating them on tiny arrays,
 //! dropping them. Run with `cargo bench -p mica-array --bench graph`; words after `--` choose the lines that contain one.
+//! `xtask instructions` counts the same parts under valgrind, through `--count PART NODES`.
 
 use std::time::Instant;
 
@@ -43,9 +44,28 @@ fn chain(one: &Array, nodes: usize) -> Array {
     x
 }
 
+/// Does one part once, for a program that counts instructions; building is in all of them.
+fn count(part: &str, nodes: usize, one: &Array) {
+    let x = chain(one, nodes);
+    match part {
+        "build" => std::mem::forget(x),
+        "drop" => drop(x),
+        "plan" => {
+            memory::rehearse(|| x.eval().expect("adds"));
+        }
+        "evaluate" => x.eval().expect("adds"),
+        _ => panic!("expected build, drop, plan or evaluate, got {part}"),
+    }
+}
+
 fn main() {
     set_threads(1);
     let one = Array::from_slice(&[1.0f32, 2.0, 3.0, 4.0], &[4]).expect("four values");
+    let words: Vec<String> = std::env::args().collect();
+    if let Some(at) = words.iter().position(|word| word == "--count") {
+        let [part, nodes] = &words[at + 1..] else { panic!("expected --count PART NODES, got {words:?}") };
+        return count(part, nodes.parse().expect("a number of nodes"), &one);
+    }
     let square = one.square().expect("floats");
     square.eval().expect("four values");
 

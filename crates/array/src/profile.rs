@@ -1,28 +1,80 @@
-//! Where time goes: `MICA_PROFILE=1` measures every op and [`report`] prints the table.
+//! Where time goes: while a [`Session`] lives every op is measured. `MICA_PROFILE=1` does so for a whole process
+//! and [`report`] prints the table.
 //!
-//! With profiling on, each step enters the pool alone, so that its time is its own; a decode step then
+//! While it is on, each step enters the pool alone, so that its time is its own; a decode step then
 //! takes a little longer than without. `MICA_PROFILE=shapes` keeps the shapes of an op apart.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::sync::{LazyLock, Mutex};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, Once};
 use std::time::Duration;
 
+use crate::Dtype;
 use crate::backend::{Operand, Step};
-use crate::op::Op;
+use crate::kv::PagedStep;
+use crate::op::{Op, Precision};
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    Off,
-    Ops,
-    Shapes,
+const OFF: u8 = 0;
+const OPS: u8 = 1;
+const SHAPES: u8 = 2;
+
+static MODE: AtomicU8 = AtomicU8::new(OFF);
+
+fn mode() -> u8 {
+    static ENVIRONMENT: Once = Once::new();
+    ENVIRONMENT.call_once(|| {
+        let mode = match std::env::var("MICA_PROFILE").as_deref() {
+            Err(_) | Ok("" | "0") => OFF,
+            Ok("shapes") => SHAPES,
+            Ok(_) => OPS,
+        };
+        MODE.store(mode, Ordering::Relaxed);
+    });
+    MODE.load(Ordering::Relaxed)
 }
 
-static MODE: LazyLock<Mode> = LazyLock::new(|| match std::env::var("MICA_PROFILE").as_deref() {
-    Err(_) | Ok("" | "0") => Mode::Off,
-    Ok("shapes") => Mode::Shapes,
-    Ok(_) => Mode::Ops,
-});
+/// How an op forms products, which says what arithmetic bounds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Arithmetic {
+    /// No products, or few: memory bounds it.
+    None,
+    /// In f32.
+    F32,
+    /// Of bf16 numbers.
+    Bf16,
+    /// Of 8-bit integers.
+    Int8,
+}
+
+impl Arithmetic {
+    /// As the tables say it; nothing where there are no products.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::None => "",
+            Arithmetic::F32 => "f32",
+            Arithmetic::Bf16 => "bf16",
+            Arithmetic::Int8 => "int8",
+        }
+    }
+}
+
+/// What all runs of an op took together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// The op's name, with `MICA_PROFILE=shapes` followed by those of its inputs.
+    pub op: String,
+    /// What its products are formed in.
+    pub arithmetic: Arithmetic,
+    /// How often it ran.
+    pub calls: u64,
+    /// How long that took.
+    pub seconds: f64,
+    /// Bytes of what it read and wrote, each counted once a call.
+    pub bytes: u64,
+    /// Multiplications and additions of products.
+    pub operations: u64,
+}
 
 #[derive(Clone, Copy, Default)]
 struct Entry {
@@ -32,17 +84,46 @@ struct Entry {
     operations: u64,
 }
 
-static TABLE: Mutex<BTreeMap<String, Entry>> = Mutex::new(BTreeMap::new());
+static TABLE: Mutex<BTreeMap<(String, Arithmetic), Entry>> = Mutex::new(BTreeMap::new());
 
 /// Whether ops are measured.
 pub fn enabled() -> bool {
-    *MODE != Mode::Off
+    mode() != OFF
+}
+
+/// Ops are measured while this lives. What `MICA_PROFILE` measures is put aside until then.
+pub struct Session {
+    mode: u8,
+    table: BTreeMap<(String, Arithmetic), Entry>,
+}
+
+/// Measures ops from now on, from zero. One session at a time: a second one would take the first one's ops.
+pub fn start() -> Session {
+    let mode = mode();
+    let mut table = TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let session = Session { mode, table: std::mem::take(&mut *table) };
+    MODE.store(mode.max(OPS), Ordering::Relaxed);
+    session
+}
+
+impl Session {
+    /// What was measured, longest first.
+    pub fn finish(self) -> Vec<Row> {
+        rows()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        MODE.store(self.mode, Ordering::Relaxed);
+        *TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = std::mem::take(&mut self.table);
+    }
 }
 
 /// Adds one run of a step.
 pub(crate) fn record(step: &Step, time: Duration) {
     let mut name = step.op.name().to_string();
-    if *MODE == Mode::Shapes {
+    if mode() == SHAPES {
         for operand in &step.inputs {
             let _ = match operand {
                 Operand::Host(view) => write!(name, " {:?}", view.shape.as_slice()),
@@ -51,17 +132,70 @@ pub(crate) fn record(step: &Step, time: Duration) {
             };
         }
     }
-    let bytes = |operand: &Operand| match operand {
+    let mut table = TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let entry = table.entry((name, arithmetic(step))).or_default();
+    entry.calls += 1;
+    entry.time += time;
+    entry.bytes += bytes(step);
+    entry.operations += operations(step);
+}
+
+/// What a step reads and writes.
+fn bytes(step: &Step) -> u64 {
+    let of = |operand: &Operand| match operand {
         Operand::Host(view) => view.bytes() as u64,
         Operand::Packed(weight) => weight.bytes() as u64,
         Operand::Absent => 0,
     };
-    let mut table = TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let entry = table.entry(name).or_default();
-    entry.calls += 1;
-    entry.time += time;
-    entry.bytes += step.inputs.iter().chain(&step.outputs).map(bytes).sum::<u64>();
-    entry.operations += operations(step);
+    let plain: u64 = step.inputs.iter().chain(&step.outputs).map(of).sum();
+    match &step.op {
+        // Of the table it reads as many rows as it gives.
+        Op::Embedding => plain - of(&step.inputs[0]) + step.outputs.iter().map(of).sum::<u64>(),
+        Op::PagedAttention(paged) => {
+            let keys = seen(paged, &step.inputs[0]).map(|(keys, _)| keys).sum::<u64>();
+            plain + keys * (paged.kv.bytes_per_position() / paged.kv.layers) as u64
+        }
+        _ => plain,
+    }
+}
+
+/// Of each sequence: the keys that are read, and the pairs of a query and a key that it sees. (A key outside of all
+/// windows is not read.)
+fn seen<'a>(paged: &'a PagedStep, queries: &'a Operand) -> impl Iterator<Item = (u64, u64)> + 'a {
+    let length = match queries {
+        Operand::Host(view) => view.shape.get(1).copied().unwrap_or(0) as u64,
+        Operand::Packed(_) | Operand::Absent => 0,
+    };
+    let window = paged.spec.window.map_or(u64::MAX, |window| window as u64);
+    paged.sequences.iter().map(move |(_, before)| {
+        let before = *before as u64;
+        let pairs = (1..=length).map(|i| (before + i).min(window)).sum();
+        ((before + length).min(window.saturating_add(length)), pairs)
+    })
+}
+
+fn arithmetic(step: &Step) -> Arithmetic {
+    // Products of two bf16 arrays are exact in bf16.
+    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
+    let float = |precision: Precision| match precision {
+        Precision::Exact if matches!(step.op, Op::Matmul { .. }) && halves() => Arithmetic::Bf16,
+        Precision::Exact => Arithmetic::F32,
+        Precision::Bf16 | Precision::Fast => Arithmetic::Bf16,
+    };
+    match &step.op {
+        Op::Linear { precision: Precision::Fast }
+            if step.inputs.iter().any(|operand| matches!(operand, Operand::Packed(_))) =>
+        {
+            Arithmetic::Int8
+        }
+        Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
+            float(*precision)
+        }
+        Op::LinearCrossEntropy(spec) => float(spec.precision),
+        Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
+        Op::PagedAttention(paged) => float(paged.spec.precision),
+        _ => Arithmetic::None,
+    }
 }
 
 /// Multiplications and additions of products; other ops are bound by memory and count as none.
@@ -88,31 +222,51 @@ fn operations(step: &Step) -> u64 {
             let products = if matches!(step.op, Op::Attention(_)) { 2 } else { 5 };
             2 * products * size(&first) * keys / if spec.causal { 2 } else { 1 }
         }
+        Op::PagedAttention(paged) => {
+            let pairs: u64 = seen(paged, &step.inputs[0]).map(|(_, pairs)| pairs).sum();
+            let heads = size(&first[first.len().saturating_sub(2)..]);
+            4 * heads * pairs
+        }
         _ => 0,
     }
 }
 
+/// What was measured so far, longest first.
+pub fn rows() -> Vec<Row> {
+    let table = TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let row = |((op, arithmetic), entry): (&(String, Arithmetic), &Entry)| Row {
+        op: op.clone(),
+        arithmetic: *arithmetic,
+        calls: entry.calls,
+        seconds: entry.time.as_secs_f64(),
+        bytes: entry.bytes,
+        operations: entry.operations,
+    };
+    let mut rows: Vec<Row> = table.iter().map(row).collect();
+    rows.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    rows
+}
+
 /// The table of what was measured so far, longest first; `None` if nothing was.
 pub fn report() -> Option<String> {
-    let table = TABLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let total: f64 = table.values().map(|entry| entry.time.as_secs_f64()).sum();
+    let rows = rows();
+    let total: f64 = rows.iter().map(|row| row.seconds).sum();
     if total == 0.0 {
         return None;
     }
-    let mut rows: Vec<(&String, &Entry)> = table.iter().collect();
-    rows.sort_by_key(|(_, entry)| std::cmp::Reverse(entry.time));
     let mut text = format!("{:>8} {:>10} {:>6} {:>8} {:>9}  op\n", "calls", "ms", "share", "GB/s", "GFLOP/s");
-    for (name, entry) in rows {
-        let seconds = entry.time.as_secs_f64();
-        let rate = |count: u64| if seconds > 0.0 { count as f64 / seconds / 1e9 } else { 0.0 };
+    for row in rows {
+        let rate = |count: u64| if row.seconds > 0.0 { count as f64 / row.seconds / 1e9 } else { 0.0 };
         let _ = writeln!(
             text,
-            "{:>8} {:>10.2} {:>5.1}% {:>8.1} {:>9.1}  {name}",
-            entry.calls,
-            seconds * 1e3,
-            100.0 * seconds / total,
-            rate(entry.bytes),
-            rate(entry.operations),
+            "{:>8} {:>10.2} {:>5.1}% {:>8.1} {:>9.1}  {} {}",
+            row.calls,
+            row.seconds * 1e3,
+            100.0 * row.seconds / total,
+            rate(row.bytes),
+            rate(row.operations),
+            row.op,
+            row.arithmetic.name(),
         );
     }
     Some(text)

@@ -1,49 +1,88 @@
-//! What this machine can do, measured.
-
-use std::time::Instant;
+//! What this machine is and can do, and where the time of a step goes beside that.
 
 use mica_array::memory;
+use mica_array::profile::{self, Row};
+pub use mica_ceiling::Measured;
+use mica_ceiling::{Arithmetic, Ceilings, Work};
+use serde_json::{Value, json};
 
-/// Read bandwidth of memory in GB/s: the best of a few passes over a block far larger than the
-/// caches, with `threads` threads that each read four streams.
-pub fn read_bandwidth(threads: usize, bytes: usize) -> Option<f64> {
-    let words = bytes / 8 / threads.max(1) / 32 * 32;
-    let mut blocks: Vec<Vec<u64>> = Vec::new();
-    for _ in 0..threads.max(1) {
-        let mut block = Vec::new();
-        block.try_reserve_exact(words).ok()?;
-        block.resize(words, 1u64);
-        blocks.push(block);
-    }
-    let pass = || {
-        let started = Instant::now();
-        std::thread::scope(|scope| {
-            for block in &blocks {
-                scope.spawn(move || std::hint::black_box(sum(block)));
-            }
-        });
-        (words * 8 * blocks.len()) as f64 / started.elapsed().as_secs_f64() / 1e9
-    };
-    let mut rates: Vec<f64> = (0..5).map(|_| pass()).collect();
-    rates.sort_by(f64::total_cmp);
-    Some(rates[rates.len() / 2])
+/// To measure with as many threads as arrays use, and a block of so many bytes.
+pub fn ceilings(bytes: usize) -> Ceilings {
+    Ceilings::new(mica_array::threads(), bytes)
 }
 
-/// Adds four streams at once, so that the memory system always has requests in flight.
-fn sum(block: &[u64]) -> u64 {
-    let quarter = block.len() / 4;
-    let (a, rest) = block.split_at(quarter);
-    let (b, rest) = rest.split_at(quarter);
-    let (c, d) = rest.split_at(quarter);
-    let mut sums = [0u64; 8];
-    for (((a, b), c), d) in
-        a.chunks_exact(8).zip(b.chunks_exact(8)).zip(c.chunks_exact(8)).zip(d.chunks_exact(8))
-    {
-        for i in 0..8 {
-            sums[i] = sums[i].wrapping_add(a[i]).wrapping_add(b[i]).wrapping_add(c[i]).wrapping_add(d[i]);
-        }
+/// What bounds an op, and the part of that ceiling it reaches.
+fn bound(measured: &Measured, row: &Row) -> Option<(&'static str, f64)> {
+    let arithmetic = match row.arithmetic {
+        profile::Arithmetic::None => None,
+        profile::Arithmetic::F32 => Some(Arithmetic::F32),
+        profile::Arithmetic::Bf16 => Some(Arithmetic::Bf16),
+        profile::Arithmetic::Int8 => Some(Arithmetic::Int8),
+    };
+    let &Row { seconds, bytes, operations, .. } = row;
+    measured.bound(&Work { seconds, bytes, operations, arithmetic })
+}
+
+/// Where the time of a step goes, longest first; the rows are of so many steps.
+pub fn by_op(measured: &Measured, rows: &[Row], steps: usize) -> Value {
+    let total: f64 = rows.iter().map(|row| row.seconds).sum();
+    let one = |row: &Row| {
+        let bound = bound(measured, row);
+        json!({
+            "op": row.op,
+            "arithmetic": row.arithmetic.name(),
+            "calls": row.calls as f64 / steps as f64,
+            "ms": row.seconds * 1e3 / steps as f64,
+            "share": row.seconds / total,
+            "gbs": row.bytes as f64 / row.seconds / 1e9,
+            "gops": row.operations as f64 / row.seconds / 1e9,
+            "bound": bound.map(|(name, _)| name),
+            "fraction": bound.map(|(_, fraction)| fraction),
+        })
+    };
+    rows.iter().filter(|row| row.seconds > 0.0).map(one).collect()
+}
+
+/// The same for people.
+pub fn table(measured: &Measured, rows: &[Row], steps: usize) -> String {
+    let mut text = format!(
+        "{:>7} {:>9} {:>6} {:>7} {:>8} {:>15}  op\n",
+        "calls", "ms", "share", "GB/s", "GOP/s", "of its ceiling"
+    );
+    let total: f64 = rows.iter().map(|row| row.seconds).sum();
+    for row in rows.iter().filter(|row| row.seconds > 0.0) {
+        let bound = bound(measured, row)
+            .map_or_else(String::new, |(name, fraction)| format!("{:.0} % {name:>6}", 100.0 * fraction));
+        text += &format!(
+            "{:>7} {:>9.3} {:>5.1}% {:>7.1} {:>8.1} {bound:>15}  {}\n",
+            row.calls / steps as u64,
+            row.seconds * 1e3 / steps as f64,
+            100.0 * row.seconds / total,
+            row.bytes as f64 / row.seconds / 1e9,
+            row.operations as f64 / row.seconds / 1e9,
+            format!("{} {}", row.op, row.arithmetic.name()).trim_end(),
+        );
     }
-    sums.iter().fold(0, |sum, value| sum.wrapping_add(*value))
+    text
+}
+
+/// The ceilings as a line.
+pub fn line(measured: &Measured) -> String {
+    let rate = |value: Option<f64>| value.map_or("unknown".to_string(), |rate| format!("{rate:.0}"));
+    let &Measured { read, f32, bf16, int8 } = measured;
+    format!(
+        "{} GB/s reading; {}, {} and {} GOP/s in f32, bf16 and int8",
+        read.map_or("unknown".to_string(), |rate| format!("{rate:.1}")),
+        rate(f32),
+        rate(bf16),
+        rate(int8)
+    )
+}
+
+/// The same as JSON.
+pub fn json(measured: &Measured) -> Value {
+    let &Measured { read, f32, bf16, int8 } = measured;
+    json!({"read_gbs": read, "f32_gops": f32, "bf16_gops": bf16, "int8_gops": int8})
 }
 
 /// The most memory that this process has had resident, in GB; 0 where the system does not say.

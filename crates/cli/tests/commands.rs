@@ -91,6 +91,57 @@ fn documents_have_their_fields() {
     }
 }
 
+#[test]
+fn steps_are_told_by_op_beside_the_ceilings() {
+    let packed = model("qwen3-4bit");
+    let decode = ["bench", "--model", &packed, "-p", "4", "-g", "4", "-n", "1", "--depth", "8", "--json"];
+    let train =
+        ["bench", "--train", "--model", &packed, "--batch", "1", "--seq", "8", "--steps", "1", "--json"];
+    let cases: [(&str, &[&str], &[(&str, &str)]); 2] = [
+        ("decode", &decode, &[("linear", "int8"), ("paged_attention", "bf16"), ("rms_norm", "")]),
+        ("train", &train, &[("linear", "bf16"), ("attention_vjp", "bf16"), ("linear_cross_entropy", "bf16")]),
+    ];
+    for (name, arguments, expected) in cases {
+        let document = document(arguments);
+        let rows = document["by_op"].as_array().unwrap();
+        let share: f64 = rows.iter().map(|row| row["share"].as_f64().unwrap()).sum();
+        assert!((share - 1.0).abs() < 1e-6, "{name}: shares come to {share}");
+        for (op, arithmetic) in expected {
+            let row = rows.iter().find(|row| row["op"] == *op && row["arithmetic"] == *arithmetic);
+            let row = row.unwrap_or_else(|| panic!("{name}: no {op} in {arithmetic} in {document}"));
+            for field in ["calls", "ms", "gbs", "fraction"] {
+                assert!(row[field].as_f64().is_some_and(|value| value > 0.0), "{name}: {field} of {row}");
+            }
+            assert!(row["bound"].is_string(), "{name}: {row}");
+        }
+        assert!(document["ceilings"]["read_gbs"].as_f64().is_some_and(|rate| rate > 0.0), "{name}");
+    }
+}
+
+#[test]
+fn the_doctor_says_what_models_can_reach() {
+    let document = document(&["doctor", "--json"]);
+    let bandwidth = document["read_bandwidth_gbs"].as_f64().unwrap();
+    let models = document["models"].as_array().unwrap();
+    assert!(bandwidth > 0.0 && models.len() >= 3, "{document}");
+    let of = |name: &str| models.iter().find(|model| model["shape"] == name).unwrap();
+    let (small, large) = (of("Qwen3-0.6B"), of("Llama-3.1-8B"));
+    let rate = small["decoding_tps_at_most"].as_f64().unwrap() * small["weights_gb"].as_f64().unwrap();
+    assert!((rate / bandwidth - 1.0).abs() < 1e-6, "{small}");
+    for field in ["decoding_tps_at_most", "prompt_tps_at_most", "lora_tps_at_most"] {
+        // A machine without vectors has no arithmetic ceilings.
+        let (small, large) = (small[field].as_f64(), large[field].as_f64());
+        assert_eq!(
+            small.is_some(),
+            document["ceilings"]["int8_gops"].is_number() || field.starts_with("dec")
+        );
+        assert!(
+            small.zip(large).is_none_or(|(small, large)| small > 5.0 * large),
+            "{field}: {small:?} {large:?}"
+        );
+    }
+}
+
 /// A short tour: the shipped base answers nothing as asked, and what it leaves can be used.
 #[test]
 fn the_quickstart_asks_trains_and_asks_again() {

@@ -68,7 +68,7 @@ fn main() {
     for dtype in [Dtype::F32, Dtype::BF16] {
         time(&format!("add of {dtype}"), 3 * dtype.size(), &|out| {
             let a = floats.flat(dtype);
-            binary_dense(BinaryOp::Add, a, a, out.flat(dtype), N * N).expect("types are equal")
+            Box::new(binary_dense(BinaryOp::Add, a, a, out.flat(dtype), N * N).expect("types are equal"))
         });
     }
     time("gather along the last axis", 12, &|out| {

@@ -1,8 +1,11 @@
-//! `mica bench`: speeds of a model, with the machine's ceiling measured in the same run.
+//! `mica bench`: speeds of a model, with the machine's ceilings measured in the same run, and where the time of a
+//! step goes.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use mica_array::{Dtype, Precision};
+use mica_array::{Dtype, Precision, profile};
+use mica_ceiling::Ceilings;
+use mica_lm::cache::Cache;
 use mica_lm::generate::{Options, advance, prefill};
 use mica_lm::load::Loaded;
 use mica_lm::models::Input;
@@ -11,7 +14,7 @@ use mica_simd::Isa;
 
 use super::{ModelArgs, bench_train};
 use crate::exit::Usage;
-use crate::machine::{peak_memory_gb, read_bandwidth};
+use crate::machine::{self, peak_memory_gb};
 use crate::output::say;
 
 /// Measure the speed of prefill and decoding, or of training (--train)
@@ -51,6 +54,13 @@ fn parse_batch(text: &str) -> Result<usize, String> {
         _ => Err("expected a number from 1 to 65536".to_string()),
     }
 }
+
+/// Bytes of the block that bandwidth is measured on.
+pub const BLOCK: usize = 1 << 29;
+/// How long filling a cache may take before a line says that it is done.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Steps whose ops are measured one by one.
+const PROFILED: usize = 8;
 
 struct Run {
     ttft_s: f64,
@@ -94,14 +104,29 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let needed = mica_lm::memory::generation(model, args.prompt_tokens, longest, args.batch, types)?;
     let what = format!("{longest} tokens in each of {} sequences", args.batch);
     mica_lm::memory::check(needed, &what, "lower -p, -g, --depth or --batch")?;
-    // One run to warm up, whose peak is the model's own: sampling the bandwidth takes memory too.
-    let sample = |bandwidth| measure(&args, &loaded, depth, precision, kv_dtype, bandwidth);
-    sample(false)?;
+    let bench = Bench { args: &args, loaded: &loaded, precision, kv_dtype };
+    let filling = Instant::now();
+    let filled = if depth == args.prompt_tokens { None } else { Some(bench.filled(depth)?) };
+    if filled.is_some() && filling.elapsed() > PATIENCE {
+        eprintln!("{depth} tokens are cached after {:.0} s", filling.elapsed().as_secs_f64());
+    }
+    // One run to warm up, whose peak is the model's own: measuring the bandwidth takes memory too.
+    bench.measure(filled.as_ref(), depth, None)?;
     let peak_memory_gb = peak_memory_gb();
+    let ceilings = machine::ceilings(BLOCK);
     let mut runs = Vec::with_capacity(args.runs.min(1 << 16));
     for _ in 0..args.runs {
-        runs.push(sample(true)?);
+        runs.push(bench.measure(filled.as_ref(), depth, Some(&ceilings))?);
     }
+    let steps = PROFILED.min(args.generate_tokens);
+    let cache = match filled {
+        Some(cache) => cache,
+        None => bench.filled(depth)?,
+    };
+    let session = profile::start();
+    bench.decode(cache, steps)?;
+    let ops = session.finish();
+    let measured = ceilings.measure();
     let median = |value: fn(&Run) -> f64| {
         let mut values: Vec<f64> = runs.iter().map(value).collect();
         values.sort_by(f64::total_cmp);
@@ -137,6 +162,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "peak_memory_gb": peak_memory_gb,
             "read_bandwidth_gbs": median(|run| run.read_bandwidth_gbs),
             "bandwidth_fraction": median(|run| run.bandwidth_fraction),
+            "ceilings": machine::json(&measured),
+            "by_op": machine::by_op(&measured, &ops, steps),
             "runs": list,
         });
         say!("{document}");
@@ -157,78 +184,92 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         100.0 * median(|run| run.bandwidth_fraction),
         peak_memory_gb
     );
+    if steps > 0 {
+        say!("ceilings     {}", machine::line(&measured));
+        say!("\nA decode step by op, each op alone in the pool:");
+        say!("{}", machine::table(&measured, &ops, steps).trim_end());
+    }
     Ok(())
 }
 
-fn measure(
-    args: &Args,
-    loaded: &Loaded,
-    depth: usize,
+/// A model and how it is run.
+struct Bench<'a> {
+    args: &'a Args,
+    loaded: &'a Loaded,
     precision: Precision,
     kv_dtype: Dtype,
-    bandwidth: bool,
-) -> anyhow::Result<Run> {
-    let model = loaded.model.as_ref();
-    let vocabulary = model.info().vocabulary;
-    let token = |i: usize| ((i * 7919) % vocabulary.min(15_000)) as u32;
-    let prompt: Vec<u32> = (0..args.prompt_tokens).map(token).collect();
-    let mut cache = model.new_cache(1, kv_dtype);
-    let started = Instant::now();
-    prefill(model, &mut cache, &prompt, precision)?;
-    let ttft_s = started.elapsed().as_secs_f64();
-    if depth != args.prompt_tokens {
-        cache = model.new_cache(1, kv_dtype);
-        let filler: Vec<u32> = (0..depth.max(1)).map(token).collect();
-        prefill(model, &mut cache, &filler, precision)?;
-    }
-    // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
-    let threads = mica_array::threads();
-    let sample = || if bandwidth { read_bandwidth(threads, 1 << 29) } else { None };
-    let before = sample().unwrap_or(f64::NAN);
-    let started = Instant::now();
-    if args.batch == 1 {
-        for i in 0..args.generate_tokens {
-            advance(model, &mut cache, &[token(i)], precision)?;
-        }
-    } else {
-        decode_batch(args, loaded, cache, precision, token)?;
-    }
-    let seconds = started.elapsed().as_secs_f64();
-    let after = sample().unwrap_or(f64::NAN);
-    let bandwidth = (before + after) / 2.0;
-    let spec = model.new_cache(1, kv_dtype).kv.spec().clone();
-    let positions = depth as f64 + args.generate_tokens as f64 / 2.0;
-    let kv_bytes = spec.bytes_per_position() as f64 * positions * args.batch as f64;
-    let steps_per_second = args.generate_tokens as f64 / seconds;
-    let moved = (loaded.weight_bytes as f64 + kv_bytes) * steps_per_second / 1e9;
-    Ok(Run {
-        ttft_s,
-        prompt_tps: args.prompt_tokens as f64 / ttft_s,
-        generation_tps: steps_per_second * args.batch as f64,
-        read_bandwidth_gbs: bandwidth,
-        bandwidth_fraction: moved / bandwidth,
-    })
 }
 
-/// Steps of several sequences that share the cached tokens.
-fn decode_batch(
-    args: &Args,
-    loaded: &Loaded,
-    cache: mica_lm::cache::Cache,
-    precision: Precision,
-    token: impl Fn(usize) -> u32,
-) -> anyhow::Result<()> {
-    let model = loaded.model.as_ref();
-    let mut cache = cache.fork(&vec![0; args.batch])?;
-    let context = Context::new(precision);
-    for i in 0..args.generate_tokens {
-        let tokens: Vec<[u32; 1]> = (0..args.batch).map(|row| [token(i * args.batch + row)]).collect();
-        let rows: Vec<&[u32]> = tokens.iter().map(|row| row.as_slice()).collect();
-        cache.reserve(1)?;
-        let input = Input::new(&rows, &vec![cache.length(); args.batch])?;
-        let logits = model.logits(&input, Some(&mut cache), &context)?;
-        cache.advance(1);
-        logits.eval()?;
+impl Bench<'_> {
+    fn token(&self, i: usize) -> u32 {
+        ((i * 7919) % self.loaded.model.info().vocabulary.min(15_000)) as u32
     }
-    Ok(())
+
+    /// A cache that holds so many tokens.
+    fn filled(&self, depth: usize) -> anyhow::Result<Cache> {
+        let model = self.loaded.model.as_ref();
+        let mut cache = model.new_cache(1, self.kv_dtype);
+        let tokens: Vec<u32> = (0..depth.max(1)).map(|i| self.token(i)).collect();
+        prefill(model, &mut cache, &tokens, self.precision)?;
+        Ok(cache)
+    }
+
+    /// One run: the prompt, then decoding behind it or behind the tokens of `filled`.
+    fn measure(
+        &self,
+        filled: Option<&Cache>,
+        depth: usize,
+        ceilings: Option<&Ceilings>,
+    ) -> anyhow::Result<Run> {
+        let (args, model) = (self.args, self.loaded.model.as_ref());
+        let started = Instant::now();
+        let prompt = self.filled(args.prompt_tokens)?;
+        let ttft_s = started.elapsed().as_secs_f64();
+        let cache = match filled {
+            Some(filled) => filled.fork(&[0])?,
+            None => prompt,
+        };
+        // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
+        let sample = || ceilings.and_then(Ceilings::bandwidth).unwrap_or(f64::NAN);
+        let before = sample();
+        let started = Instant::now();
+        self.decode(cache, args.generate_tokens)?;
+        let seconds = started.elapsed().as_secs_f64();
+        let bandwidth = (before + sample()) / 2.0;
+        let spec = model.new_cache(1, self.kv_dtype).kv.spec().clone();
+        let positions = depth as f64 + args.generate_tokens as f64 / 2.0;
+        let kv_bytes = spec.bytes_per_position() as f64 * positions * args.batch as f64;
+        let steps_per_second = args.generate_tokens as f64 / seconds;
+        let moved = (self.loaded.weight_bytes as f64 + kv_bytes) * steps_per_second / 1e9;
+        Ok(Run {
+            ttft_s,
+            prompt_tps: args.prompt_tokens as f64 / ttft_s,
+            generation_tps: steps_per_second * args.batch as f64,
+            read_bandwidth_gbs: bandwidth,
+            bandwidth_fraction: moved / bandwidth,
+        })
+    }
+
+    /// Steps of one sequence, or of several that share the cached tokens.
+    fn decode(&self, mut cache: Cache, steps: usize) -> anyhow::Result<()> {
+        let (batch, model) = (self.args.batch, self.loaded.model.as_ref());
+        if batch == 1 {
+            for i in 0..steps {
+                advance(model, &mut cache, &[self.token(i)], self.precision)?;
+            }
+            return Ok(());
+        }
+        let context = Context::new(self.precision);
+        let mut cache = cache.fork(&vec![0; batch])?;
+        for i in 0..steps {
+            let tokens: Vec<[u32; 1]> = (0..batch).map(|row| [self.token(i * batch + row)]).collect();
+            let rows: Vec<&[u32]> = tokens.iter().map(|row| row.as_slice()).collect();
+            cache.reserve(1)?;
+            let input = Input::new(&rows, &vec![cache.length(); batch])?;
+            let logits = model.logits(&input, Some(&mut cache), &context)?;
+            cache.advance(1);
+            logits.eval()?;
+        }
+        Ok(())
+    }
 }

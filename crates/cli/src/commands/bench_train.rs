@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use mica_array::profile;
 use mica_lm::load::load;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
@@ -19,8 +20,9 @@ use mica_tune::rng::Rng;
 use mica_tune::session::precision;
 use mica_tune::trainer::{Update, UpdateSettings};
 
+use super::bench::BLOCK;
 use crate::exit::Usage;
-use crate::machine::peak_memory_gb;
+use crate::machine::{self, peak_memory_gb};
 use crate::output::say;
 
 /// Positions of a step: more than fit into any memory.
@@ -119,13 +121,18 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
         (size(update.parameters(&*loaded.model)), size(parameters(loaded.model.as_module())));
     let batch = batch(rows, args.seq, loaded.model.info().vocabulary);
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let window = std::slice::from_ref(&batch);
     for step in 0..args.steps {
         let begun = Instant::now();
-        let window = std::slice::from_ref(&batch);
         let stepped = update.step(&mut *loaded.model, &Sft, window, step as u64, args.learning_rate)?;
         seconds.push(begun.elapsed().as_secs_f64());
         losses.push(stepped.loss);
     }
+    let peak_memory_gb = peak_memory_gb();
+    let session = profile::start();
+    update.step(&mut *loaded.model, &Sft, window, args.steps as u64, args.learning_rate)?;
+    let ops = session.finish();
+    let measured = machine::ceilings(BLOCK).measure();
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let step_s = sorted[sorted.len() / 2];
@@ -147,10 +154,12 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
             "tokens_per_s": tokens_per_s,
             "trainable": trainable,
             "parameters": all,
-            "peak_memory_gb": peak_memory_gb(),
+            "peak_memory_gb": peak_memory_gb,
             "loss_first": losses.first(),
             "loss_last": losses.last(),
             "losses": losses,
+            "ceilings": machine::json(&measured),
+            "by_op": machine::by_op(&measured, &ops, 1),
             "runs": seconds,
         });
         say!("{document}");
@@ -164,7 +173,10 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     say!("trained    {trainable} of {all} parameters");
     say!("step       {step_s:.3} s for {rows} × {} tokens: {tokens_per_s:.1} tokens/s", args.seq);
     say!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
-    say!("memory     peak {:.2} GB", peak_memory_gb());
+    say!("memory     peak {peak_memory_gb:.2} GB");
+    say!("ceilings   {}", machine::line(&measured));
+    say!("\nA step by op, each op alone in the pool:");
+    say!("{}", machine::table(&measured, &ops, 1).trim_end());
     Ok(())
 }
 

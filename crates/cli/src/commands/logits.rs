@@ -28,6 +28,9 @@ pub struct Args {
     /// Form products exactly in f32
     #[arg(long)]
     exact: bool,
+    /// Form products in bf16, as training does, instead of with int8 activations
+    #[arg(long, conflicts_with = "exact")]
+    bf16: bool,
     /// One pass over all tokens without a cache, instead of token by token
     #[arg(long)]
     no_cache: bool,
@@ -47,8 +50,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     check_tokens(loaded.model.as_ref(), &tokens)?;
     let defaults = Options::for_model(&loaded);
-    let (precision, kv_dtype) =
-        if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
+    let (precision, kv_dtype) = match (args.exact, args.bf16) {
+        (true, _) => (Precision::Exact, Dtype::F32),
+        (_, true) => (Precision::Bf16, Dtype::BF16),
+        _ => (defaults.precision, defaults.kv_dtype),
+    };
     let context = Context::new(precision);
     let model = loaded.model.as_ref();
     let (kept, needed) = (4 * (tokens.len() * model.info().vocabulary) as u64, (kv_dtype, precision));

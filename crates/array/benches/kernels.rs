@@ -1,0 +1,255 @@
+//! Kernels through their ops, one line each: what they reach, and which part of the ceiling that bounds them, measured
+//! right beside. Bytes and operations are those of `MICA_PROFILE`, whose clock around the op is used as well, so
+//! what a graph costs is not in it (the bench `graph` has that).
+//!
+//! `cargo bench -p mica-array --bench kernels`; words after `--` choose the lines that contain one, `MICA_THREADS` and
+//! `MICA_ISA` threads and instruction set. A line is the median of rounds, each with ceilings of its own: on a
+//! shared machine its share means more than its rates.
+
+use std::time::{Duration, Instant};
+
+use mica_array::kv::{KvCache, KvSpec, PagedSpec};
+use mica_array::op::{AttentionSpec, RopeSpec};
+use mica_array::profile::{self, Row};
+use mica_array::transforms::{compile, vjp};
+use mica_array::{Array, Dtype, PackedWeight, Precision, Quantized, eval, random};
+use mica_ceiling::{Arithmetic, Ceilings, Measured, Work};
+use mica_simd::Isa;
+
+/// Of the block whose reading is the ceiling: several times any cache that is one core's.
+const BLOCK: usize = 1 << 29;
+/// Rounds of a line, if they do not take too long.
+const ROUNDS: usize = 7;
+const LONGEST: Duration = Duration::from_secs(4);
+
+struct Bench {
+    words: Vec<String>,
+    ceilings: Ceilings,
+}
+
+impl Bench {
+    /// Measures the op of this name in what `run` evaluates. Inputs are made only if the line is asked for.
+    fn line<T>(&self, name: &str, op: &str, setup: impl FnOnce() -> T, run: impl Fn(&T)) {
+        if !self.words.is_empty() && !self.words.iter().any(|word| name.contains(word.as_str())) {
+            return;
+        }
+        let inputs = setup();
+        run(&inputs);
+        let begun = Instant::now();
+        let mut rounds = Vec::new();
+        while rounds.len() < ROUNDS && (rounds.len() < 3 || begun.elapsed() < LONGEST) {
+            let measured = self.ceilings.measure();
+            let session = profile::start();
+            run(&inputs);
+            let rows = session.finish();
+            let row = rows.into_iter().find(|row| row.op == op);
+            let row = row.unwrap_or_else(|| panic!("{name}: no {op} was evaluated"));
+            rounds.push((bound(&measured, &row), row));
+        }
+        rounds.sort_by(|a, b| a.1.seconds.total_cmp(&b.1.seconds));
+        let row = &rounds[rounds.len() / 2].1;
+        let rate = |count: u64| count as f64 / row.seconds / 1e9;
+        let mut shares: Vec<(&str, f64)> = rounds.iter().filter_map(|(bound, _)| *bound).collect();
+        shares.sort_by(|a, b| a.1.total_cmp(&b.1));
+        let share =
+            shares.get(shares.len() / 2).map_or("no ceiling is known".to_string(), |(name, share)| {
+                format!("{:4.0} % of {name}", 100.0 * share)
+            });
+        let ms = 1e3 * row.seconds / row.calls as f64;
+        println!(
+            "{name:44} {ms:9.3} ms {:7.1} GB/s {:8.1} GOP/s  {share}",
+            rate(row.bytes),
+            rate(row.operations)
+        );
+    }
+}
+
+fn bound(measured: &Measured, row: &Row) -> Option<(&'static str, f64)> {
+    let arithmetic = match row.arithmetic {
+        profile::Arithmetic::None => None,
+        profile::Arithmetic::F32 => Some(Arithmetic::F32),
+        profile::Arithmetic::Bf16 => Some(Arithmetic::Bf16),
+        profile::Arithmetic::Int8 => Some(Arithmetic::Int8),
+    };
+    let &Row { seconds, bytes, operations, .. } = row;
+    measured.bound(&Work { seconds, bytes, operations, arithmetic })
+}
+
+fn normal(shape: &[usize], dtype: Dtype) -> Array {
+    let key = random::key(7).expect("a seed");
+    let values = random::normal(shape, Dtype::F32, &key).and_then(|x| x.astype(dtype)).expect("floats");
+    values.eval().expect("there is memory");
+    values
+}
+
+/// Random codes in groups of 64, packed.
+fn packed([out, inputs]: [usize; 2], bits: usize) -> Array {
+    let key = random::key(11).expect("a seed");
+    let words = random::bits(&[out, inputs * bits / 32], 4, &key).expect("words");
+    let groups = [out, inputs / 64];
+    let scales = Array::full(&groups, 0.01, Dtype::BF16);
+    let biases = Array::full(&groups, -0.08, Dtype::BF16);
+    let weight = PackedWeight::from_mlx(&Quantized { words, scales, biases }, bits, 64).expect("sizes fit");
+    Array::from_packed(weight)
+}
+
+fn evaluate(result: mica_array::Result<Array>) {
+    result.and_then(|array| array.eval()).expect("the inputs are right");
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let bench = Bench { words, ceilings: Ceilings::new(mica_array::threads(), BLOCK) };
+    println!("{} threads, {}", mica_array::threads(), Isa::get());
+    products(&bench);
+    attention(&bench);
+    rows(&bench);
+}
+
+fn products(bench: &Bench) {
+    // Weights of 150 and 280 MB: more than a share of the last cache, so that they come from memory.
+    const LONG: [usize; 2] = [65_536, 4096];
+    for bits in [4, 8] {
+        for m in 1..=8 {
+            bench.line(
+                &format!("quantized {bits} bits, {m} rows"),
+                "linear",
+                || (normal(&[m, LONG[1]], Dtype::F32), packed(LONG, bits)),
+                |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
+            );
+        }
+    }
+    const SQUARE: [usize; 2] = [4096, 4096];
+    for bits in [4, 8] {
+        for (name, precision) in
+            [("int8", Precision::Fast), ("bf16", Precision::Bf16), ("f32", Precision::Exact)]
+        {
+            bench.line(
+                &format!("quantized {bits} bits, 512 rows, {name}"),
+                "linear",
+                || (normal(&[512, SQUARE[1]], Dtype::F32), packed(SQUARE, bits)),
+                |(x, weight)| evaluate(x.linear(weight, None, precision)),
+            );
+        }
+        bench.line(
+            &format!("quantized {bits} bits, 512 rows, bf16, transposed"),
+            "linear_transposed",
+            || (normal(&[512, SQUARE[0]], Dtype::F32), packed(SQUARE, bits)),
+            |(y, weight)| evaluate(y.linear_transposed(weight, Precision::Bf16)),
+        );
+        bench.line(
+            &format!("dequantize {bits} bits to bf16"),
+            "dequantize",
+            || packed(SQUARE, bits),
+            |weight| evaluate(weight.dequantize_to(Dtype::BF16)),
+        );
+    }
+    for n in [1024, 2048, 4096] {
+        bench.line(
+            &format!("bf16 product {n} x {n} x {n}"),
+            "matmul",
+            || (normal(&[n, n], Dtype::BF16), normal(&[n, n], Dtype::BF16)),
+            |(a, b)| evaluate(a.matmul(b)),
+        );
+    }
+}
+
+const HEADS: usize = 16;
+const KV_HEADS: usize = 8;
+const WIDTH: usize = 128;
+
+fn attention(bench: &Bench) {
+    let spec = AttentionSpec {
+        scale: (WIDTH as f32).powf(-0.5),
+        causal: true,
+        window: None,
+        softcap: None,
+        key_start: false,
+        precision: Precision::Bf16,
+    };
+    let inputs = |length: usize| {
+        let kv = || normal(&[1, length, KV_HEADS, WIDTH], Dtype::F32);
+        [normal(&[1, length, HEADS, WIDTH], Dtype::F32), kv(), kv()]
+    };
+    for length in [512, 2048, 4096] {
+        bench.line(
+            &format!("attention over {length}"),
+            "attention",
+            || inputs(length),
+            |[q, k, v]| evaluate(q.attention(k, v, None, spec.clone())),
+        );
+        bench.line(
+            &format!("attention over {length}, backward"),
+            "attention_vjp",
+            || inputs(length),
+            |inputs| {
+                let seed = inputs[0].clone();
+                let function = |x: &[Array]| Ok(vec![x[0].attention(&x[1], &x[2], None, spec.clone())?]);
+                let (_, gradients) = vjp(function, inputs, &[seed]).expect("attention has gradients");
+                eval(&gradients).expect("the inputs are right");
+            },
+        );
+    }
+    for depth in [512, 4096, 32_768] {
+        let kv = KvSpec { layers: 1, kv_heads: KV_HEADS, head_dim: WIDTH, dtype: Dtype::BF16 };
+        let paged = PagedSpec { scale: spec.scale, window: None, softcap: None, precision: Precision::Bf16 };
+        let attend = move |cache: &mut KvCache, length: usize| {
+            let row = |heads| normal(&[1, length, heads, WIDTH], Dtype::F32);
+            cache.reserve(length).expect("there is memory");
+            let out = cache.attend(0, &row(HEADS), &row(KV_HEADS), &row(KV_HEADS), paged).expect("sizes fit");
+            cache.advance(length);
+            out.eval().expect("the inputs are right");
+        };
+        bench.line(
+            &format!("attention of a token over {depth}"),
+            "paged_attention",
+            || {
+                let mut cache = KvCache::new(kv.clone(), 1);
+                for _ in 0..depth / 512 {
+                    attend(&mut cache, 512);
+                }
+                cache
+            },
+            |cache| attend(&mut cache.fork(&[0]).expect("a sequence"), 1),
+        );
+    }
+}
+
+fn rows(bench: &Bench) {
+    const ROWS: usize = 16_384;
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        bench.line(
+            &format!("rms_norm of 1024, {dtype}"),
+            "rms_norm",
+            || (normal(&[ROWS, 1024], dtype), normal(&[1024], dtype)),
+            |(x, weight)| evaluate(x.rms_norm(weight, 1e-6)),
+        );
+        bench.line(
+            &format!("rope, {dtype}"),
+            "rope",
+            || {
+                let positions: Vec<i32> = (0..ROWS as i32 / 16).collect();
+                let frequencies: Vec<f32> = (0..64).map(|i| 1e6f32.powf(-i as f32 / 64.0)).collect();
+                (
+                    normal(&[1, positions.len(), HEADS, WIDTH], dtype),
+                    Array::from_slice(&positions, &[1, positions.len()]).expect("positions"),
+                    Array::from_slice(&frequencies, &[64]).expect("frequencies"),
+                )
+            },
+            |(x, positions, frequencies)| {
+                let spec = RopeSpec { dims: WIDTH, traditional: false, inverse: false, scale: 1.0 };
+                evaluate(x.rope(positions, frequencies, spec))
+            },
+        );
+        let gated = compile(|x: &[Array]| Ok(vec![x[0].sigmoid()?.multiply(&x[0])?.multiply(&x[1])?]));
+        bench.line(
+            &format!("silu(gate) * up, compiled, {dtype}"),
+            "fused",
+            || [normal(&[ROWS, 1024], dtype), normal(&[ROWS, 1024], dtype)],
+            |inputs| {
+                let outputs = gated.call(inputs).expect("shapes are equal");
+                eval(&outputs).expect("floats");
+            },
+        );
+    }
+}
