@@ -41,6 +41,9 @@ pub struct Growth {
     /// Only these depths, lengths or batches
     #[arg(long, value_delimiter = ',', value_name = "N,N")]
     at: Vec<usize>,
+    /// Measure nothing: draw the points of earlier runs
+    #[arg(long)]
+    draw: bool,
     /// Where plots and points are written
     #[arg(long, value_name = "FOLDER", default_value = "docs/performance")]
     output: PathBuf,
@@ -48,10 +51,10 @@ pub struct Growth {
 
 /// A curve: what is on its axes, and its points.
 struct Curve {
-    file: &'static str,
+    file: String,
     title: String,
-    x: &'static str,
-    y: &'static str,
+    x: String,
+    y: String,
     points: Vec<(f64, f64)>,
 }
 
@@ -60,15 +63,16 @@ impl Growth {
         ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
         std::fs::create_dir_all(&self.output)?;
         let mut known = self.read()?;
-        for mut curve in self.curves()? {
-            let before = known.get(curve.file).map(|curve| curve["points"].clone()).unwrap_or_default();
-            curve.keep(serde_json::from_value::<Option<_>>(before)?.unwrap_or_default());
-            known.insert(
-                curve.file.into(),
-                json!({"title": curve.title, "x": curve.x, "y": curve.y, "points": curve.points}),
-            );
-            let path = self.output.join(format!("{}.svg", curve.file));
-            curve.draw(&path)?;
+        let curves = if self.draw { Vec::new() } else { self.curves()? };
+        for mut curve in curves {
+            if let Some(earlier) = known.get(&curve.file) {
+                curve.keep(Curve::of(&curve.file, earlier)?.points);
+            }
+            known.insert(curve.file.clone(), curve.json());
+        }
+        for (file, curve) in &known {
+            let path = self.output.join(format!("{file}.svg"));
+            Curve::of(file, curve)?.draw(&path)?;
             println!("{}", path.display());
         }
         let path = self.output.join("growth.json");
@@ -109,10 +113,10 @@ impl Growth {
             };
             let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
             curves.push(Curve {
-                file: "decode",
+                file: "decode".into(),
                 title: format!("{small}: time of a token"),
-                x: "tokens before it",
-                y: "ms",
+                x: "tokens before it".into(),
+                y: "ms".into(),
                 points,
             });
         }
@@ -127,10 +131,10 @@ impl Growth {
             };
             let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
             curves.push(Curve {
-                file: "prefill",
+                file: "prefill".into(),
                 title: format!("{small}: time to read a prompt"),
-                x: "tokens",
-                y: "s",
+                x: "tokens".into(),
+                y: "s".into(),
                 points,
             });
         }
@@ -145,10 +149,10 @@ impl Growth {
             };
             let points = doubling(128, 2048.min(self.longest)).map(point).collect::<anyhow::Result<_>>()?;
             curves.push(Curve {
-                file: "train-length",
+                file: "train-length".into(),
                 title: format!("{large}: LoRA step of one row"),
-                x: "tokens of the row",
-                y: "s",
+                x: "tokens of the row".into(),
+                y: "s".into(),
                 points,
             });
         }
@@ -165,10 +169,10 @@ impl Growth {
             };
             let points = doubling(1, 16).map(point).collect::<anyhow::Result<_>>()?;
             curves.push(Curve {
-                file: "train-batch",
+                file: "train-batch".into(),
                 title: format!("{large}: LoRA step of rows of 128 tokens"),
-                x: "rows",
-                y: "s",
+                x: "rows".into(),
+                y: "s".into(),
                 points,
             });
         }
@@ -188,10 +192,10 @@ impl Growth {
             }
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
             curves.push(Curve {
-                file: "load",
+                file: "load".into(),
                 title: "Time to open a model (file in the system's cache)".into(),
-                x: "GB",
-                y: "s",
+                x: "GB".into(),
+                y: "s".into(),
                 points,
             });
         }
@@ -219,6 +223,21 @@ impl Growth {
 }
 
 impl Curve {
+    /// As growth.json has it.
+    fn of(file: &str, value: &Value) -> anyhow::Result<Curve> {
+        let text = |field: &str| {
+            let text = value[field].as_str().map(str::to_string);
+            text.with_context(|| format!("growth.json: {file} has no {field}"))
+        };
+        let points = serde_json::from_value(value["points"].clone())
+            .with_context(|| format!("growth.json: points of {file}"))?;
+        Ok(Curve { file: file.into(), title: text("title")?, x: text("x")?, y: text("y")?, points })
+    }
+
+    fn json(&self) -> Value {
+        json!({"title": self.title, "x": self.x, "y": self.y, "points": self.points})
+    }
+
     /// Takes the points of earlier runs where there is no new one.
     fn keep(&mut self, earlier: Vec<(f64, f64)>) {
         let new = std::mem::take(&mut self.points);
@@ -238,7 +257,12 @@ impl Curve {
             .x_label_area_size(40)
             .y_label_area_size(60)
             .build_cartesian_2d(0.0..largest(|point| point.0), 0.0..largest(|point| point.1))?;
-        chart.configure_mesh().x_desc(self.x).y_desc(self.y).light_line_style(TRANSPARENT).draw()?;
+        chart
+            .configure_mesh()
+            .x_desc(self.x.as_str())
+            .y_desc(self.y.as_str())
+            .light_line_style(TRANSPARENT)
+            .draw()?;
         chart.draw_series(LineSeries::new(self.points.iter().copied(), &BLUE))?;
         chart.draw_series(self.points.iter().map(|&point| Circle::new(point, 3, BLUE.filled())))?;
         area.present()?;
@@ -252,9 +276,13 @@ mod tests {
 
     #[test]
     fn new_points_replace_those_of_the_same_place() {
-        let mut curve =
-            Curve { file: "a", title: String::new(), x: "", y: "", points: vec![(2.0, 5.0), (8.0, 9.0)] };
+        let points = vec![(2.0, 5.0), (8.0, 9.0)];
+        let (title, x, y) = ("t".to_string(), "tokens".to_string(), "s".to_string());
+        let mut curve = Curve { file: "a".into(), title, x, y, points };
         curve.keep(vec![(1.0, 1.0), (2.0, 2.0), (4.0, 4.0)]);
         assert_eq!(curve.points, [(1.0, 1.0), (2.0, 5.0), (4.0, 4.0), (8.0, 9.0)]);
+        let again = Curve::of("a", &curve.json()).unwrap();
+        assert_eq!((again.points, again.x), (curve.points, curve.x));
+        assert!(Curve::of("a", &json!({"title": "t", "x": "", "y": ""})).is_err());
     }
 }

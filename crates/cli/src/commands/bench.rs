@@ -226,7 +226,10 @@ impl Bench<'_> {
         let prompt = self.filled(args.prompt_tokens)?;
         let ttft_s = started.elapsed().as_secs_f64();
         let cache = match filled {
-            Some(filled) => filled.fork(&[0])?,
+            Some(filled) => {
+                drop(prompt);
+                filled.fork(&[0])?
+            }
             None => prompt,
         };
         // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
