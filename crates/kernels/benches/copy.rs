@@ -11,7 +11,7 @@ use mica_kernels::index::{take, take_along_axis};
 use mica_kernels::{Dtype, DynView, DynViewMut};
 use mica_threads::{Pool, Task};
 
-use ceiling::{arguments, is_asked_for, moved};
+use ceiling::{arguments, block, is_asked_for, moved};
 
 /// Sides of the square.
 const N: usize = 2048;
@@ -43,7 +43,7 @@ impl Square {
 fn main() {
     let (threads, words) = arguments();
     let pool = Pool::new(threads);
-    let data = vec![1u64; (64 << 20) / 8];
+    let block = block(64 << 20);
     let hash = |i: usize| (i as u32).wrapping_mul(0x9E37_79B1);
     let floats = Square::new(|i| (hash(i) as f32 / 4e9 - 0.5).to_bits());
     let indices = Square::new(|i| (hash(i) >> 7) % N as u32);
@@ -52,7 +52,7 @@ fn main() {
     let mut time = |name: &str, bytes: usize, make: &dyn Fn(&mut Square) -> Box<dyn Task>| {
         if is_asked_for(name, &words) {
             let task = make(&mut out);
-            moved(&pool, name, bytes * N * N, &data, &[task]);
+            moved(&pool, name, bytes * N * N, &block, &[task]);
         }
     };
     for (from, to) in [

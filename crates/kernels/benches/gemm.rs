@@ -6,12 +6,13 @@
 mod ceiling;
 
 use half::bf16;
+use mica_ceiling::Block;
 use mica_kernels::gemm::{Epilogue, FloatView, FloatWeight, Gemm, GemmSpec, Precision, WorkspaceBuf};
 use mica_kernels::{View, ViewMut};
 use mica_simd::Isa;
 use mica_threads::Pool;
 
-use ceiling::{arguments, bandwidth, is_asked_for, median, peak, seconds};
+use ceiling::{arguments, block, is_asked_for, median, peak, seconds};
 
 /// Everything is exact and small: the peak loops run on values that stay finite.
 fn operand(count: usize) -> Vec<f32> {
@@ -36,15 +37,15 @@ fn main() {
             }
         }
     }
-    let mut data = Vec::new();
+    let mut memory = None;
     for &isa in Isa::available().iter().filter(|&&isa| isa > Isa::Scalar) {
         for precision in [Precision::Exact, Precision::Bf16] {
             for kind in ["rows", "weight order", "packed"] {
                 for m in [1, 2, 4, 8, 16] {
                     let name = format!("{isa} {precision:?} few rows {m} {kind}");
                     if is_asked_for(&name, &words) {
-                        data.resize((1 << 30) / 8, 1u64);
-                        few(&pool, &name, isa, precision, m, kind, &data);
+                        let block = memory.get_or_insert_with(|| block(1 << 30));
+                        few(&pool, &name, isa, precision, m, kind, block);
                     }
                 }
             }
@@ -101,7 +102,7 @@ fn large(
     println!("{name:55} {:8.1} GFLOP/s {:5.1} %, best {best:8.1}", median(rates), 100.0 * median(shares));
 }
 
-fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: &str, data: &[u64]) {
+fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: &str, block: &Block) {
     // 400 MB of bf16 weights or 800 MB of f32: far more than any cache share.
     let (n, k) = (50_000, 4096);
     let a = operand(m * k);
@@ -129,7 +130,7 @@ fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: 
     unsafe { plan.tasks(workspace.pointer(), &mut list) };
     let (mut rates, mut shares) = (Vec::new(), Vec::new());
     for _ in 0..5 {
-        let read = bandwidth(pool, data);
+        let read = block.read(pool);
         let rate = (n * k * 2) as f64 / seconds(|| pool.run(&list).unwrap()) / 1e9;
         rates.push(rate);
         shares.push(rate / read);

@@ -8,7 +8,7 @@ use mica_kernels::reduce::{ReduceOp, reduce};
 use mica_kernels::{Dtype, DynView, DynViewMut};
 use mica_threads::Pool;
 
-use ceiling::{arguments, is_asked_for, moved};
+use ceiling::{arguments, block, is_asked_for, moved};
 
 /// Sides of the square.
 const N: usize = 2048;
@@ -16,7 +16,7 @@ const N: usize = 2048;
 fn main() {
     let (threads, words) = arguments();
     let pool = Pool::new(threads);
-    let data = vec![1u64; (64 << 20) / 8];
+    let block = block(64 << 20);
     let values: Vec<f32> = (0..N * N).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5).collect();
     let mut out = vec![0f32; N];
     for op in [ReduceOp::Sum, ReduceOp::Max] {
@@ -38,7 +38,7 @@ fn main() {
                 strides: kept.iter().map(|_| 1).collect(),
             };
             let task = reduce(op, source, axes, target).expect("the shapes fit");
-            moved(&pool, &name, 4 * N * N, &data, &[task]);
+            moved(&pool, &name, 4 * N * N, &block, &[task]);
         }
     }
 }
