@@ -239,6 +239,10 @@ impl Array {
             return Err(Error::dtype("hadamard_transform", "a real array", self.dtype()));
         }
         let n = self.shape().last().copied().unwrap_or(1);
+        if self.size() == 0 {
+            let message = format!("an array of {:?} is empty", self.shape());
+            return Err(Error::invalid("hadamard_transform", message));
+        }
         if hadamard_factor(n).is_none() {
             return Err(Error::invalid(
                 "hadamard_transform",
