@@ -476,7 +476,8 @@ pub(crate) fn expand_all(arrays: &[Array]) -> Result<()> {
 
 /// Replaces a custom op by what it expands to.
 fn expand(node: &Node) -> Result<()> {
-    let due = |state: &State| matches!(state, State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded());
+    let due =
+        |state: &State| matches!(state, State::Lazy { op: Op::Custom(custom), .. } if !custom.is_expanded());
     let (custom, inputs) = match &*node.state() {
         State::Lazy { op: Op::Custom(custom), inputs } if !custom.is_expanded() => {
             (custom.clone(), inputs.clone())

@@ -3,8 +3,8 @@
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Jvp, Tangents, Vjp, Vmap};
-use crate::node::Inputs;
 use crate::dtype::promote;
+use crate::node::Inputs;
 use crate::op::{Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axis, size_of};
 use crate::{Array, Dtype, Error, Result};

@@ -9,8 +9,8 @@ use mica_codec::micro::MicroMode;
 
 use super::products::matrix_indices;
 use super::{Grads, Jvp, Tangents, Vjp};
-use crate::node::Inputs;
 use crate::dtype::promote;
+use crate::node::Inputs;
 use crate::op::{Op, first_failure};
 use crate::shape::Shape;
 use crate::storage::Spec;

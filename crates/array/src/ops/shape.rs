@@ -6,8 +6,8 @@ pub(crate) mod vmap;
 use smallvec::{SmallVec, smallvec};
 
 use super::{Grads, Vjp};
-use crate::node::State;
 use crate::dtype::promote;
+use crate::node::State;
 use crate::op::{Axes, Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size_of};
 use crate::storage::Storage;

@@ -148,7 +148,9 @@ pub(super) fn dense(step: &StepRef) -> Option<Result<Dense>> {
     }
     let OperandRef::Host(target) = step.outputs.first()? else { return None };
     let flat = |operand: &OperandRef| match operand {
-        OperandRef::Host(view) if same(view.shape, target.shape) && is_contiguous(view.shape, view.strides) => {
+        OperandRef::Host(view)
+            if same(view.shape, target.shape) && is_contiguous(view.shape, view.strides) =>
+        {
             Some(Flat { pointer: view.pointer, dtype: view.dtype })
         }
         _ => None,
