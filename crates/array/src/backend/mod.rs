@@ -96,8 +96,8 @@ impl StepRef<'_> {
     pub fn to_step(&self) -> Step {
         Step {
             op: self.op.clone(),
-            inputs: self.inputs.iter().map(OperandRef::to_operand).collect(),
-            outputs: self.outputs.iter().map(OperandRef::to_operand).collect(),
+            inputs: self.inputs.iter().map(|operand| operand.to_operand()).collect(),
+            outputs: self.outputs.iter().map(|operand| operand.to_operand()).collect(),
         }
     }
 }
@@ -117,7 +117,7 @@ impl<'a> OperandRef<'a> {
         }
     }
 
-    fn to_operand(&self) -> Operand {
+    fn to_operand(self) -> Operand {
         match self {
             OperandRef::Host(view) => Operand::Host(HostView {
                 pointer: view.pointer,

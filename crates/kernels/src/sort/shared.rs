@@ -231,7 +231,7 @@ fn splits(isa: Isa) -> bool {
 /// One of so many places, by a number: places of consecutive numbers have no pattern that data could share.
 fn anywhere(number: usize, places: usize) -> usize {
     let mixed = (number as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-    (mixed * places as u64 >> 32) as usize
+    ((mixed * places as u64) >> 32) as usize
 }
 
 /// Orders keys by bucket and notes where each but the first begins; keys below its limit are before it.
