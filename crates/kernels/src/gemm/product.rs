@@ -198,12 +198,21 @@ impl Product {
         if !self.b_shared {
             return 0;
         }
-        self.b_batches() * self.b_slab(self.k)
+        self.b_batches() * self.b_panels() * self.micro.line.panel_bytes(self.k)
     }
 
-    /// Where the slab of k from `k0` starts in a packed entry of B: like A's, for the same reason.
-    fn b_slab(&self, k0: usize) -> usize {
-        self.b_panels() * self.micro.line.panel_bytes(k0)
+    /// Where `k` elements from `k0` on of a panel start in the packed B, and how far it is to those of the next panel.
+    /// Slabs of k lie together, like A's and for the same reason. For tiles whole panels follow each other: in products
+    /// of 2,048 they were a tenth to a fifth faster that way.
+    fn b_place(&self, entry: usize, panel: usize, (k0, k): (usize, usize)) -> (usize, usize) {
+        let line = self.micro.line;
+        let before = entry * self.b_panels() * line.panel_bytes(self.k);
+        if self.micro.tile_rows.is_some() {
+            let stride = line.panel_bytes(self.k);
+            return (before + panel * stride + line.k_offset(k0), stride);
+        }
+        let stride = line.panel_bytes(k);
+        (before + self.b_panels() * line.panel_bytes(k0) + panel * stride, stride)
     }
 
     pub fn workspace_bytes(&self) -> usize {
@@ -338,8 +347,7 @@ impl Product {
                     (b_scratch as *const u8, stride)
                 } else if self.b_shared {
                     let entry = if self.b_batches() == 1 { 0 } else { entry };
-                    let stride = micro.line.panel_bytes(k);
-                    let at = entry * self.b_slab(self.k) + self.b_slab(k0) + n0 / 16 * stride;
+                    let (at, stride) = self.b_place(entry, n0 / 16, (k0, k));
                     (packed_b.wrapping_add(at), stride)
                 } else {
                     let stride = micro.line.panel_bytes(self.k);
@@ -610,8 +618,7 @@ impl Task for Stage {
                 let base = b.at(entry, &product.batch);
                 for k0 in (0..product.k).step_by(product.cut.kc) {
                     let k = product.cut.kc.min(product.k - k0);
-                    let stride = product.micro.line.panel_bytes(k);
-                    let at = entry * product.b_slab(product.k) + product.b_slab(k0) + first * stride;
+                    let (at, stride) = product.b_place(entry, first, (k0, k));
                     let range = (first * 16, product.n, panels);
                     // SAFETY: the workspace has room for all slabs.
                     unsafe { product.pack_b.panels(base, range, (k0, k), self.packed_b.add(at), stride) }
