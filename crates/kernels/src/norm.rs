@@ -127,50 +127,122 @@ impl Kernel for ForwardChunk<'_> {
     fn run<V: Vector>(self) {
         let task = self.task;
         let width = task.x.width;
-        let x = self.scratch.take::<f32>(width);
-        let other = self.scratch.take::<f32>(if task.residual.is_some() { width } else { 0 });
         let weight = load_vector::<V>(&task.weight, width, self.scratch);
         let bias = load_vector::<V>(&task.bias, width, self.scratch);
+        let mut memory = Memory {
+            x: self.scratch.take::<f32>(TOGETHER * width).as_mut_ptr(),
+            other: self.scratch.take::<f32>(if task.residual.is_some() { width } else { 0 }),
+            weight,
+            bias,
+        };
         let start = self.chunk * rows_per_chunk(width);
         let end = (start + rows_per_chunk(width)).min(task.x.count());
-        for row in start..end {
+        let mut row = start;
+        while row < end {
             // SAFETY: rows of this chunk are touched by this chunk alone, and are in range.
             unsafe {
-                task.x.load::<V>(row, x);
-                if let Some((addend, sum)) = &task.residual {
-                    addend.load::<V>(row, other);
-                    for (x, y) in x.chunks_mut(LANES).zip(other.chunks(LANES)) {
-                        (V::from_slice(x, 0.0) + V::from_slice(y, 0.0)).to_slice(x);
-                    }
-                    sum.store::<V>(row, x);
-                    if !sum.is_f32() {
-                        sum.load::<V>(row, x);
-                    }
+                if row + TOGETHER <= end {
+                    task.normalise::<V, TOGETHER>(row, &mut memory);
+                    row += TOGETHER;
+                } else {
+                    task.normalise::<V, 1>(row, &mut memory);
+                    row += 1;
                 }
             }
-            let statistics = statistics::<V>(task.kind, task.eps, x);
+        }
+    }
+}
+
+/// Rows whose sums are formed at once: a chain of additions alone waits for each of them.
+const TOGETHER: usize = 4;
+
+/// What a chunk works with.
+struct Memory<'a> {
+    /// Room for [`TOGETHER`] rows.
+    x: *mut f32,
+    other: &'a mut [f32],
+    weight: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
+}
+
+impl Forward {
+    /// Normalises `N` rows from `row` on. Dense f32 is read and written where it is.
+    ///
+    /// # Safety
+    /// The rows exist, and nobody else touches them.
+    #[inline(always)]
+    unsafe fn normalise<V: Vector, const N: usize>(&self, row: usize, memory: &mut Memory) {
+        let width = self.x.width;
+        let mut from = [std::ptr::null::<f32>(); N];
+        for (i, from) in from.iter_mut().enumerate() {
+            if let (Some(dense), None) = (self.x.dense(row + i), &self.residual) {
+                *from = dense;
+                continue;
+            }
+            // SAFETY: room for `TOGETHER` rows; this row is in range.
+            unsafe {
+                let x = std::slice::from_raw_parts_mut(memory.x.add(i * width), width);
+                self.x.load::<V>(row + i, x);
+                if let Some((addend, sum)) = &self.residual {
+                    addend.load::<V>(row + i, memory.other);
+                    for (x, y) in x.chunks_mut(LANES).zip(memory.other.chunks(LANES)) {
+                        (V::from_slice(x, 0.0) + V::from_slice(y, 0.0)).to_slice(x);
+                    }
+                    sum.store::<V>(row + i, x);
+                    if !sum.is_f32() {
+                        sum.load::<V>(row + i, x);
+                    }
+                }
+                *from = x.as_ptr();
+            }
+        }
+        // SAFETY: whole rows.
+        let statistics = unsafe { statistics::<V, N>(self.kind, self.eps, from, width) };
+        for i in 0..N {
+            // SAFETY: the rooms of different rows are apart.
+            let place =
+                self.out.dense(row + i).map_or(unsafe { memory.x.add(i * width) }, <*const f32>::cast_mut);
             // While a row is worked on in cache, memory has nothing to do.
-            let next = [task.x.address(row + 1), task.out.address(row + 1)];
+            let next = [self.x.address(row + N + i), self.out.address(row + N + i)];
             for at in (0..width).step_by(LANES) {
-                let end = (at + LANES).min(width);
+                let count = LANES.min(width - at);
                 for (address, size) in next {
                     prefetch(address.wrapping_add(at * size), LANES * size);
                 }
-                let value = statistics.normalise(V::from_slice(&x[at..end], 0.0));
-                let value = match weight {
-                    Some(weight) => value * V::from_slice(&weight[at..end], 0.0),
-                    None => value,
-                };
-                let value = match bias {
-                    Some(bias) => value + V::from_slice(&bias[at..end], 0.0),
-                    None => value,
-                };
-                value.to_slice(&mut x[at..end]);
+                // SAFETY: inside the row, which is read before the same place is written.
+                unsafe {
+                    let value = statistics[i].normalise(load::<V>(from[i].add(at), count, 0.0));
+                    let value = match memory.weight {
+                        Some(weight) => value * load::<V>(weight.as_ptr().add(at), count, 0.0),
+                        None => value,
+                    };
+                    let value = match memory.bias {
+                        Some(bias) => value + load::<V>(bias.as_ptr().add(at), count, 0.0),
+                        None => value,
+                    };
+                    if count == LANES {
+                        value.store(place.add(at))
+                    } else {
+                        value.store_part(place.add(at), count)
+                    }
+                }
             }
-            // SAFETY: as above.
-            unsafe { task.out.store::<V>(row, x) };
+            if self.out.dense(row + i).is_none() {
+                // SAFETY: as above.
+                unsafe { self.out.store::<V>(row + i, std::slice::from_raw_parts(place, width)) };
+            }
         }
     }
+}
+
+/// Up to a vector of values, with `fill` for those that are missing.
+///
+/// # Safety
+/// `count` values are there.
+#[inline(always)]
+unsafe fn load<V: Vector>(from: *const f32, count: usize, fill: f32) -> V {
+    // SAFETY: promised by the caller.
+    unsafe { if count == LANES { V::load(from) } else { V::load_part(from, count, fill) } }
 }
 
 /// The vector widened, or None if it is absent (one fewer operation, same bits).
@@ -197,35 +269,48 @@ impl<V: Vector> Statistics<V> {
     }
 }
 
-/// The statistics of a row; for RMS there is nothing to subtract. The mean is rounded to f32 and
+/// The statistics of some rows; for RMS there is nothing to subtract. The mean is rounded to f32 and
 /// what that lost is found from the differences, so that rows far from zero keep their digits.
+///
+/// # Safety
+/// `width` elements are there at each place.
 #[inline(always)]
-fn statistics<V: Vector>(kind: Norm, eps: f32, x: &[f32]) -> Statistics<V> {
-    let count = x.len() as f32;
-    let mean = match kind {
-        Norm::Rms => 0.0,
-        Norm::Layer => {
-            let mut sum = V::zero();
-            for part in x.chunks(LANES) {
-                sum = sum + V::from_slice(part, 0.0);
+unsafe fn statistics<V: Vector, const N: usize>(
+    kind: Norm,
+    eps: f32,
+    rows: [*const f32; N],
+    width: usize,
+) -> [Statistics<V>; N] {
+    let count = width as f32;
+    let mut means = [0.0; N];
+    if kind == Norm::Layer {
+        let mut sums = [V::zero(); N];
+        for at in (0..width).step_by(LANES) {
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                // SAFETY: inside the row.
+                *sum = *sum + unsafe { load::<V>(row.add(at), LANES.min(width - at), 0.0) };
             }
-            sum.sum() / count
         }
-    };
-    let middle = V::splat(mean);
-    let (mut sum, mut squares) = (V::zero(), V::zero());
-    for part in x.chunks(LANES) {
-        // Padding with the mean makes the missing lanes zero.
-        let value = V::from_slice(part, mean) - middle;
-        sum = sum + value;
-        squares = value.mul_add(value, squares);
+        means = sums.map(|sum| sum.sum() / count);
     }
-    let rest = match kind {
-        Norm::Rms => 0.0,
-        Norm::Layer => sum.sum() / count,
-    };
-    let variance = squares.sum() / count - rest * rest;
-    Statistics { mean: middle, rest: V::splat(rest), scale: V::splat(1.0 / (variance + eps).sqrt()) }
+    let middle = means.map(V::splat);
+    let (mut sums, mut squares) = ([V::zero(); N], [V::zero(); N]);
+    for at in (0..width).step_by(LANES) {
+        for i in 0..N {
+            // SAFETY: inside the row. Padding with the mean makes the missing lanes zero.
+            let value = unsafe { load::<V>(rows[i].add(at), LANES.min(width - at), means[i]) } - middle[i];
+            sums[i] = sums[i] + value;
+            squares[i] = value.mul_add(value, squares[i]);
+        }
+    }
+    std::array::from_fn(|i| {
+        let rest = match kind {
+            Norm::Rms => 0.0,
+            Norm::Layer => sums[i].sum() / count,
+        };
+        let variance = squares[i].sum() / count - rest * rest;
+        Statistics { mean: middle[i], rest: V::splat(rest), scale: V::splat(1.0 / (variance + eps).sqrt()) }
+    })
 }
 
 /// What [`norm_backward`] reads and writes; types and shapes as in [`NormArgs`].
@@ -349,7 +434,8 @@ impl Kernel for BackwardChunk<'_> {
                 task.x.load::<V>(row, x);
                 task.dy.load::<V>(row, dy);
             }
-            let statistics = statistics::<V>(task.kind, task.eps, x);
+            // SAFETY: a whole row.
+            let [statistics] = unsafe { statistics::<V, 1>(task.kind, task.eps, [x.as_ptr()], x.len()) };
             // x becomes the normalised row, dy·weight replaces dy; their two sums on the way.
             let (mut sum, mut product) = (V::zero(), V::zero());
             for at in (0..width).step_by(LANES) {

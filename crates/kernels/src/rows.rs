@@ -111,6 +111,12 @@ impl Rows {
         (self.pointer.wrapping_offset(offset * size as isize).cast_const(), size)
     }
 
+    /// Where a row lies, if it is f32 without gaps: for kernels that take it from there.
+    #[inline(always)]
+    pub fn dense(&self, row: usize) -> Option<*const f32> {
+        (self.dtype == Dtype::F32 && self.stride == 1).then(|| self.address(row).0.cast())
+    }
+
     pub fn is_f32(&self) -> bool {
         self.dtype == Dtype::F32
     }
