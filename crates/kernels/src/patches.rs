@@ -97,11 +97,29 @@ impl Patches {
         Gemm::with_panels(weight, (Arc::new(self), k), out, precision, &Epilogue::none(), isa)
     }
 
-    /// The taps that are no padding at an output position, each with where its channels are.
-    pub fn points(&self, position: usize, points: &mut Vec<(usize, *const u8)>) {
+    /// The taps that are no padding at an output position, each with where its channels are; how many positions,
+    /// this one included, see the same taps; and how many bytes further each of them sees them.
+    pub fn points(&self, position: usize, points: &mut Vec<(usize, *const u8)>) -> (usize, isize) {
         let place = self.place(position);
         points.clear();
         points.extend((0..self.offsets.len()).filter_map(|tap| Some((tap, self.pixel(place, tap)?))));
+        let (stride, input) = (self.walk.stride[2], self.walk.input[2] as isize);
+        let step = stride as isize * self.strides[2];
+        if self.walk.input_dilation[2] != 1 {
+            return (1, step);
+        }
+        let first = place.1[2];
+        let mut alike = self.walk.output[2] - first;
+        for offset in &self.offsets {
+            // A tap moves into the input where it reaches 0, and out of it where it reaches its size.
+            let at = (first * stride) as isize + offset[2];
+            for edge in [0, input] {
+                if at < edge {
+                    alike = alike.min((edge - at).unsigned_abs().div_ceil(stride));
+                }
+            }
+        }
+        (alike, step)
     }
 
     /// Batch entry and place of an output position.

@@ -279,13 +279,17 @@ fn depthwise(patches: Patches, w: HostView, out: HostView) -> Lowered {
             }));
             list.push(task("conv", rows.div_ceil(per_chunk), move |chunk, _| {
                 let mut points = Vec::new();
-                for row in chunk * per_chunk..rows.min((chunk + 1) * per_chunk) {
-                    seen.points(row, &mut points);
+                let (mut row, end) = (chunk * per_chunk, rows.min((chunk + 1) * per_chunk));
+                while row < end {
+                    let (alike, step) = seen.points(row, &mut points);
+                    let positions = alike.min(end - row);
                     let kernel = turned.get().cast::<f32>().cast_const();
                     let out = result.get().cast::<f32>().wrapping_add(row * channels);
+                    let work = ByChannels { points: &points, stride, positions, step, kernel, out, channels };
                     // SAFETY: points of the input, whose channels are `stride` apart; the turned kernel, which the
-                    // task before has written; row `row` of the contiguous output, this chunk's alone.
-                    unsafe { by_channels(isa, ByChannels { points: &points, stride, kernel, out, channels }) }
+                    // task before has written; rows of the contiguous output, this chunk's alone.
+                    unsafe { by_channels(isa, work) }
+                    row += positions;
                 }
             }));
             Ok(())
@@ -293,13 +297,18 @@ fn depthwise(patches: Patches, w: HostView, out: HostView) -> Lowered {
     )
 }
 
-/// One position: the taps that are no padding, each with where its input is.
+/// Neighbouring positions that see the same taps: those that are no padding, each with where its input is for the
+/// first position.
 struct ByChannels<'a> {
     points: &'a [(usize, *const u8)],
     /// From one channel of the input to the next.
     stride: isize,
+    positions: usize,
+    /// Bytes from what one position sees to what the next does.
+    step: isize,
     /// [taps, channels]
     kernel: *const f32,
+    /// [positions, channels]
     out: *mut f32,
     channels: usize,
 }
@@ -317,29 +326,43 @@ impl Kernel for ByChannels<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let ByChannels { points, stride, kernel, out, channels } = self;
-        for at in (0..channels).step_by(LANES) {
-            let count = (channels - at).min(LANES);
+        let whole = if self.stride == 1 { self.channels - self.channels % LANES } else { 0 };
+        for at in (0..whole).step_by(LANES) {
+            self.lanes::<V, true>(at);
+        }
+        for at in (whole..self.channels).step_by(LANES) {
+            self.lanes::<V, false>(at);
+        }
+    }
+}
+
+impl ByChannels<'_> {
+    /// Channels from `at` on, as many as a vector has: `WHOLE` says that they are there and side by side.
+    #[inline(always)]
+    fn lanes<V: Vector, const WHOLE: bool>(&self, at: usize) {
+        let count = (self.channels - at).min(LANES);
+        for position in 0..self.positions {
+            let moved = position as isize * self.step + at as isize * self.stride * size_of::<f32>() as isize;
             let mut sum = V::zero();
-            for &(tap, point) in points {
+            for &(tap, point) in self.points {
+                let point = point.wrapping_offset(moved).cast::<f32>();
+                let weight = self.kernel.wrapping_add(tap * self.channels + at);
                 // SAFETY: promised to `by_channels`.
                 let (x, w) = unsafe {
-                    let point = point.cast::<f32>();
-                    let x = if stride == 1 {
-                        V::load_part(point.add(at), count, 0.0)
+                    if WHOLE {
+                        (V::load(point), V::load(weight))
                     } else {
                         let mut lanes = [0.0; LANES];
                         for (i, lane) in lanes[..count].iter_mut().enumerate() {
-                            *lane = point.wrapping_offset((at + i) as isize * stride).read();
+                            *lane = point.wrapping_offset(i as isize * self.stride).read();
                         }
-                        V::from_slice(&lanes, 0.0)
-                    };
-                    (x, V::load_part(kernel.add(tap * channels + at), count, 0.0))
+                        (V::from_slice(&lanes, 0.0), V::load_part(weight, count, 0.0))
+                    }
                 };
                 sum = sum + x * w;
             }
             // SAFETY: as above.
-            unsafe { sum.store_part(out.add(at), count) }
+            unsafe { sum.store_part(self.out.add(position * self.channels + at), count) }
         }
     }
 }
