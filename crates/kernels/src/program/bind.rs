@@ -6,7 +6,7 @@ use mica_threads::{Scratch, Task};
 use smallvec::SmallVec;
 
 use super::compile::{Code, Place, Step};
-use super::{Program, refuse};
+use super::refuse;
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, broadcast, check_output};
 use crate::error::KernelError;
@@ -14,46 +14,37 @@ use crate::error::KernelError;
 /// Memory that a worker's registers may take: half of a 48 KB L1 cache and some.
 const L1_BYTES: usize = 32 * 1024;
 
-impl Program {
-    /// A task that runs the program: inputs broadcast to the shape of the outputs, which all have
-    /// one. An output may be the memory of an input with the same layout and element size.
-    pub fn bind(&self, inputs: &[DynView], outputs: &[DynViewMut]) -> Result<Box<dyn Task>, KernelError> {
-        let code = &self.code;
-        if inputs.len() != code.inputs.len() || outputs.len() != code.outputs.len() {
+/// See [`super::Program::bind`]; there are as many inputs and outputs as the program has.
+pub(super) fn bind(
+    code: &Arc<Code>,
+    inputs: &[DynView],
+    outputs: &[DynViewMut],
+) -> Result<Box<dyn Task>, KernelError> {
+    let Some(first) = outputs.first() else {
+        return Err(refuse("has no outputs".to_string()));
+    };
+    let shape = first.shape.clone();
+    let mut sources = Vec::new();
+    for (at, (view, &dtype)) in inputs.iter().zip(&code.inputs).enumerate() {
+        if view.dtype != dtype {
+            return Err(refuse(format!("input {at} is {dtype}, got {}", view.dtype)));
+        }
+        sources.push(Source::new(&broadcast("program", view, &shape)?, Dtype::F32));
+    }
+    let mut sinks = Vec::new();
+    for (at, (view, &(_, dtype))) in outputs.iter().zip(&code.outputs).enumerate() {
+        if view.dtype != dtype || view.shape != shape {
             return Err(refuse(format!(
-                "takes {} inputs and {} outputs, got {} and {}",
-                code.inputs.len(),
-                code.outputs.len(),
-                inputs.len(),
-                outputs.len()
+                "output {at} is {dtype} of {shape:?}, got {} of {:?}",
+                view.dtype, view.shape
             )));
         }
-        let Some(first) = outputs.first() else {
-            return Err(refuse("has no outputs".to_string()));
-        };
-        let shape = first.shape.clone();
-        let mut sources = Vec::new();
-        for (at, (view, &dtype)) in inputs.iter().zip(&code.inputs).enumerate() {
-            if view.dtype != dtype {
-                return Err(refuse(format!("input {at} is {dtype}, got {}", view.dtype)));
-            }
-            sources.push(Source::new(&broadcast("program", view, &shape)?, Dtype::F32));
-        }
-        let mut sinks = Vec::new();
-        for (at, (view, &(_, dtype))) in outputs.iter().zip(&code.outputs).enumerate() {
-            if view.dtype != dtype || view.shape != shape {
-                return Err(refuse(format!(
-                    "output {at} is {dtype} of {shape:?}, got {} of {:?}",
-                    view.dtype, view.shape
-                )));
-            }
-            check_output("program", view)?;
-            sinks.push(Sink::new(view, Dtype::F32));
-        }
-        let tiles = code.registers + inputs.len() + 1;
-        let tile = (L1_BYTES / 4 / tiles).clamp(128, TILE) / 64 * 64;
-        Ok(Box::new(Bound { code: code.clone(), sources, sinks, size: shape.iter().product(), tile }))
+        check_output("program", view)?;
+        sinks.push(Sink::new(view, Dtype::F32));
     }
+    let tiles = code.registers + inputs.len() + 1;
+    let tile = (L1_BYTES / 4 / tiles).clamp(128, TILE) / 64 * 64;
+    Ok(Box::new(Bound { code: code.clone(), sources, sinks, size: shape.iter().product(), tile }))
 }
 
 struct Bound {

@@ -10,6 +10,7 @@ use crate::elementwise::lanes::{map1, map2};
 use crate::elementwise::tile::TileOp;
 use crate::elementwise::{BinaryOp, CompareOp, UnaryOp, binary_op, unary_op};
 use crate::error::KernelError;
+use crate::reduce::ReduceOp;
 
 /// Where a value's tile is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,7 +29,6 @@ pub(super) struct Step {
 
 pub(super) struct Code {
     pub inputs: Vec<Dtype>,
-    pub dtypes: Vec<Dtype>,
     /// Values that are the same everywhere: register and number.
     pub constants: Vec<(usize, f32)>,
     pub steps: Vec<Step>,
@@ -46,12 +46,9 @@ impl Code {
         isa: Isa,
         inputs: &[Dtype],
         instructions: &[Instruction],
+        dtypes: &[Dtype],
         outputs: &[Value],
     ) -> Result<Code, KernelError> {
-        let dtypes = types(inputs, instructions)?;
-        if let Some(value) = outputs.iter().find(|&&value| value >= instructions.len()) {
-            return Err(refuse(format!("output {value} of {} values", instructions.len())));
-        }
         // The last step that reads a value; outputs live to the end.
         let mut last = vec![0; instructions.len()];
         for (at, instruction) in instructions.iter().enumerate() {
@@ -64,7 +61,6 @@ impl Code {
         }
         let mut code = Code {
             inputs: inputs.to_vec(),
-            dtypes,
             constants: Vec::new(),
             steps: Vec::new(),
             outputs: Vec::new(),
@@ -102,8 +98,8 @@ impl Code {
                         code.registers += 1;
                         code.registers - 1
                     });
-                    let dtype = code.dtypes[at];
-                    let from = values.first().map_or(dtype, |&value| code.dtypes[value]);
+                    let dtype = dtypes[at];
+                    let from = values.first().map_or(dtype, |&value| dtypes[value]);
                     let op = operation(isa, instruction, from, dtype)?;
                     code.steps.push(Step { op, operands: sources, target });
                     // What is only stored is rounded there, and in the same way.
@@ -124,7 +120,7 @@ impl Code {
             if let Place::Input(input) = places[value] {
                 code.copied[input] = true;
             }
-            code.outputs.push((places[value], code.dtypes[value]));
+            code.outputs.push((places[value], dtypes[value]));
         }
         code.last_output = last_output(&code);
         Ok(code)
@@ -140,12 +136,12 @@ fn last_output(code: &Code) -> Option<usize> {
     places.all(|place| place != made).then_some(index)
 }
 
-fn is_half(dtype: Dtype) -> bool {
+pub(super) fn is_half(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16)
 }
 
 /// Whether the result of a half type needs no rounding: values are only chosen or signs changed.
-fn is_exact(instruction: &Instruction) -> bool {
+pub(super) fn is_exact(instruction: &Instruction) -> bool {
     use BinaryOp::{Maximum, Minimum};
     use UnaryOp::{Abs, Neg, Sign};
     matches!(
@@ -157,10 +153,15 @@ fn is_exact(instruction: &Instruction) -> bool {
     )
 }
 
-fn operands(instruction: &Instruction) -> impl Iterator<Item = Value> + use<> {
+pub(super) fn operands(instruction: &Instruction) -> impl Iterator<Item = Value> + use<> {
     let (count, values) = match *instruction {
-        Instruction::Input(_) | Instruction::Constant(..) => (0, [0; 3]),
-        Instruction::Unary(_, a) | Instruction::Cast(_, a) => (1, [a, 0, 0]),
+        Instruction::Input(_) | Instruction::RowInput(_) | Instruction::Constant(..) => (0, [0; 3]),
+        Instruction::Unary(_, a)
+        | Instruction::Cast(_, a)
+        | Instruction::Spread(a)
+        | Instruction::Reduce(_, a)
+        | Instruction::Softmax(a)
+        | Instruction::LogSumExp(a) => (1, [a, 0, 0]),
         Instruction::Binary(_, a, b) | Instruction::Compare(_, a, b) => (2, [a, b, 0]),
         Instruction::Select(c, a, b) => (3, [c, a, b]),
     };
@@ -168,7 +169,7 @@ fn operands(instruction: &Instruction) -> impl Iterator<Item = Value> + use<> {
 }
 
 /// The type of every value.
-fn types(inputs: &[Dtype], instructions: &[Instruction]) -> Result<Vec<Dtype>, KernelError> {
+pub(super) fn types(inputs: &[Dtype], instructions: &[Instruction]) -> Result<Vec<Dtype>, KernelError> {
     let fused = |dtype: Dtype| match dtype {
         Dtype::Bool | Dtype::F16 | Dtype::BF16 | Dtype::F32 => Ok(dtype),
         other => Err(refuse(format!("{other} has no fused form"))),
@@ -186,7 +187,7 @@ fn types(inputs: &[Dtype], instructions: &[Instruction]) -> Result<Vec<Dtype>, K
             ))),
         };
         let dtype = match *instruction {
-            Instruction::Input(input) => *inputs
+            Instruction::Input(input) | Instruction::RowInput(input) => *inputs
                 .get(input)
                 .ok_or_else(|| refuse(format!("instruction {at} takes input {input} of {}", inputs.len())))?,
             Instruction::Constant(_, dtype) | Instruction::Cast(dtype, _) => dtype,
@@ -201,13 +202,22 @@ fn types(inputs: &[Dtype], instructions: &[Instruction]) -> Result<Vec<Dtype>, K
                 Dtype::Bool
             }
             Instruction::Select(_, a, b) => same(a, b)?,
+            Instruction::Spread(a) => dtypes[a],
+            Instruction::Reduce(ReduceOp::All | ReduceOp::Any, a) if dtypes[a] != Dtype::Bool => {
+                return Err(refuse(format!("instruction {at} asks for the truth of {}", dtypes[a])));
+            }
+            Instruction::Reduce(op, a) => op.output_dtype(dtypes[a]),
+            Instruction::Softmax(a) | Instruction::LogSumExp(a) if dtypes[a] == Dtype::Bool => {
+                return Err(refuse(format!("instruction {at}, {instruction:?}, takes floats, got bool")));
+            }
+            Instruction::Softmax(a) | Instruction::LogSumExp(a) => dtypes[a],
         };
         dtypes.push(fused(dtype)?);
     }
     Ok(dtypes)
 }
 
-fn rounded(number: f32, dtype: Dtype) -> f32 {
+pub(super) fn rounded(number: f32, dtype: Dtype) -> f32 {
     match dtype {
         Dtype::Bool => (number != 0.0) as u8 as f32,
         Dtype::BF16 => round_bf16(number).to_f32(),
@@ -217,7 +227,7 @@ fn rounded(number: f32, dtype: Dtype) -> f32 {
 }
 
 /// f32 values to the nearest of a half type.
-fn round_to(isa: Isa, dtype: Dtype) -> Box<dyn TileOp> {
+pub(super) fn round_to(isa: Isa, dtype: Dtype) -> Box<dyn TileOp> {
     match dtype {
         Dtype::BF16 => map1(isa, |x: f32| f32::from_bits((round_bf16(x).to_bits() as u32) << 16)),
         _ => Box::new(RoundF16(isa)),
@@ -246,7 +256,7 @@ impl TileOp for RoundF16 {
 
 /// The loop of an instruction whose first operand has type `from` and whose result `dtype`.
 /// Truth values are 0 and 1 in f32.
-fn operation(
+pub(super) fn operation(
     isa: Isa,
     instruction: &Instruction,
     from: Dtype,
@@ -254,7 +264,13 @@ fn operation(
 ) -> Result<Box<dyn TileOp>, KernelError> {
     let no_form = || refuse(format!("{instruction:?} of {from} has no fused form"));
     match *instruction {
-        Instruction::Input(_) | Instruction::Constant(..) => unreachable!("they are no steps"),
+        Instruction::Input(_)
+        | Instruction::RowInput(_)
+        | Instruction::Constant(..)
+        | Instruction::Spread(_)
+        | Instruction::Reduce(..)
+        | Instruction::Softmax(_)
+        | Instruction::LogSumExp(_) => unreachable!("they are no steps"),
         Instruction::Select(..) => Ok(Box::new(Select)),
         Instruction::Cast(..) => Ok(match dtype {
             Dtype::Bool => map1(isa, |x: f32| if x != 0.0 { 1.0f32 } else { 0.0 }),

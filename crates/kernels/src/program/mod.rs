@@ -1,26 +1,36 @@
-//! Fused chains of elementwise ops: a short program run over tiles that fit the L1 cache.
+//! Fused chains of elementwise ops and reductions of rows: a short program run over tiles that fit
+//! the caches.
 //!
 //! A [`Program`] is data: a list of instructions, each of which makes one value from earlier
 //! ones. Running it, a tile of every input is loaded, each instruction is a loop over dense tiles,
 //! and only the outputs go back to memory. Loops, loads and stores are those of
-//! [`crate::elementwise`], and an intermediate of a half type is rounded to it, so a program's
-//! results are those of its ops run one by one, bit for bit.
+//! [`crate::elementwise`] and [`crate::reduce`], and an intermediate of a half type is rounded to it,
+//! so a program's results are those of its ops run one by one, bit for bit.
+//!
+//! A program with reductions over the last axis works on rows: values are *wide*, a number for every
+//! element, or have one number a row. It runs in stages, since a row's sum is known when all of the
+//! row has been seen: [`stages`] orders the instructions, [`rows`] runs them, several short rows at a
+//! time, a long row tile by tile. Between stages, a row stays in the L2 cache.
 //!
 //! Values are bool or float up to f32; programs with integers, f64 or complex numbers are
-//! refused, and the caller runs the ops one by one. Reductions are not part of programs yet: a
-//! later pass can be added behind [`Instruction`], with a row as the tile.
+//! refused, and the caller runs the ops one by one.
 
 mod bind;
 mod compile;
+mod rows;
+mod stages;
 
 use std::sync::Arc;
 
 use mica_simd::Isa;
+use mica_threads::Task;
 
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::{BinaryOp, CompareOp, UnaryOp};
 use crate::error::KernelError;
+use crate::reduce::ReduceOp;
 use compile::Code;
+use stages::RowCode;
 
 /// A value: the number of the instruction that makes it.
 pub type Value = usize;
@@ -42,12 +52,43 @@ pub enum Instruction {
     Select(Value, Value, Value),
     /// As [`crate::elementwise::cast`].
     Cast(Dtype, Value),
+    /// An input that has one number a row, by its number.
+    RowInput(usize),
+    /// A row's number for each of its elements. Ops take either wide values or numbers of rows.
+    Spread(Value),
+    /// As [`crate::reduce::reduce`] over the last axis: one number a row. Truth only of bool.
+    Reduce(ReduceOp, Value),
+    /// As [`crate::reduce::softmax`].
+    Softmax(Value),
+    /// As [`crate::reduce::logsumexp`]: one number a row.
+    LogSumExp(Value),
+}
+
+impl Instruction {
+    /// Whether only programs over rows have it.
+    fn is_of_rows(&self) -> bool {
+        use Instruction::*;
+        matches!(self, RowInput(_) | Spread(_) | Reduce(..) | Softmax(_) | LogSumExp(_))
+    }
+
+    /// Whether it needs all of a row.
+    fn joins_rows(&self) -> bool {
+        matches!(self, Instruction::Reduce(..) | Instruction::Softmax(_) | Instruction::LogSumExp(_))
+    }
 }
 
 /// A checked program, ready to be bound to memory any number of times.
 #[derive(Clone)]
 pub struct Program {
-    code: Arc<Code>,
+    dtypes: Arc<[Dtype]>,
+    code: Flow,
+}
+
+/// How a program runs.
+#[derive(Clone)]
+enum Flow {
+    Tiles(Arc<Code>),
+    Rows(Arc<RowCode>),
 }
 
 impl Program {
@@ -69,22 +110,53 @@ impl Program {
         instructions: &[Instruction],
         outputs: &[Value],
     ) -> Result<Program, KernelError> {
-        Ok(Program { code: Arc::new(Code::new(isa, inputs, instructions, outputs)?) })
+        let dtypes = compile::types(inputs, instructions)?;
+        if let Some(value) = outputs.iter().find(|&&value| value >= instructions.len()) {
+            return Err(refuse(format!("output {value} of {} values", instructions.len())));
+        }
+        let code = if instructions.iter().any(Instruction::is_of_rows) {
+            Flow::Rows(Arc::new(RowCode::new(isa, inputs, instructions, &dtypes, outputs)?))
+        } else {
+            Flow::Tiles(Arc::new(Code::new(isa, inputs, instructions, &dtypes, outputs)?))
+        };
+        Ok(Program { dtypes: dtypes.into(), code })
+    }
+
+    /// A task that runs the program: inputs broadcast to one shape, the outputs'; over rows, outputs of
+    /// one number a row have size 1 in the last place. An output may be the memory of an input with the
+    /// same layout and element size, if both are wide or both have one number a row.
+    pub fn bind(&self, inputs: &[DynView], outputs: &[DynViewMut]) -> Result<Box<dyn Task>, KernelError> {
+        let (takes, gives) = match &self.code {
+            Flow::Tiles(code) => (code.inputs.len(), code.outputs.len()),
+            Flow::Rows(code) => (code.inputs.len(), code.outputs.len()),
+        };
+        if (inputs.len(), outputs.len()) != (takes, gives) {
+            let message = format!(
+                "takes {takes} inputs and {gives} outputs, got {} and {}",
+                inputs.len(),
+                outputs.len()
+            );
+            return Err(refuse(message));
+        }
+        match &self.code {
+            Flow::Tiles(code) => bind::bind(code, inputs, outputs),
+            Flow::Rows(code) => rows::bind(code, inputs, outputs),
+        }
     }
 
     /// The type of a value.
     pub fn dtype(&self, value: Value) -> Dtype {
-        self.code.dtypes[value]
+        self.dtypes[value]
     }
 
     /// How many instructions there are.
     pub fn len(&self) -> usize {
-        self.code.dtypes.len()
+        self.dtypes.len()
     }
 
     /// Whether there is no instruction.
     pub fn is_empty(&self) -> bool {
-        self.code.dtypes.is_empty()
+        self.dtypes.is_empty()
     }
 }
 
@@ -92,5 +164,7 @@ fn refuse(message: String) -> KernelError {
     KernelError::new("program", message)
 }
 
+#[cfg(test)]
+mod row_tests;
 #[cfg(test)]
 mod tests;

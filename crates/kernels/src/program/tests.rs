@@ -23,6 +23,7 @@ fn unfused(isa: Isa, program: &Program, inputs: &[Laid], code: &[Instruction], s
                 select(values[c].view(), values[a].view(), values[b].view(), view)
             }
             Instruction::Cast(_, a) => cast(values[a].view(), view),
+            _ => unreachable!("an instruction of rows"),
         };
         Pool::new(1).run(&[task.unwrap()]).unwrap();
         values.push(out);

@@ -162,7 +162,7 @@ impl Extreme for Smallest {
     }
 }
 
-fn vector_row<J: Join, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+pub(super) fn vector_row<J: Join, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
     dispatch(isa, Row::<J> { lanes, values, join: PhantomData })
 }
 
@@ -190,7 +190,12 @@ impl<J: Join> Kernel for Row<'_, J> {
     }
 }
 
-fn vector_rows<J: Join, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+pub(super) fn vector_rows<J: Join, F>(
+    _: &F,
+    isa: Isa,
+    lanes: &mut [[f32; LANES]; ROWS],
+    values: [&[f32]; ROWS],
+) {
     dispatch(isa, RowsOf::<J> { lanes, values, join: PhantomData })
 }
 
@@ -234,6 +239,11 @@ pub(super) fn extreme<J: Extreme>(isa: Isa, values: &[f32]) -> f32 {
         isa,
         Extremes::<J, 1> { lanes: std::array::from_mut(&mut lanes), values: [values], join: PhantomData },
     );
+    fold::<J>(isa, lanes)
+}
+
+/// The lanes as one: the upper half joins the lower until one is left.
+pub(super) fn fold<J: Join>(isa: Isa, lanes: [f32; LANES]) -> f32 {
     dispatch(isa, Fold::<J> { lanes, join: PhantomData })
 }
 
@@ -249,7 +259,6 @@ impl<J: Join> Kernel for Fold<J> {
     fn run<V: Vector>(self) -> f32 {
         let mut lanes = self.lanes;
         for width in [8, 4, 2, 1] {
-            // The upper half of what is left joins the lower.
             let mut upper = [J::NEUTRAL; LANES];
             upper[..width].copy_from_slice(&lanes[width..2 * width]);
             lanes = J::join(V::from_array(lanes), V::from_array(upper)).to_array();
@@ -258,14 +267,19 @@ impl<J: Join> Kernel for Fold<J> {
     }
 }
 
-fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+pub(super) fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
     dispatch(
         isa,
         Extremes::<J, 1> { lanes: std::array::from_mut(lanes), values: [values], join: PhantomData },
     )
 }
 
-fn extreme_rows<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [[f32; LANES]; ROWS], values: [&[f32]; ROWS]) {
+pub(super) fn extreme_rows<J: Extreme, F>(
+    _: &F,
+    isa: Isa,
+    lanes: &mut [[f32; LANES]; ROWS],
+    values: [&[f32]; ROWS],
+) {
     dispatch(isa, Extremes::<J, ROWS> { lanes, values, join: PhantomData })
 }
 

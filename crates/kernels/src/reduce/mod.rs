@@ -18,6 +18,7 @@
 mod arg;
 mod geometry;
 mod loops;
+mod rows;
 mod softmax;
 
 use std::cell::UnsafeCell;
@@ -30,7 +31,11 @@ use smallvec::SmallVec;
 pub use arg::{ArgReduceOp, arg_reduce};
 use geometry::Geometry;
 use loops::{Largest, Loops, Product, ROWS, Smallest, Sum};
+pub(crate) use rows::{Partial, RowReduce};
 pub use softmax::{logsumexp, softmax};
+pub(crate) use softmax::{logsumexp_of, softmax_of};
+#[cfg(test)]
+pub(crate) use softmax::{logsumexp_on, softmax_on};
 
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Complex32, Element};
@@ -108,7 +113,7 @@ pub fn reduce(
     reduce_on(Isa::get(), op, source, axes, out)
 }
 
-fn reduce_on(
+pub(crate) fn reduce_on(
     isa: Isa,
     op: ReduceOp,
     source: DynView,
@@ -290,7 +295,8 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         unsafe {
             if let Some(dense) = self.source.dense(base, start, count) {
                 let values = std::slice::from_raw_parts(dense.cast::<T>(), count);
-                self.loops.row(&self.join, &mut lanes, values);
+                // By tiles as below: the order in which extremes meet must not depend on strides.
+                values.chunks(TILE).for_each(|values| self.loops.row(&self.join, &mut lanes, values));
             } else {
                 for at in (0..count).step_by(TILE) {
                     let length = TILE.min(count - at);
@@ -327,7 +333,10 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
             unsafe { std::slice::from_raw_parts(dense.wrapping_offset(self.kept.offset(start + i)), length) }
         });
         let mut lanes = [[self.neutral; LANES]; ROWS];
-        self.loops.rows(&self.join, &mut lanes, values);
+        for start in (0..length).step_by(TILE) {
+            let tile = start..length.min(start + TILE);
+            self.loops.rows(&self.join, &mut lanes, values.map(|values| &values[tile.clone()]));
+        }
         Some(lanes.map(|lanes| self.fold(lanes)))
     }
 

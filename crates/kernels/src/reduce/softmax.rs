@@ -213,8 +213,7 @@ impl Task for LogSumExp {
                     let total = logsumexp_f64(std::slice::from_raw_parts(memory.cast(), length));
                     self.out.store((&raw const total).cast(), row, 1, buffers.raw);
                 } else {
-                    let values = std::slice::from_raw_parts_mut(memory.cast(), length);
-                    let total = logsumexp_row(self.rows.isa, values);
+                    let total = logsumexp_of(self.rows.isa, memory.cast(), memory.cast(), length);
                     self.out.store((&raw const total).cast(), row, 1, buffers.raw);
                 }
             }
@@ -234,9 +233,20 @@ unsafe fn softmax_row(isa: Isa, row: SoftmaxRow) {
     dispatch(isa, row);
 }
 
-/// The log-sum-exp of a row. Overwrites it.
-pub(crate) fn logsumexp_row(isa: Isa, values: &mut [f32]) -> f32 {
-    dispatch(isa, LogSumExpRow { values })
+/// Writes the softmax of a row of `length` values.
+///
+/// # Safety
+/// The row is readable at `from` and writable at `to`, which may be the same place.
+pub(crate) unsafe fn softmax_of(isa: Isa, from: *const f32, to: *mut f32, length: usize) {
+    dispatch(isa, SoftmaxRow { from, to, length, next: [from, to.cast_const()] });
+}
+
+/// The log-sum-exp of a row of `length` values.
+///
+/// # Safety
+/// The row is readable at `from`; `to`, which may be the same place, is overwritten as far.
+pub(crate) unsafe fn logsumexp_of(isa: Isa, from: *const f32, to: *mut f32, length: usize) -> f32 {
+    dispatch(isa, LogSumExpRow { from, to, length })
 }
 
 /// A row of `length` values, and where the softmax goes.
@@ -248,8 +258,11 @@ struct SoftmaxRow {
     next: [*const f32; 2],
 }
 
-struct LogSumExpRow<'a> {
-    values: &'a mut [f32],
+/// As [`SoftmaxRow`]; `to` is room for the exponentials.
+struct LogSumExpRow {
+    from: *const f32,
+    to: *mut f32,
+    length: usize,
 }
 
 impl Kernel for SoftmaxRow {
@@ -270,14 +283,14 @@ impl Kernel for SoftmaxRow {
     }
 }
 
-impl Kernel for LogSumExpRow<'_> {
+impl Kernel for LogSumExpRow {
     type Output = f32;
 
     #[inline(always)]
     fn run<V: Vector>(self) -> f32 {
-        let at = self.values.as_mut_ptr();
-        // SAFETY: a slice of that length.
-        let (largest, sum) = unsafe { exponentials::<V>(at, at, self.values.len(), [at; 2]) };
+        let LogSumExpRow { from, to, length } = self;
+        // SAFETY: promised to `logsumexp_of`.
+        let (largest, sum) = unsafe { exponentials::<V>(from, to, length, [from; 2]) };
         if largest.is_infinite() {
             return largest;
         }
