@@ -169,7 +169,7 @@ impl Backend for Cpu {
     fn aliases_output(&self, op: &Op, input: usize, output: usize) -> bool {
         match op {
             Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
-            Op::Fused(_) => true,
+            Op::Fused(region) => region.may_alias(input, output),
             Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
             Op::SliceUpdate { .. } | Op::Scatter { .. } | Op::ScatterAlong { .. } => {
                 input == 0 && output == 0

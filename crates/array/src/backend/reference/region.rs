@@ -9,24 +9,25 @@ use crate::{Error, Result};
 
 /// The outputs, each value rounded to its type as if it had been stored.
 pub(super) fn region(region: &Region, step: &Step) -> Result<Vec<Dense>> {
-    let out = step.outputs.iter().find_map(|operand| match operand {
-        Operand::Host(view) => Some(view),
+    let mut values: Vec<Dense> = step.inputs.iter().map(Dense::load).collect::<Result<_>>()?;
+    let outputs = step.outputs.iter().filter_map(|operand| match operand {
+        Operand::Host(view) => Some(&view.shape[..]),
         _ => None,
     });
-    let shape = &out.ok_or_else(|| Error::Kernel("a region without outputs".into()))?.shape;
-    let mut values: Vec<Dense> = Vec::new();
-    for operand in &step.inputs {
-        values.push(broadcast(Dense::load(operand)?, shape));
-    }
+    let whole = region.shape(values.iter().map(|value| value.shape.as_slice()).chain(outputs))?;
     for node in region.steps() {
-        let operand = |index: usize| &values[node.operands[index]];
+        let (own, read) = region.shapes_of(node, &whole);
+        let operand = |index: usize| broadcast(values[node.operands[index]].clone(), &read);
         let value = match &node.op {
-            Op::Full(value) => Dense::filled(shape, node.dtype, *value),
-            Op::StopGradient | Op::Cast => operand(0).clone(),
-            Op::Unary(op) => elementwise::unary(*op, operand(0)),
-            Op::Binary(op) => elementwise::binary(*op, operand(0), operand(1), node.dtype),
-            Op::Compare(op) => elementwise::compare(*op, operand(0), operand(1)),
-            Op::Select => elementwise::select(operand(0), operand(1), operand(2)),
+            Op::Full(value) => Dense::filled(&own, node.dtype, *value),
+            Op::StopGradient | Op::Cast => operand(0),
+            Op::Unary(op) => elementwise::unary(*op, &operand(0)),
+            Op::Binary(op) => elementwise::binary(*op, &operand(0), &operand(1), node.dtype),
+            Op::Compare(op) => elementwise::compare(*op, &operand(0), &operand(1)),
+            Op::Select => elementwise::select(&operand(0), &operand(1), &operand(2)),
+            Op::Reduce { op, .. } => elementwise::reduce(*op, &operand(0), &[whole.len() - 1], &own),
+            Op::Softmax => elementwise::softmax(&operand(0)),
+            Op::LogSumExp => elementwise::logsumexp(&operand(0), &own),
             other => return Err(Error::unsupported(other.name(), "no op of a region")),
         };
         values.push(value.rounded(node.dtype)?);

@@ -10,8 +10,8 @@ use crate::storage::Spec;
 use crate::transforms::{Mapped, Region};
 use crate::{Array, Result};
 
-/// Inputs of a region broadcast to the shape of its outputs: a batch must stand before all of
-/// that shape's dimensions.
+/// Inputs of a region broadcast to one shape of as many dimensions as the outputs have: a batch must
+/// stand before all of them.
 pub(crate) fn fused(region: &std::sync::Arc<Region>, rule: &Vmap) -> Result<SmallVec<[Option<Mapped>; 1]>> {
     let node = rule.node.node();
     let rank = node.spec(0).shape.len();

@@ -1,9 +1,10 @@
-//! Elementwise ops that hang together become regions.
+//! Elementwise ops that hang together become regions, with the reductions of rows among them.
 //!
 //! Two ops may be in one region if they have one shape and nothing outside the region lies between
-//! them: a region runs as a whole, so it can't wait in the middle for its own result. Broadcast
-//! inputs are read as the small arrays that they are, numbers become constants, and a value that
-//! is needed outside becomes one more output.
+//! them: a region runs as a whole, so it can't wait in the middle for its own result. What reduces
+//! rows, the last axis, may be in it too: then ops on rows of that shape and ops on one number a row
+//! are together. Broadcast inputs are read as the small arrays that they are, numbers become
+//! constants, and a value that is needed outside becomes one more output.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,10 +12,12 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::is_elementwise;
-use super::region::{Region, RegionStep, has_fused_form};
+use super::region::{Region, RegionInput, RegionStep, has_fused_form, joins_rows, narrowed};
 use super::simplify::literal;
-use super::sizes::{Formula, NodeSizes};
+use super::sizes::{Formula, NodeSizes, Num};
 use crate::op::Op;
+use crate::shape::{Shape, broadcast_shapes};
+use crate::storage::Spec;
 use crate::transforms::graph::{Source, TracedGraph, TracedNode, Value};
 use crate::{Dtype, Result};
 
@@ -25,6 +28,8 @@ const MOST_OPS: usize = 128;
 /// than apart.
 const MOST_INPUTS: usize = 16;
 const MOST_OUTPUTS: usize = 8;
+/// How long rows are that are reduced in a region: longer ones are better cut among the threads.
+const ROWS: std::ops::RangeInclusive<usize> = 2..=16 * 1024;
 /// Ops that share an input but not a result are joined if at most so many ops that are not
 /// elementwise stand between them. Further apart, what is saved in reading is lost in keeping a
 /// result that is not needed yet.
@@ -35,6 +40,7 @@ pub(super) fn fuse(graph: &TracedGraph) -> Result<TracedGraph> {
     let mut groups = Groups::new(graph);
     groups.join_chains();
     groups.join_readers_of_one_value();
+    groups.choose();
     let mut fused = emit(&groups)?;
     fused.sweep();
     Ok(fused)
@@ -49,6 +55,10 @@ struct Groups<'a> {
     of: Vec<usize>,
     /// The nodes of each group, ascending; empty once it is part of another.
     members: Vec<Vec<usize>>,
+    /// The shape of the rows that a group reduces, if it does.
+    rows: Vec<Option<Shape>>,
+    /// Whether a group becomes a region. All may until it is chosen.
+    fused: Vec<bool>,
     /// The nodes that read each node.
     readers: Vec<SmallVec<[usize; 2]>>,
     /// Whether a node is an output of the graph.
@@ -77,9 +87,15 @@ impl<'a> Groups<'a> {
                 is_output[index] = true;
             }
         }
+        let fusable: Vec<bool> = graph.nodes.iter().map(|node| is_fusable(graph, node)).collect();
+        let rows = |(node, &fusable): (&TracedNode, &bool)| {
+            (fusable && joins_rows(&node.op)).then(|| graph.spec(node.inputs[0]).shape.clone())
+        };
         Groups {
             graph,
-            fusable: graph.nodes.iter().map(|node| is_fusable(graph, node)).collect(),
+            rows: graph.nodes.iter().zip(&fusable).map(rows).collect(),
+            fusable,
+            fused: vec![true; count],
             of: (0..count).collect(),
             members: (0..count).map(|index| vec![index]).collect(),
             readers,
@@ -92,8 +108,8 @@ impl<'a> Groups<'a> {
     /// Joins ops with what they read.
     fn join_chains(&mut self) {
         for index in 0..self.graph.nodes.len() {
-            for input in &self.graph.nodes[index].inputs {
-                if let Source::Node(from) = input.source {
+            for &input in &self.graph.nodes[index].inputs {
+                if let Source::Node(from) = self.read(index, input).source {
                     self.try_join(from, index);
                 }
             }
@@ -132,11 +148,10 @@ impl<'a> Groups<'a> {
     /// Joins the groups of two nodes if they may be one region.
     fn try_join(&mut self, a: usize, b: usize) {
         let (group_a, group_b) = (self.of[a], self.of[b]);
-        let nodes = &self.graph.nodes;
         if group_a == group_b
             || !self.fusable[a]
             || !self.fusable[b]
-            || nodes[a].specs[0].shape != nodes[b].specs[0].shape
+            || !self.is_of_one_shape(group_a, group_b)
             || self.is_too_large(group_a, group_b)
             || self.is_cyclic(group_a, group_b)
         {
@@ -147,23 +162,43 @@ impl<'a> Groups<'a> {
         } else {
             (group_b, group_a)
         };
+        if let Some(rows) = self.rows[from].take() {
+            self.rows[into] = Some(rows);
+        }
         let moved = std::mem::take(&mut self.members[from]);
         moved.iter().for_each(|&index| self.of[index] = into);
         self.members[into].extend(moved);
         self.members[into].sort_unstable();
     }
 
+    /// Whether the groups work on one shape: on the same rows, and on one number for each of these.
+    fn is_of_one_shape(&self, a: usize, b: usize) -> bool {
+        // Without rows, all nodes of a group have one shape.
+        let shape = |group: usize| &self.graph.nodes[self.members[group][0]].specs[0].shape;
+        let belongs = |group: usize, rows: &Shape| {
+            let shape = shape(group);
+            shape == rows || *shape == narrowed(rows)
+        };
+        match (&self.rows[a], &self.rows[b]) {
+            (None, None) => shape(a) == shape(b),
+            (Some(rows), None) => belongs(b, rows),
+            (None, Some(rows)) => belongs(a, rows),
+            (Some(a), Some(b)) => a == b,
+        }
+    }
+
     fn is_too_large(&self, a: usize, b: usize) -> bool {
         let inside = |index: usize| self.of[index] == a || self.of[index] == b;
         let members = || self.members[a].iter().chain(&self.members[b]).copied();
-        let outputs = members().filter(|&index| {
-            self.is_output[index] || self.readers[index].iter().any(|&reader| !inside(reader))
-        });
+        let outputs = members().filter(|&index| self.is_needed_outside(index, inside));
         let mut inputs: SmallVec<[Value; 16]> = SmallVec::new();
-        for input in members().flat_map(|index| &self.graph.nodes[index].inputs) {
+        for (index, &operand) in
+            members().flat_map(|index| self.graph.nodes[index].inputs.iter().map(move |input| (index, input)))
+        {
+            let input = self.read(index, operand);
             let from_inside = matches!(input.source, Source::Node(index) if inside(index));
-            if !from_inside && !inputs.contains(input) && literal(self.graph, *input).is_none() {
-                inputs.push(*input);
+            if !from_inside && !inputs.contains(&input) && literal(self.graph, input).is_none() {
+                inputs.push(input);
             }
         }
         members().count() > MOST_OPS || inputs.len() > MOST_INPUTS || outputs.count() > MOST_OUTPUTS
@@ -187,29 +222,90 @@ impl<'a> Groups<'a> {
         false
     }
 
+    /// Decides which groups become regions.
+    fn choose(&mut self) {
+        self.fused = (0..self.members.len())
+            .map(|group| self.is_worth_fusing(group) && self.inputs_tell_rows(group))
+            .collect();
+    }
+
     /// Whether a group is better as one: an op alone gains nothing, unless it reads a number or a
     /// smaller array, which then need no nodes of their own.
     fn is_worth_fusing(&self, group: usize) -> bool {
         let nodes = self.members[group].iter().map(|&index| (index, &self.graph.nodes[index]));
         let mut ops =
             nodes.filter(|(index, node)| self.fusable[*index] && !matches!(node.op, Op::StopGradient));
-        ops.clone().count() > 1
-            || ops.any(|(_, node)| node.inputs.iter().any(|&input| is_small(self.graph, input)))
+        let reads_small = |node: &TracedNode| node.inputs.iter().any(|&input| is_small(self.graph, input));
+        ops.clone().count() > 1 || ops.any(|(_, node)| is_elementwise(&node.op) && reads_small(node))
+    }
+
+    /// Whether the shape of a region's rows follows from its inputs: it is nowhere else if all outputs
+    /// have one number a row.
+    fn inputs_tell_rows(&self, group: usize) -> bool {
+        let Some(rows) = &self.rows[group] else { return true };
+        let inputs = self.inputs(group);
+        let whole = inputs.iter().try_fold(Shape::new(), |whole, &input| {
+            broadcast_shapes("fused", &whole, &self.graph.spec(input).shape)
+        });
+        whole.is_ok_and(|whole| whole == *rows)
+    }
+
+    /// What a group reads besides numbers that stand in the program.
+    fn inputs(&self, group: usize) -> Vec<Value> {
+        let mut inputs: Vec<Value> = Vec::new();
+        for &index in &self.members[group] {
+            for &operand in &self.graph.nodes[index].inputs {
+                let input = self.read(index, operand);
+                let outside = !self.is_inside(group, input) && literal(self.graph, operand).is_none();
+                if outside && !inputs.contains(&input) {
+                    inputs.push(input);
+                }
+            }
+        }
+        inputs
+    }
+
+    /// What a node reads as this operand: in a region, a small array in place of its broadcast.
+    fn read(&self, index: usize, operand: Value) -> Value {
+        match self.graph.maker(operand) {
+            Some(TracedNode { op: Op::Broadcast, inputs, .. })
+                if self.reads_through(index)
+                    && self.fused[self.of[index]]
+                    && literal(self.graph, operand).is_none() =>
+            {
+                inputs[0]
+            }
+            _ => operand,
+        }
+    }
+
+    /// Whether a node in a region does without broadcasts.
+    fn reads_through(&self, index: usize) -> bool {
+        self.fusable[index] && is_elementwise(&self.graph.nodes[index].op)
     }
 
     fn is_inside(&self, group: usize, value: Value) -> bool {
         matches!(value.source, Source::Node(index) if self.of[index] == group)
     }
 
-    /// Whether a node is read by another group, or by the caller.
-    fn is_needed_outside(&self, index: usize) -> bool {
-        self.is_output[index] || self.readers[index].iter().any(|&reader| self.of[reader] != self.of[index])
+    /// Whether a node of a region is read by what is not in it, or by the caller.
+    fn is_needed_outside(&self, index: usize, inside: impl Fn(usize) -> bool + Copy) -> bool {
+        let is_outside = |&reader: &usize| match self.graph.nodes[reader].op {
+            Op::Broadcast if self.is_output[reader] => true,
+            Op::Broadcast => {
+                self.readers[reader].iter().any(|&reader| !self.reads_through(reader) || !inside(reader))
+            }
+            _ => !inside(reader),
+        };
+        self.is_output[index] || self.readers[index].iter().any(is_outside)
     }
 
     /// The groups of what a group reads.
     fn makers(&self, group: usize) -> impl Iterator<Item = usize> {
-        let inputs = self.members[group].iter().flat_map(|&index| &self.graph.nodes[index].inputs);
-        inputs.filter_map(|input| match input.source {
+        let inputs = self.members[group]
+            .iter()
+            .flat_map(|&index| self.graph.nodes[index].inputs.iter().map(move |&input| (index, input)));
+        inputs.filter_map(|(index, input)| match self.read(index, input).source {
             Source::Node(index) => Some(self.of[index]),
             _ => None,
         })
@@ -217,7 +313,22 @@ impl<'a> Groups<'a> {
 }
 
 fn is_fusable(graph: &TracedGraph, node: &TracedNode) -> bool {
-    if !is_elementwise(&node.op) {
+    let can_be = match &node.op {
+        op if is_elementwise(op) => true,
+        op if joins_rows(op) => {
+            let rows = &graph.spec(node.inputs[0]).shape;
+            let is_last = |axes: &[usize]| rows.len().checked_sub(1).is_some_and(|last| *axes == [last]);
+            let fits = match op {
+                Op::Reduce { axes, .. } => is_last(axes),
+                _ => true,
+            };
+            fits && rows.last().is_some_and(|length| ROWS.contains(length))
+                && !rows.contains(&0)
+                && literal(graph, node.inputs[0]).is_none()
+        }
+        _ => false,
+    };
+    if !can_be {
         return false;
     }
     let operands: SmallVec<[Dtype; 3]> = node.inputs.iter().map(|&input| graph.spec(input).dtype).collect();
@@ -272,7 +383,7 @@ struct Emitter<'a> {
 
 impl Emitter<'_> {
     fn group(&mut self, group: usize) -> Result<()> {
-        if self.groups.is_worth_fusing(group) {
+        if self.groups.fused[group] {
             return self.region(group);
         }
         let graph = self.groups.graph;
@@ -294,21 +405,8 @@ impl Emitter<'_> {
     fn region(&mut self, group: usize) -> Result<()> {
         let (groups, graph) = (self.groups, self.groups.graph);
         let members = &groups.members[group];
-        // What is read in place of an operand: numbers stand for themselves.
-        let read = |operand: Value| match graph.maker(operand) {
-            Some(TracedNode { op: Op::Broadcast, inputs, .. }) if literal(graph, operand).is_none() => {
-                inputs[0]
-            }
-            _ => operand,
-        };
         // Values are numbered inputs first, so these are counted before the steps.
-        let mut inputs: Vec<Value> = Vec::new();
-        for &operand in members.iter().flat_map(|&index| &graph.nodes[index].inputs) {
-            let outside = !groups.is_inside(group, operand) && literal(graph, operand).is_none();
-            if outside && !inputs.contains(&read(operand)) {
-                inputs.push(read(operand));
-            }
-        }
+        let inputs = groups.inputs(group);
         let mut numbers: HashMap<Value, usize> =
             inputs.iter().enumerate().map(|(number, &input)| (input, number)).collect();
         let mut steps: Vec<RegionStep> = Vec::new();
@@ -316,26 +414,35 @@ impl Emitter<'_> {
             let node = &graph.nodes[index];
             let mut operands: SmallVec<[usize; 3]> = SmallVec::new();
             for &operand in &node.inputs {
-                operands.push(*numbers.entry(read(operand)).or_insert_with(|| {
+                operands.push(*numbers.entry(groups.read(index, operand)).or_insert_with(|| {
                     let (value, dtype) = literal(graph, operand).expect("what is no input is a number");
-                    steps.push(RegionStep { op: Op::Full(value), operands: SmallVec::new(), dtype });
+                    let operands = SmallVec::new();
+                    steps.push(RegionStep { op: Op::Full(value), operands, dtype, narrow: true });
                     inputs.len() + steps.len() - 1
                 }));
             }
-            steps.push(RegionStep { op: node.op.clone(), operands, dtype: node.specs[0].dtype });
+            let Spec { shape, dtype } = &node.specs[0];
+            let narrow = groups.rows[group].as_ref().is_some_and(|rows| shape != rows);
+            steps.push(RegionStep { op: node.op.clone(), operands, dtype: *dtype, narrow });
             numbers.insert(Value::node(index, 0), inputs.len() + steps.len() - 1);
         }
+        let inside = |index: usize| groups.of[index] == group;
         let outputs: SmallVec<[usize; 4]> =
-            members.iter().copied().filter(|&index| groups.is_needed_outside(index)).collect();
+            members.iter().copied().filter(|&index| groups.is_needed_outside(index, inside)).collect();
         let region = Region::new(
-            inputs.iter().map(|&input| graph.spec(input).dtype).collect(),
+            inputs.iter().map(|&input| RegionInput::of(graph.spec(input))).collect(),
             steps,
             outputs.iter().map(|&index| numbers[&Value::node(index, 0)]).collect(),
         )?;
         let nodes = || outputs.iter().map(|&index| &graph.nodes[index]);
-        let shapes =
-            |node: &TracedNode| node.sizes.iter().flat_map(|sizes| sizes.shapes.clone()).collect::<Vec<_>>();
-        let shapes: SmallVec<[Formula; 4]> = nodes().flat_map(shapes).collect();
+        // A formula for every size of every output, or none.
+        let open = |node: &TracedNode| node.sizes.as_ref().is_some_and(|sizes| !sizes.shapes.is_empty());
+        let shapes = |node: &TracedNode| match &node.sizes {
+            Some(sizes) if !sizes.shapes.is_empty() => sizes.shapes.to_vec(),
+            _ => node.specs[0].shape.iter().map(|&size| Formula::Fixed(Num::Whole(size as i128))).collect(),
+        };
+        let shapes: SmallVec<[Formula; 4]> =
+            if nodes().any(open) { nodes().flat_map(shapes).collect() } else { SmallVec::new() };
         let at = self.fused.push(TracedNode {
             op: Op::Fused(Arc::new(region)),
             inputs: inputs.iter().map(|&input| self.place(input)).collect(),

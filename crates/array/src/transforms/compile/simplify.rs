@@ -8,12 +8,15 @@ use std::mem::{Discriminant, discriminant};
 use smallvec::{SmallVec, smallvec};
 
 use super::numbers::is_same;
-use super::region::Region;
+use super::region::{Region, is_narrow, narrowed};
 use super::{constant, is_elementwise};
 use crate::op::{Op, Scalar};
 use crate::storage::Spec;
 use crate::transforms::graph::{TracedGraph, TracedNode, Value};
 use crate::{Dtype, Shape};
+
+/// How far back elementwise ops are computed on picked elements alone.
+const DEEPEST_PICK: usize = 64;
 
 type Operands = SmallVec<[Value; 3]>;
 
@@ -31,7 +34,7 @@ pub(super) fn simplify(graph: TracedGraph) -> TracedGraph {
     for node in nodes {
         let inputs: Operands = node.inputs.iter().map(|&input| moved(&places, input)).collect();
         places.push(match (&node.op, node.specs.as_slice()) {
-            (Op::Fused(region), [spec, ..]) => rewriter.inline(region, &inputs, &spec.shape),
+            (Op::Fused(region), specs) => rewriter.inline(region, &inputs, specs),
             (_, [spec]) => smallvec![rewriter.add(node.op, inputs, spec.clone())],
             (_, specs) => {
                 let count = specs.len();
@@ -58,6 +61,9 @@ impl Rewriter {
             return same;
         }
         if let Some(value) = self.folded(&op, &inputs, &spec) {
+            return value;
+        }
+        if let Some(value) = self.picked_early(&op, &inputs, &spec) {
             return value;
         }
         let (op, inputs) = self.shortened(op, inputs);
@@ -118,6 +124,55 @@ impl Rewriter {
         Some(self.add(Op::Broadcast, smallvec![full], spec.clone()))
     }
 
+    /// One element of each row of an elementwise result, from the same elements of its operands: what is
+    /// not picked is not computed.
+    fn picked_early(&mut self, op: &Op, inputs: &[Value], spec: &Spec) -> Option<Value> {
+        let Op::TakeAlong { axis } = *op else { return None };
+        let (from, indices) = (inputs[0], inputs[1]);
+        let is_last = axis + 1 == spec.shape.len();
+        if !is_last || spec.shape != narrowed(&self.graph.spec(from).shape) {
+            return None;
+        }
+        let maker = self.graph.maker(from)?;
+        if !is_elementwise(&maker.op) {
+            return None;
+        }
+        let mut picked = HashMap::new();
+        Some(self.pick(from, indices, &spec.shape, &mut picked, 0))
+    }
+
+    /// The elements of `value` at one index a row; `picked` has what was asked for already.
+    fn pick(
+        &mut self,
+        value: Value,
+        indices: Value,
+        shape: &Shape,
+        picked: &mut HashMap<Value, Value>,
+        depth: usize,
+    ) -> Value {
+        if let Some(&found) = picked.get(&value) {
+            return found;
+        }
+        let spec = Spec::new(shape.clone(), self.graph.spec(value).dtype);
+        let maker = self.graph.maker(value).map(|maker| (maker.op.clone(), maker.inputs.clone()));
+        let found = match maker {
+            Some((Op::Broadcast, inputs)) if is_narrow(&self.graph.spec(inputs[0]).shape) => {
+                self.add(Op::Broadcast, inputs, spec)
+            }
+            Some((op, inputs)) if is_elementwise(&op) && depth < DEEPEST_PICK => {
+                let operands: Operands =
+                    inputs.iter().map(|&input| self.pick(input, indices, shape, picked, depth + 1)).collect();
+                self.add(op, operands, spec)
+            }
+            _ => {
+                let axis = shape.len() - 1;
+                self.add(Op::TakeAlong { axis }, smallvec![value, indices], spec)
+            }
+        };
+        picked.insert(value, found);
+        found
+    }
+
     /// One movement in place of two.
     fn shortened(&self, op: Op, inputs: Operands) -> (Op, Operands) {
         let maker = inputs.first().and_then(|&input| self.graph.maker(input));
@@ -133,21 +188,21 @@ impl Rewriter {
     }
 
     /// The ops of a region, for the fusion around it to take anew.
-    fn inline(&mut self, region: &Region, inputs: &[Value], shape: &Shape) -> SmallVec<[Value; 1]> {
-        let mut values: Vec<Value> = Vec::with_capacity(inputs.len() + region.steps().len());
-        for (&input, &dtype) in inputs.iter().zip(region.inputs()) {
-            values.push(self.add(Op::Broadcast, smallvec![input], Spec::new(shape.clone(), dtype)));
-        }
+    fn inline(&mut self, region: &Region, inputs: &[Value], specs: &[Spec]) -> SmallVec<[Value; 1]> {
+        let shapes = inputs.iter().map(|&input| &self.graph.spec(input).shape[..]);
+        let shape = region
+            .shape(shapes.chain(specs.iter().map(|spec| &spec.shape[..])))
+            .expect("the shapes of a region broadcast");
+        let mut values: Vec<Value> = inputs.to_vec();
         for step in region.steps() {
-            let operands: Operands = step.operands.iter().map(|&operand| values[operand]).collect();
-            let spec = Spec::new(shape.clone(), step.dtype);
-            values.push(match step.op {
-                Op::Full(_) => {
-                    let number = self.add(step.op.clone(), operands, Spec::new(&[][..], step.dtype));
-                    self.add(Op::Broadcast, smallvec![number], spec)
-                }
-                _ => self.add(step.op.clone(), operands, spec),
-            });
+            let (own, read) = region.shapes_of(step, &shape);
+            let operands: Operands = (step.operands.iter())
+                .map(|&operand| {
+                    let dtype = self.graph.spec(values[operand]).dtype;
+                    self.add(Op::Broadcast, smallvec![values[operand]], Spec::new(read.clone(), dtype))
+                })
+                .collect();
+            values.push(self.add(step.op_for(shape.len()), operands, Spec::new(own, step.dtype)));
         }
         region.outputs().iter().map(|&output| values[output]).collect()
     }
