@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use super::compile::{Place, Step};
 use super::refuse;
-use super::stages::{Room, RowCode, Stage};
+use super::stages::{Room, RowCode, Stage, Whole};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, broadcast, check_output};
 use crate::error::KernelError;
@@ -99,6 +99,8 @@ struct Frame {
     loaded: SmallVec<[*const u8; 8]>,
     /// Inputs whose tile is the only one of the block, and loaded.
     complete: SmallVec<[bool; 8]>,
+    /// Outputs of which the block is written already.
+    written: SmallVec<[bool; 4]>,
     raw: *mut u8,
 }
 
@@ -143,6 +145,7 @@ impl Bound {
             buffers,
             loaded: SmallVec::from_elem(std::ptr::null(), inputs),
             complete: SmallVec::from_elem(false, inputs),
+            written: SmallVec::from_elem(false, code.outputs.len()),
             raw: take(tile.max(self.block)),
         }
     }
@@ -202,6 +205,7 @@ impl Bound {
     /// The block is inside the shape, and this chunk's own.
     unsafe fn block(&self, frame: &mut Frame, block: Block) {
         let code = &*self.code;
+        frame.written.fill(false);
         for (input, own) in code.inputs.iter().enumerate() {
             frame.complete[input] = false;
             if !own.wide {
@@ -285,7 +289,7 @@ impl Bound {
                 if stores {
                     for (index, (sink, output)) in self.sinks.iter().zip(&code.outputs).enumerate() {
                         let written = direct.is_some() && code.last_output == Some(index);
-                        if output.wide && !written {
+                        if output.wide && !written && !frame.written[index] {
                             sink.store(self.place(frame, output.place, start), first, count, frame.raw);
                         }
                     }
@@ -310,17 +314,35 @@ impl Bound {
         }
     }
 
+    /// Where the next block starts in the first input that is read as it lies.
+    fn ahead(&self, block: Block) -> Option<*const f32> {
+        let start = (block.first + block.rows) * self.length;
+        if block.first + 2 * block.rows > self.rows {
+            return None;
+        }
+        let dense = |source: &Source| source.dense(0, start, block.elements);
+        let mut wide = self.sources.iter().zip(&self.code.inputs).filter(|(_, input)| input.wide);
+        wide.find_map(|(source, _)| dense(source)).map(<*const u8>::cast)
+    }
+
     /// # Safety
     /// All of the block has been made.
-    unsafe fn whole(&self, frame: &Frame, whole: &super::stages::Whole, block: Block) {
+    unsafe fn whole(&self, frame: &mut Frame, whole: &Whole, block: Block) {
         let from = match whole.from {
             Place::Register(register) => frame.registers[register].cast_const(),
             Place::Input(input) => frame.buffers[input].cast_const(),
         };
-        let room = frame.registers[whole.room];
+        let sink = whole.output.and_then(|output| {
+            let place = self.sinks[output].direct(block.first * self.length, block.elements)?;
+            frame.written[output] = true;
+            Some(place)
+        });
+        let room = sink.unwrap_or(frame.registers[whole.room]);
+        let ahead = self.ahead(block).unwrap_or(room.cast());
         for row in 0..block.rows {
             let at = row * self.length;
-            // SAFETY: a row of each; promised by the caller.
+            // SAFETY: a row of each; promised by the caller. The output may be the memory of an input, which
+            // nothing reads any more but this, row by row.
             unsafe {
                 let (from, to) = (from.cast::<f32>().add(at), room.cast::<f32>().add(at));
                 match whole.logsumexp {
@@ -328,7 +350,10 @@ impl Bound {
                         let result = logsumexp_of(self.code.isa, from, to, self.length);
                         frame.registers[results].cast::<f32>().add(row).write(result);
                     }
-                    None => softmax_of(self.code.isa, from, to, self.length),
+                    None => {
+                        let next = [ahead.wrapping_add(at), to.wrapping_add(self.length).cast_const()];
+                        softmax_of(self.code.isa, from, to, self.length, next)
+                    }
                 }
             }
         }

@@ -59,6 +59,9 @@ pub(super) struct Whole {
     pub logsumexp: Option<usize>,
     /// To the value's type.
     pub round: Option<Box<dyn TileOp>>,
+    /// The output that a softmax may be written to at once: no wide input is read after it, and nothing
+    /// else needs it.
+    pub output: Option<usize>,
 }
 
 #[derive(Default)]
@@ -332,6 +335,7 @@ impl RowCode {
                     room: target,
                     logsumexp: None,
                     round: round(),
+                    output: None,
                 }),
                 Instruction::LogSumExp(_) => {
                     let room = registers.take(Room::Rows);
@@ -341,6 +345,7 @@ impl RowCode {
                         room,
                         logsumexp: Some(target),
                         round: round(),
+                        output: None,
                     });
                 }
                 _ => {
@@ -370,8 +375,25 @@ impl RowCode {
             code.outputs.push(RowOutput { place: places[value], dtype: dtypes[value], wide });
         }
         code.last_output = last_output(&code);
+        code.write_softmax_at_once(&is_operand, outputs, &places);
         code.registers = registers.all;
         Ok(code)
+    }
+}
+
+impl RowCode {
+    /// See [`Whole::output`].
+    fn write_softmax_at_once(&mut self, is_operand: &[bool], outputs: &[Value], places: &[Place]) {
+        let (before, stored) = self.stages.split_at_mut(self.stored);
+        let (Some(stage), true) = (before.last_mut(), stored[0].reads.is_empty()) else { return };
+        for (index, &value) in outputs.iter().enumerate() {
+            let once = outputs.iter().filter(|&&other| other == value).count() == 1;
+            for whole in stage.wholes.iter_mut().filter(|_| once && !is_operand[value]) {
+                if whole.logsumexp.is_none() && places[value] == Place::Register(whole.room) {
+                    whole.output = Some(index);
+                }
+            }
+        }
     }
 }
 

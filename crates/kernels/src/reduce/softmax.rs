@@ -233,12 +233,18 @@ unsafe fn softmax_row(isa: Isa, row: SoftmaxRow) {
     dispatch(isa, row);
 }
 
-/// Writes the softmax of a row of `length` values.
+/// Writes the softmax of a row of `length` values. `next` is what is read and written after it.
 ///
 /// # Safety
 /// The row is readable at `from` and writable at `to`, which may be the same place.
-pub(crate) unsafe fn softmax_of(isa: Isa, from: *const f32, to: *mut f32, length: usize) {
-    dispatch(isa, SoftmaxRow { from, to, length, next: [from, to.cast_const()] });
+pub(crate) unsafe fn softmax_of(
+    isa: Isa,
+    from: *const f32,
+    to: *mut f32,
+    length: usize,
+    next: [*const f32; 2],
+) {
+    dispatch(isa, SoftmaxRow { from, to, length, next });
 }
 
 /// The log-sum-exp of a row of `length` values.
