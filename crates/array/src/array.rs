@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use mica_kernels::in_pieces;
+use mica_threads::Scratch;
 use smallvec::smallvec;
 
 use crate::dtype::Element;
@@ -163,11 +165,8 @@ impl Array {
         dtype: Dtype,
         fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Array, E> {
-        let bytes = shape
-            .iter()
-            .try_fold(dtype.size(), |product, &size| product.checked_mul(size))
-            .ok_or_else(|| Error::invalid("from_bytes", format!("shape {shape:?} is too large")))?;
-        let buffer = Buffer::new(bytes, false)?;
+        let buffer = new_buffer(shape, dtype)?;
+        let bytes = size_of(shape) * dtype.size();
         // SAFETY: the buffer is new, at least that long, and nobody else has it. Zeroing makes the
         // bytes initialised.
         let into = unsafe {
@@ -175,6 +174,37 @@ impl Array {
             std::slice::from_raw_parts_mut(buffer.pointer(), bytes)
         };
         fill(into)?;
+        let storage = HostStorage::contiguous(triomphe::Arc::new(buffer), shape);
+        Ok(Array::ready(Storage::Host(storage), shape, dtype))
+    }
+
+    /// As [`Array::from_fill`], in pieces of so many bytes (the last may be shorter), on all threads: `fill` gets where
+    /// a piece starts. It must not evaluate arrays.
+    ///
+    /// # Errors
+    /// Of several pieces that fail, the first.
+    pub fn from_pieces<E: From<Error> + Send>(
+        shape: &[usize],
+        dtype: Dtype,
+        piece: usize,
+        fill: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync + Send,
+    ) -> Result<Array, E> {
+        let piece = piece.max(1);
+        let buffer = new_buffer(shape, dtype)?;
+        let bytes = size_of(shape) * dtype.size();
+        let work = |index: usize, _: &mut Scratch| {
+            let start = index * piece;
+            let length = piece.min(bytes - start);
+            // SAFETY: pieces are disjoint, inside the buffer, which is new and nobody else's. Zeroing makes the bytes
+            // initialised.
+            let into = unsafe {
+                let pointer = buffer.pointer().add(start);
+                std::ptr::write_bytes(pointer, 0, length);
+                std::slice::from_raw_parts_mut(pointer, length)
+            };
+            fill(start, into)
+        };
+        eval::with_pool(|pool| in_pieces(pool, bytes.div_ceil(piece), work)).map_err(Error::from)??;
         let storage = HostStorage::contiguous(triomphe::Arc::new(buffer), shape);
         Ok(Array::ready(Storage::Host(storage), shape, dtype))
     }
@@ -258,6 +288,15 @@ impl Array {
         // `storage`; evaluated buffers are never written again while somebody holds them.
         Ok(read(unsafe { std::slice::from_raw_parts(host.pointer(), self.nbytes()) }))
     }
+}
+
+/// Memory for the values of such an array, not written yet.
+fn new_buffer(shape: &[usize], dtype: Dtype) -> Result<Buffer> {
+    let bytes = shape
+        .iter()
+        .try_fold(dtype.size(), |product, &size| product.checked_mul(size))
+        .ok_or_else(|| Error::invalid("from_bytes", format!("shape {shape:?} is too large")))?;
+    Buffer::new(bytes, false)
 }
 
 impl fmt::Debug for Array {

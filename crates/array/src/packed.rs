@@ -1,8 +1,11 @@
 //! Weights in a kernel's own layout.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 use mica_codec::QuantSpec;
 use mica_kernels::gemm::{FloatType, FloatWeight};
+pub use mica_kernels::quant::Part;
 use mica_kernels::quant::{QuantWeight, ScaleType, ScaleVec, Scales, Unpacked};
 
 use crate::backend::{self, Operand};
@@ -43,6 +46,45 @@ impl PackedWeight {
         };
         let source = backend::cpu::float_view(&view)?;
         Ok(PackedWeight::Float(with_pool(|pool| FloatWeight::pack(source, pool))?))
+    }
+
+    /// A float weight [out, in] from somewhere else, a file for example, packed as it comes: `read` writes these rows,
+    /// row-major, in native byte order, and is called from several threads. It must not evaluate arrays.
+    pub fn read_float<E: From<Error> + Send>(
+        shape: [usize; 2],
+        dtype: Dtype,
+        read: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync + Send,
+    ) -> Result<PackedWeight, E> {
+        let float = match dtype {
+            Dtype::F32 => FloatType::F32,
+            Dtype::BF16 => FloatType::Bf16,
+            Dtype::F16 => FloatType::F16,
+            other => return Err(Error::invalid("pack", format!("no weight is of {other}")).into()),
+        };
+        let weight = with_pool(|pool| FloatWeight::read(pool, shape, float, read)).map_err(Error::from)??;
+        Ok(PackedWeight::Float(weight))
+    }
+
+    /// A quantized weight [out, in] from somewhere else, packed as it comes: `read` writes these rows of one of MLX's
+    /// three arrays, as [`PackedWeight::read_float`]'s does. Scales and biases are of `dtype`.
+    pub fn read_mlx<E: From<Error> + Send>(
+        shape: [usize; 2],
+        bits: usize,
+        group_size: usize,
+        dtype: Dtype,
+        read: impl Fn(Part, Range<usize>, &mut [u8]) -> Result<(), E> + Sync + Send,
+    ) -> Result<PackedWeight, E> {
+        let bad = |message: String| Error::invalid("quantized_weight", message);
+        let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
+        let scale = match dtype {
+            Dtype::F32 => ScaleType::F32,
+            Dtype::BF16 => ScaleType::Bf16,
+            Dtype::F16 => ScaleType::F16,
+            other => return Err(bad(format!("scales of {other}")).into()),
+        };
+        let weight =
+            with_pool(|pool| QuantWeight::read(pool, spec, shape, scale, read)).map_err(Error::from)??;
+        Ok(PackedWeight::Quant(weight))
     }
 
     /// From MLX's three arrays.

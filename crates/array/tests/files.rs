@@ -1,7 +1,7 @@
 //! Arrays through files of every kind, and what cannot be written or read.
 
 use mica_array::files::{self, GgufValue, Loaded};
-use mica_array::{Array, Complex32, Dtype};
+use mica_array::{Array, Complex32, Dtype, Error, PackedWeight};
 
 fn bytes(array: &Array) -> (Dtype, Vec<usize>, Vec<u8>) {
     (array.dtype(), array.shape().to_vec(), array.with_bytes(<[u8]>::to_vec).unwrap())
@@ -135,4 +135,59 @@ fn what_a_kind_does_not_have_is_refused() {
         assert!(text.contains(expected), "{name}: {text}");
     }
     assert!(!path("a.npy").exists(), "nothing is left of what was refused");
+}
+
+/// Rows `rows` of these bytes, which are `all` rows.
+fn rows_of(bytes: &[u8], all: usize, rows: std::ops::Range<usize>) -> &[u8] {
+    let row = bytes.len() / all;
+    &bytes[rows.start * row..rows.end * row]
+}
+
+#[test]
+fn arrays_and_weights_are_read_in_pieces() {
+    let shape = [600, 512];
+    let values: Vec<f32> = (0..600 * 512).map(|i| (i as f32 * 0.37).sin()).collect();
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        let array = Array::from_slice(&values, &shape).unwrap().astype(dtype).unwrap();
+        let (_, _, content) = bytes(&array);
+        for piece in [1 << 12, 100_000, usize::MAX] {
+            let read = Array::from_pieces(&shape, dtype, piece, |start, into| {
+                into.copy_from_slice(&content[start..][..into.len()]);
+                Ok::<(), Error>(())
+            });
+            assert_eq!(bytes(&read.unwrap()), bytes(&array), "{dtype}, pieces of {piece}");
+        }
+        let read = PackedWeight::read_float([600, 512], dtype, |rows, into| {
+            into.copy_from_slice(rows_of(&content, 600, rows));
+            Ok::<(), Error>(())
+        });
+        let packed = Array::from_packed(read.unwrap());
+        assert_eq!(bytes(&packed.dequantize().unwrap()), bytes(&array), "{dtype}, packed");
+
+        let quantized = mica_array::quantize(&array, 4, 64).unwrap();
+        let parts = [&quantized.words, &quantized.scales, &quantized.biases].map(bytes);
+        let read = PackedWeight::read_mlx([600, 512], 4, 64, dtype, |part, rows, into| {
+            into.copy_from_slice(rows_of(&parts[part as usize].2, 600, rows));
+            Ok::<(), Error>(())
+        });
+        let back = read.unwrap().to_mlx().unwrap();
+        assert_eq!([&back.words, &back.scales, &back.biases].map(bytes), parts, "{dtype}, quantized");
+    }
+}
+
+#[test]
+fn the_first_piece_that_fails_is_told() {
+    let fail = |what: String| Error::Unsupported { op: "test", message: what.into() };
+    let error = Array::from_pieces(&[1000], Dtype::F32, 100, |start, _| match start {
+        700 | 1600 | 3900 => Err(fail(format!("at {start}"))),
+        _ => Ok(()),
+    });
+    assert!(error.unwrap_err().to_string().contains("at 700"));
+    let read = |_, rows: std::ops::Range<usize>, _: &mut [u8]| Err(fail(format!("rows from {}", rows.start)));
+    let error = PackedWeight::read_mlx([100_000, 512], 4, 64, Dtype::BF16, read).unwrap_err();
+    assert!(error.to_string().contains("rows from 0"), "{error}");
+    for (bits, group_size, dtype) in [(7, 64, Dtype::BF16), (4, 48, Dtype::BF16), (4, 64, Dtype::I32)] {
+        let read = |_, _: std::ops::Range<usize>, _: &mut [u8]| Ok::<(), Error>(());
+        assert!(PackedWeight::read_mlx([16, 512], bits, group_size, dtype, read).is_err(), "{bits} {dtype}");
+    }
 }

@@ -21,9 +21,11 @@ mod error;
 pub mod gemm;
 pub mod index;
 mod layout;
+mod memory;
 pub mod norm;
 pub mod optimizer;
 pub mod patches;
+mod pieces;
 mod plan;
 pub mod program;
 pub mod quant;
@@ -39,5 +41,6 @@ pub mod view;
 
 pub use dtype::{Dtype, DynView, DynViewMut};
 pub use error::KernelError;
+pub use pieces::in_pieces;
 pub use plan::Plan;
 pub use view::{View, ViewMut};

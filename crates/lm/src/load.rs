@@ -34,8 +34,6 @@ pub struct Outline {
     pub model: Box<dyn LanguageModel>,
     /// Bytes of the weights on disk.
     pub weight_bytes: u64,
-    /// Bytes of the largest tensor.
-    pub largest: u64,
 }
 
 /// Looks at a folder without reading a weight: whether it is a model that can be opened, with all tensors as its
@@ -48,10 +46,10 @@ pub fn outline(folder: impl AsRef<Path>) -> Result<Outline> {
     let config = ModelConfig::load(folder)?;
     models::check_family(&config)?;
     let mut source = FileSource::outline(folder, config.quantization.clone())?;
-    let (weight_bytes, largest) = (source.bytes(), source.largest());
+    let weight_bytes = source.bytes();
     let model = models::build(&config, &mut source)?;
     source.finish()?;
-    Ok(Outline { config, model, weight_bytes, largest })
+    Ok(Outline { config, model, weight_bytes })
 }
 
 /// Opens a folder: reads its configuration, builds the model of its family and takes every tensor,
@@ -62,11 +60,11 @@ pub fn outline(folder: impl AsRef<Path>) -> Result<Outline> {
 pub fn load(folder: impl AsRef<Path>, packing: Packing) -> Result<Loaded> {
     let folder = folder.as_ref();
     // First everything that can be known without reading, and all of it at once.
-    let Outline { config, weight_bytes, largest, .. } = outline(folder)?;
+    let Outline { config, weight_bytes, .. } = outline(folder)?;
     let what = format!("opening {}", folder.display());
     let todo = "quantize the model (mica convert -q), take a smaller one, or end other programs";
-    // The largest tensor is there twice while it is repacked.
-    memory::check(weight_bytes + largest, &what, todo)?;
+    // Weights are repacked as they are read, in pieces: there is one copy of each at any time.
+    memory::check(weight_bytes, &what, todo)?;
     let mut source = FileSource::open(folder, config.quantization.clone(), packing)?;
     let dtype = source.dtype();
     let model = models::build(&config, &mut source)?;

@@ -10,7 +10,7 @@
 //! source.
 //!
 //! Files: `types` what is asked; `product` cutting and loops; `pack` and `block` packing;
-//! `store` the epilogue; `micro` the table of innermost loops, one file per tier.
+//! `store` the epilogue; `weight` packed weights, `read` from files; `micro` the table of innermost loops, one file per tier.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -23,6 +23,7 @@ mod generic;
 mod micro;
 mod pack;
 mod product;
+mod read;
 mod scalar;
 mod store;
 mod types;

@@ -69,7 +69,7 @@ impl QuantWeight {
     /// One row's values, group by group: computed in f32 if `wide`, else in the scales' type.
     fn row_values(&self, row: usize, wide: bool, mut group_values: impl FnMut(usize, &[f32])) {
         let Layout { bits, group, groups, block, tile, scale, .. } = self.layout;
-        let tile = &self.tiles.as_slice()[row / TILE_ROWS * tile..][..tile];
+        let tile = &self.bytes_of_tiles()[row / TILE_ROWS * tile..][..tile];
         let lane = row % TILE_ROWS;
         let (mut codes, mut values) = ([0u8; SUB], [0f32; 128]);
         for g in 0..groups {

@@ -5,7 +5,7 @@
 //! are quantized first; several weights that read the same ones share that step ([`Stage`], then
 //! [`QuantWeight::product`] per weight, side by side in [`Together`]).
 //!
-//! Files: `tile` is the memory layout, `lanes` the vector type all kernels are written in, `tier`
+//! Files: `tile` is the memory layout, `pack` fills it, `lanes` the vector type all kernels are written in, `tier`
 //! their dispatch, `fast` and `fast_amx` the int8 product, `float` dequantizes into the panels of
 //! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
 
@@ -15,7 +15,7 @@ mod fast_amx;
 mod float;
 mod gather;
 mod lanes;
-mod memory;
+mod pack;
 mod plan;
 mod sink;
 mod stage;
@@ -24,6 +24,7 @@ mod tile;
 mod weight;
 
 pub use gather::Floats;
+pub use pack::Part;
 pub use plan::{Precision, ProductPlan, Together};
 pub use sink::Epilogue;
 pub use stage::{Stage, Staged};

@@ -96,7 +96,9 @@ pub(super) const fn planes(bits: usize) -> [(usize, usize); 2] {
     }
 }
 
-/// Writes one row's 32 codes into a sub-block (which starts zeroed).
+/// Writes one row's 32 codes into a sub-block (which starts zeroed): the layout, defined code by code. `pack` does
+/// the same for all rows at once.
+#[cfg(test)]
 pub(super) fn put_codes(sub_block: &mut [u8], bits: usize, row: usize, codes: &[u8]) {
     each_place(bits, |k, plane, vector, shift, (width, below)| {
         let part = codes[k] >> below & ((1u16 << width) - 1) as u8;

@@ -1,10 +1,11 @@
 //! Parameters from a model folder: Hugging Face's, or one that MLX quantized.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 
 use mica_array::files::dtype_from_file;
-use mica_array::{Array, Dtype, PackedWeight, Quantized};
+use mica_array::{Array, Dtype, PackedWeight, Part};
 use mica_io::weights::{Weight, WeightFiles};
 
 use super::Source;
@@ -33,8 +34,8 @@ pub struct FileSource {
     problems: Option<Vec<String>>,
 }
 
-/// Bytes that are read at once: still in the cache when they are looked at.
-const PIECE: usize = 1 << 20;
+/// Bytes that a thread reads at once: still in its cache when they are looked at.
+const PIECE: usize = 256 << 10;
 
 /// Tensors that a message names.
 const SHOWN: usize = 8;
@@ -66,11 +67,6 @@ impl FileSource {
         self.files.byte_len()
     }
 
-    /// Bytes of the largest tensor, which is in memory twice while it is repacked.
-    pub fn largest(&self) -> u64 {
-        self.files.iter().map(|weight| weight.byte_len() as u64).max().unwrap_or(0)
-    }
-
     /// Fails if a tensor was missing or is not what the configuration describes, or if one was not taken.
     pub fn finish(self) -> Result<()> {
         // Older Llama files carry the rotary table, which is computed here.
@@ -99,41 +95,49 @@ impl FileSource {
         })
     }
 
-    /// Fails at once, or notes the failure and goes on with a placeholder of this shape.
-    fn wrong(&mut self, name: &str, problem: String, shape: &[usize]) -> Result<Array> {
+    /// Fails at once; an outline notes the failure and goes on.
+    fn wrong(&mut self, name: &str, problem: String) -> Result<()> {
         match &mut self.problems {
             Some(problems) => {
                 problems.push(problem);
                 self.taken.insert(name.to_string());
-                Ok(Array::zeros(shape, Dtype::F32))
+                Ok(())
             }
             None => Err(Error::bad_file(self.files.path(), problem)),
         }
     }
 
-    fn read(&mut self, name: &str, shapes: &[&[usize]], kind: Kind) -> Result<Array> {
+    fn is_outline(&self) -> bool {
+        self.problems.is_some()
+    }
+
+    /// The dtype of a tensor that is there, has one of these shapes and holds what it should. `None` is something
+    /// wrong that an outline has noted.
+    fn take(&mut self, name: &str, shapes: &[&[usize]], kind: Kind) -> Result<Option<Dtype>> {
         let Some(weight) = self.files.get(name) else {
-            return self.wrong(name, format!("the tensor {name} is missing"), shapes[0]);
+            self.wrong(name, format!("the tensor {name} is missing"))?;
+            return Ok(None);
         };
         let (shape, stored) = (weight.shape(), weight.dtype());
         if !shapes.contains(&shape) {
             let expected: Vec<String> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
             let problem =
                 format!("tensor {name} should have the shape {}, it has {shape:?}", expected.join(" or "));
-            return self.wrong(name, problem, shapes[0]);
+            self.wrong(name, problem)?;
+            return Ok(None);
         }
         let Some(dtype) = dtype_from_file(stored).filter(|dtype| kind.allows(*dtype)) else {
             let problem = format!("tensor {name} should hold {}, it holds {stored}", kind.name());
-            return self.wrong(name, problem, shapes[0]);
+            self.wrong(name, problem)?;
+            return Ok(None);
         };
-        if self.problems.is_some() {
-            let placeholder = Array::zeros(shape, dtype);
-            self.taken.insert(name.to_string());
-            return Ok(placeholder);
-        }
-        let array = read_finite(&weight, dtype)?;
         self.taken.insert(name.to_string());
-        Ok(array)
+        Ok(Some(dtype))
+    }
+
+    /// A tensor that [`FileSource::take`] has found.
+    fn taken(&self, name: &str) -> Weight<'_> {
+        self.files.get(name).expect("it was found")
     }
 
     fn quantized(&mut self, path: &str, spec: QuantSpec, out: usize, inputs: usize) -> Result<Array> {
@@ -143,49 +147,64 @@ impl FileSource {
                 todo: "affine quantization can be opened; convert the model with it".to_string(),
             });
         }
-        let weight = format!("{path}.weight");
+        let names = ["weight", "scales", "biases"].map(|part| format!("{path}.{part}"));
+        let [weight, scales, biases] = &names;
         if !inputs.is_multiple_of(spec.group_size) {
             let problem =
                 format!("{weight} has rows of {inputs}, which are no groups of {}", spec.group_size);
-            return self.wrong(&weight, problem, &[out, inputs]);
+            self.wrong(weight, problem)?;
+            return Ok(Array::zeros(&[out, inputs], Dtype::F32));
         }
         let groups = inputs / spec.group_size;
-        let words = self.read(&weight, &[&[out, inputs * spec.bits / 32]], Kind::Words)?;
-        let scales = self.read(&format!("{path}.scales"), &[&[out, groups]], Kind::Float)?;
-        let biases = self.read(&format!("{path}.biases"), &[&[out, groups]], Kind::Float)?;
-        if scales.dtype() != biases.dtype() {
-            let problem = format!("{path} has scales of {} and biases of {}", scales.dtype(), biases.dtype());
-            return self.wrong(&weight, problem, &[out, inputs]);
+        let found = [
+            self.take(weight, &[&[out, inputs * spec.bits / 32]], Kind::Words)?,
+            self.take(scales, &[&[out, groups]], Kind::Float)?,
+            self.take(biases, &[&[out, groups]], Kind::Float)?,
+        ];
+        if let [_, Some(scales), Some(biases)] = found
+            && scales != biases
+        {
+            self.wrong(weight, format!("{path} has scales of {scales} and biases of {biases}"))?;
         }
-        if self.problems.is_some() {
-            return Ok(Array::zeros(&[out, inputs], scales.dtype()));
+        if self.is_outline() {
+            return Ok(Array::zeros(&[out, inputs], found[1].unwrap_or(Dtype::F32)));
         }
-        let packed =
-            PackedWeight::from_mlx(&Quantized { words, scales, biases }, spec.bits, spec.group_size)?;
+        let dtypes = found.map(|dtype| dtype.expect("only an outline goes on without one"));
+        let parts = names.each_ref().map(|name| self.taken(name));
+        let read = |part: Part, rows: Range<usize>, into: &mut [u8]| {
+            let index = part as usize;
+            read_rows(&parts[index], dtypes[index], rows, into)
+        };
+        let packed = PackedWeight::read_mlx([out, inputs], spec.bits, spec.group_size, dtypes[1], read)?;
         Ok(Array::from_packed(packed))
     }
 }
 
 /// The values of a tensor, of which each must be a number: the damage of a file that can be told from what is in it.
 pub(crate) fn read_finite(weight: &Weight, dtype: Dtype) -> Result<Array> {
-    Array::from_fill(weight.shape(), dtype, |bytes| {
-        for (number, piece) in bytes.chunks_mut(PIECE).enumerate() {
-            let start = number * PIECE;
-            weight.read_range(start, piece)?;
-            if let Some(at) = not_finite(piece, dtype) {
-                return Err(Error::BadFile {
-                    path: weight.path().to_path_buf(),
-                    message: format!(
-                        "tensor {} of shape {:?} holds NaN or infinity, first at element {}",
-                        weight.name(),
-                        weight.shape(),
-                        start / dtype.size() + at
-                    ),
-                    todo: "the file is damaged: fetch it again".to_string(),
-                });
-            }
-        }
-        Ok(())
+    Array::from_pieces(weight.shape(), dtype, PIECE, |start, piece| read_range(weight, dtype, start, piece))
+}
+
+/// Some rows of a matrix, checked as by [`read_finite`].
+fn read_rows(weight: &Weight, dtype: Dtype, rows: Range<usize>, into: &mut [u8]) -> Result<()> {
+    let row = into.len() / rows.len().max(1);
+    read_range(weight, dtype, rows.start * row, into)
+}
+
+fn read_range(weight: &Weight, dtype: Dtype, start: usize, into: &mut [u8]) -> Result<()> {
+    weight.read_range(start, into)?;
+    let Some(at) = not_finite(into, dtype) else {
+        return Ok(());
+    };
+    Err(Error::BadFile {
+        path: weight.path().to_path_buf(),
+        message: format!(
+            "tensor {} of shape {:?} holds NaN or infinity, first at element {}",
+            weight.name(),
+            weight.shape(),
+            start / dtype.size() + at
+        ),
+        todo: "the file is damaged: fetch it again".to_string(),
     })
 }
 
@@ -251,7 +270,11 @@ impl Source for FileSource {
     }
 
     fn tensor_any(&mut self, name: &str, shapes: &[&[usize]]) -> Result<Array> {
-        self.read(name, shapes, Kind::Float)
+        match self.take(name, shapes, Kind::Float)? {
+            None => Ok(Array::zeros(shapes[0], Dtype::F32)),
+            Some(dtype) if self.is_outline() => Ok(Array::zeros(self.taken(name).shape(), dtype)),
+            Some(dtype) => read_finite(&self.taken(name), dtype),
+        }
     }
 
     fn weight(&mut self, path: &str, out: usize, inputs: usize) -> Result<Array> {
@@ -264,11 +287,15 @@ impl Source for FileSource {
             })?;
             return self.quantized(path, spec, out, inputs);
         }
-        let plain = self.read(&format!("{path}.weight"), &[&[out, inputs]], Kind::Float)?;
-        match self.packing {
-            Packing::Frozen => Ok(Array::from_packed(PackedWeight::from_float(&plain)?)),
-            Packing::Quantized => Ok(plain),
+        let name = format!("{path}.weight");
+        if self.is_outline() || self.packing == Packing::Quantized {
+            return self.tensor(&name, &[out, inputs]);
         }
+        let dtype = self.take(&name, &[&[out, inputs]], Kind::Float)?;
+        let dtype = dtype.expect("only an outline goes on without one");
+        let weight = self.taken(&name);
+        let read = |rows: Range<usize>, into: &mut [u8]| read_rows(&weight, dtype, rows, into);
+        Ok(Array::from_packed(PackedWeight::read_float([out, inputs], dtype, read)?))
     }
 }
 
