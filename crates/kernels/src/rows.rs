@@ -254,8 +254,12 @@ unsafe fn load_run<V: Vector, T: Element>(from: *const T, stride: isize, out: &m
     // SAFETY: promised by the caller.
     unsafe {
         if stride == 1 {
-            for (i, part) in out.chunks_mut(LANES).enumerate() {
-                T::load_part::<V>(from.add(i * LANES), part.len()).to_slice(part);
+            let (whole, rest) = out.as_chunks_mut::<LANES>();
+            for (i, part) in whole.iter_mut().enumerate() {
+                T::load::<V>(from.add(i * LANES)).store(part.as_mut_ptr());
+            }
+            if !rest.is_empty() {
+                T::load_part::<V>(from.add(whole.len() * LANES), rest.len()).to_slice(rest);
             }
         } else {
             for (i, value) in out.iter_mut().enumerate() {

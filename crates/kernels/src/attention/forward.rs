@@ -21,9 +21,15 @@ use crate::error::KernelError;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
 
+/// Rows that one chunk carries through the blocks at most.
+const ROWS: usize = 48;
+
 /// Rows that one chunk carries through the blocks: their scores (32 KB) stay in the nearest
-/// caches beside a panel of keys.
-const ROWS: usize = 32;
+/// caches beside a panel of keys. On AVX-512 whole bundles of six, on AMX whole tiles.
+fn chunk_rows(isa: Isa) -> usize {
+    if isa == Isa::Avx512 { 36 } else { 32 }
+}
+
 /// Values between rows of scores: one vector more than a block, so that rows do not fall on the
 /// same cache sets.
 const SCORES: usize = BLOCK + TILE;
@@ -151,12 +157,12 @@ pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
 /// Lays out the workspace: packed blocks, then the partial results of split sequences.
 pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Plan {
     let group = forward.heads / forward.kv_heads;
-    let width = forward.width();
+    let (width, most) = (forward.width(), chunk_rows(forward.isa));
     let (mut chunks, mut merges, mut partials) = (0, 0, 0);
     for sequence in &mut forward.sequences {
         let rows = sequence.length * group;
         let blocks = sequence.keys.div_ceil(BLOCK);
-        sequence.split = rows <= ROWS && blocks > 1;
+        sequence.split = rows <= most && blocks > 1;
         sequence.first_chunk = chunks;
         sequence.first_merge = merges;
         sequence.partial = partials;
@@ -165,7 +171,7 @@ pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Pla
             merges += forward.kv_heads;
             partials += forward.kv_heads * blocks * rows * (2 + width);
         } else {
-            chunks += forward.kv_heads * rows.div_ceil(ROWS);
+            chunks += forward.kv_heads * rows.div_ceil(most);
         }
     }
     let block_bytes = (forward.shape.key_len() + forward.shape.value_len()) * size_of::<P::Stored>();
@@ -316,8 +322,13 @@ impl<'a, P: Products> Rows<'a, P> {
         let row = scratch.take::<f32>(stride);
         row.fill(0.0);
         let mut ranges = [(0, 0); ROWS];
+        let place = |at: usize| (at / group, kv_head * group + at % group);
+        for at in rows.clone() {
+            let (l, head) = place(at);
+            forward.q.prefetch(sequence.q, head, l, forward.shape.key_dim);
+        }
         for (i, at) in rows.clone().enumerate() {
-            let (l, head) = (at / group, kv_head * group + at % group);
+            let (l, head) = place(at);
             // SAFETY: l and head are inside the checked shape; the row is copied into its place.
             unsafe {
                 forward.q.load::<V>(sequence.q, head, l, &mut row[..forward.shape.key_dim]);
@@ -388,21 +399,30 @@ impl<'a, P: Products> Rows<'a, P> {
             let (l, head) = (at / group, self.kv_head * group + at % group);
             let scores = &mut self.scores[i * SCORES..][..BLOCK];
             let place = [self.sequence.index, head, l, block];
-            let largest = forward.rule.scores::<V>(scores, tiles.clone(), within(self.ranges[i]), place);
-            self.block_max[i] = largest;
+            self.block_max[i] =
+                forward.rule.scores::<V>(scores, tiles.clone(), within(self.ranges[i]), place);
+        }
+        // Apart from the loop above, so that no row waits for its own maximum.
+        for i in 0..count {
+            let largest = self.block_max[i];
             let middle = V::splat(largest);
+            let scores = self.scores[i * SCORES..][..BLOCK].as_ptr();
             let weights = self.weights[i * WEIGHTS..].as_mut_ptr();
             let mut sum = V::zero();
-            for tile in tiles.clone() {
-                let part = &scores[tile * TILE..][..TILE];
-                let weight = if largest == f32::NEG_INFINITY {
-                    V::zero()
-                } else {
-                    math::exp(V::from_slice(part, 0.0) - middle)
-                };
-                sum = sum + weight;
-                // SAFETY: the row has a place for each key of the block.
-                unsafe { P::Operand::store(weight, weights.add(tile * TILE)) };
+            // Tiles come in twos: a step is two.
+            for tile in tiles.clone().step_by(2) {
+                for at in [tile * TILE, (tile + 1) * TILE] {
+                    // SAFETY: the row has a place for each key of the block.
+                    unsafe {
+                        let weight = if largest == f32::NEG_INFINITY {
+                            V::zero()
+                        } else {
+                            math::exp(V::load(scores.add(at)) - middle)
+                        };
+                        sum = sum + weight;
+                        P::Operand::store(weight, weights.add(at));
+                    }
+                }
             }
             self.block_sum[i] = sum.sum();
         }
@@ -426,25 +446,26 @@ impl<'a, P: Products> Rows<'a, P> {
     }
 }
 
-/// Adds a block's result to a row's: both are (maximum, sum, output) with the output relative to
-/// the maximum.
+/// The larger maximum of rows' states and of their blocks, and what each side is to be multiplied by
+/// to be relative to it.
 #[inline(always)]
-fn merge<V: Vector>(state: (&mut f32, &mut f32, &mut [f32]), block: (f32, f32, &[f32])) {
-    let (max, sum, out) = state;
-    let (block_max, block_sum, block_out) = block;
-    if block_max == f32::NEG_INFINITY {
-        return;
-    }
-    let largest = if *max > block_max { *max } else { block_max };
-    let exps = math::exp(V::from_array(std::array::from_fn(|i| {
-        if i == 0 { *max - largest } else { block_max - largest }
-    })));
-    let (keep, take) = (exps.to_array()[0], exps.to_array()[1]);
-    *max = largest;
+fn factors<V: Vector>(max: V, block_max: V) -> (V, V, V) {
+    let largest = V::select(max.gt(block_max), max, block_max);
+    (largest, math::exp(max - largest), math::exp(block_max - largest))
+}
+
+/// Adds a block's result to a row's, both made relative to one maximum by the factors.
+#[inline(always)]
+fn merge<V: Vector>((keep, take): (f32, f32), sum: &mut f32, out: &mut [f32], block: (f32, &[f32])) {
+    let (block_sum, block_out) = block;
     *sum = block_sum.mul_add(take, *sum * keep);
     let (keep, take) = (V::splat(keep), V::splat(take));
-    for (out, add) in out.chunks_mut(TILE).zip(block_out.chunks(TILE)) {
-        V::from_slice(add, 0.0).mul_add(take, V::from_slice(out, 0.0) * keep).to_slice(out);
+    for (out, add) in out.chunks_exact_mut(TILE).zip(block_out.chunks_exact(TILE)) {
+        // SAFETY: a vector each.
+        unsafe {
+            let kept = V::load(out.as_ptr()) * keep;
+            V::load(add.as_ptr()).mul_add(take, kept).store(out.as_mut_ptr());
+        }
     }
 }
 
@@ -527,9 +548,10 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
             let blocks = sequence.keys.div_ceil(BLOCK);
             (chunk / blocks, 0..count, Some(chunk % blocks))
         } else {
-            let parts = count.div_ceil(ROWS);
-            let first = chunk % parts * ROWS;
-            (chunk / parts, first..(first + ROWS).min(count), None)
+            let most = chunk_rows(forward.isa);
+            let parts = count.div_ceil(most);
+            let first = chunk % parts * most;
+            (chunk / parts, first..(first + most).min(count), None)
         };
         let mut work = Rows::<P>::new::<V>(forward, sequence, kv_head, rows.clone(), self.scratch);
         // The state of each row; a split block starts and ends with nothing but itself.
@@ -548,12 +570,20 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
             if only.is_some() {
                 break;
             }
+            let (mut keep, mut take) = ([0.0; ROWS], [0.0; ROWS]);
+            for at in (0..rows.len()).step_by(TILE) {
+                let lanes = at..at + TILE;
+                let [old, new] = [&max, &work.block_max].map(|from| V::from_slice(&from[lanes.clone()], 0.0));
+                let (largest, keeps, takes) = factors(old, new);
+                largest.to_slice(&mut max[lanes.clone()]);
+                keeps.to_slice(&mut keep[lanes.clone()]);
+                takes.to_slice(&mut take[lanes]);
+            }
             for i in 0..rows.len() {
-                let state = (&mut max[i], &mut sum[i], &mut out[i * width..][..width]);
-                merge::<V>(
-                    state,
-                    (work.block_max[i], work.block_sum[i], &work.block_out[i * width..][..width]),
-                );
+                if work.block_max[i] != f32::NEG_INFINITY {
+                    let block = (work.block_sum[i], &work.block_out[i * width..][..width]);
+                    merge::<V>((keep[i], take[i]), &mut sum[i], &mut out[i * width..][..width], block);
+                }
             }
         }
         if let Some(block) = only {
@@ -624,7 +654,13 @@ impl Kernel for MergeChunk<'_> {
                 // output where the maximum is -∞, and then none is read).
                 let (block_max, block_sum, values) =
                     unsafe { (*from, *from.add(1), std::slice::from_raw_parts(from.add(2), width)) };
-                merge::<V>((&mut max, &mut sum, out), (block_max, block_sum, values));
+                if block_max == f32::NEG_INFINITY {
+                    continue;
+                }
+                let (largest, keep, take) = factors(V::splat(max), V::splat(block_max));
+                let [largest, keep, take] = [largest, keep, take].map(|x| x.to_array()[0]);
+                max = largest;
+                merge::<V>((keep, take), &mut sum, out, (block_sum, values));
             }
             finish::<V>(forward, sequence, kv_head * group + row % group, row / group, (max, sum), out);
         }

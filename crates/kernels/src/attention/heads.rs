@@ -9,6 +9,7 @@ use mica_threads::Scratch;
 use super::block::{BlockShape, Stored, TILE, panel_at, write_lane, write_step};
 use crate::dtype::Dtype;
 use crate::gemm::block::{self, Job};
+use crate::layout::prefetch;
 use crate::rows::{load_any, store_any};
 
 /// An array `[heads, positions, dim]` of one sequence.
@@ -40,6 +41,16 @@ pub(super) struct Part<'a> {
 impl Heads {
     pub fn new(pointer: *mut u8, dtype: Dtype, strides: &[isize]) -> Heads {
         Heads { pointer, dtype, strides: [strides[0], strides[1], strides[2]] }
+    }
+
+    /// Asks for one head of one position to be brought near.
+    #[inline(always)]
+    pub fn prefetch(&self, base: isize, head: usize, position: usize, dim: usize) {
+        if self.strides[2] == 1 {
+            let at = base + head as isize * self.strides[0] + position as isize * self.strides[1];
+            let size = self.dtype.size();
+            prefetch(self.pointer.wrapping_offset(at * size as isize), dim * size);
+        }
     }
 
     /// Widens one head of one position.

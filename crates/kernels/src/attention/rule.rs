@@ -120,6 +120,9 @@ impl Rule {
         (low, high): (usize, usize),
         [batch, head, l, block]: [usize; 4],
     ) -> f32 {
+        if self.soft_cap.is_none() && self.mask.is_none() {
+            return self.plain_scores::<V>(row, tiles, (low, high));
+        }
         let scale = V::splat(self.scale);
         let lanes = V::from_array(std::array::from_fn(|i| i as f32));
         let (first, end) = (V::splat(low as f32), V::splat(high as f32));
@@ -149,6 +152,45 @@ impl Rule {
             }
             largest = largest.max(score);
             score.to_slice(part);
+        }
+        largest.max_lane()
+    }
+
+    /// [`Rule::scores`] without a soft cap or a mask, which most are: only tiles at the ends of the range
+    /// are looked at lane by lane.
+    #[inline(always)]
+    fn plain_scores<V: Vector>(
+        &self,
+        row: &mut [f32],
+        tiles: std::ops::Range<usize>,
+        (low, high): (usize, usize),
+    ) -> f32 {
+        let scale = V::splat(self.scale);
+        let lanes = V::from_array(std::array::from_fn(|i| i as f32));
+        let (first, end) = (V::splat(low as f32), V::splat(high as f32));
+        let mut largest = V::splat(f32::NEG_INFINITY);
+        let whole_from = low.div_ceil(TILE).clamp(tiles.start, tiles.end);
+        let whole_to = (high / TILE).clamp(whole_from, tiles.end);
+        let row = row[..tiles.end * TILE].as_mut_ptr();
+        for tile in (tiles.start..whole_from).chain(whole_to..tiles.end) {
+            let at = tile * TILE;
+            let key = lanes + V::splat(at as f32);
+            let seen = V::mask_and(key.ge(first), key.lt(end));
+            // SAFETY: the row has all tiles.
+            unsafe {
+                let score = V::load(row.add(at)) * scale;
+                let score = V::select(seen, score, V::splat(f32::NEG_INFINITY));
+                largest = largest.max(score);
+                score.store(row.add(at));
+            }
+        }
+        for tile in whole_from..whole_to {
+            // SAFETY: as above.
+            unsafe {
+                let score = V::load(row.add(tile * TILE)) * scale;
+                largest = largest.max(score);
+                score.store(row.add(tile * TILE));
+            }
         }
         largest.max_lane()
     }

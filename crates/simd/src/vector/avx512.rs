@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use half::{bf16, f16};
 
-use super::{LANES, Vector, bf16_bits};
+use super::{LANES, Vector, bf16_bits_by_integers};
 use crate::Isa;
 
 /// Folds eight lanes in the canonical order: 4, 2, 1.
@@ -79,6 +79,19 @@ macro_rules! memory {
 
 pub(super) use {memory, value};
 
+/// The nearest bf16 values. The instruction takes subnormal numbers for zero, which no other tier does.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn narrow(x: F32x16) -> __m256i {
+    const SUBNORMAL: i32 = 0x20;
+    if _mm512_fpclass_ps_mask::<SUBNORMAL>(x.0) == 0 {
+        // SAFETY: 16 values of 16 bits in either type.
+        unsafe { transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x.0)) }
+    } else {
+        _mm512_cvtepi32_epi16(bf16_bits_by_integers(x))
+    }
+}
+
 impl Vector for F32x16 {
     type Mask = __mmask16;
     type Int = __m512i;
@@ -96,6 +109,7 @@ impl Vector for F32x16 {
         round(self: Self) -> Self = F32x16(_mm512_roundscale_ps::<0x08>(self.0));
         floor(self: Self) -> Self = F32x16(_mm512_roundscale_ps::<0x09>(self.0));
         trunc(self: Self) -> Self = F32x16(_mm512_roundscale_ps::<0x0b>(self.0));
+        bf16_bits(self: Self) -> Self::Int = _mm512_cvtepu16_epi32(narrow(self));
         scale_exp2(self: Self, n: Self) -> Self = F32x16(_mm512_scalef_ps(self.0, n.0));
         lt(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0);
         le(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, other.0);
@@ -131,7 +145,7 @@ impl Vector for F32x16 {
         load_bf16(p: *const bf16) -> Self =
             F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))));
         store_bf16(self: Self, p: *mut bf16) -> () =
-            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(bf16_bits(self)));
+            _mm256_storeu_si256(p.cast(), narrow(self));
         load_f16(p: *const f16) -> Self = F32x16(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())));
         store_f16(self: Self, p: *mut f16) -> () =
             _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));

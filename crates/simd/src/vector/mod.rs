@@ -138,6 +138,11 @@ pub trait Vector:
     fn floor(self) -> Self;
     /// Towards zero to an integer.
     fn trunc(self) -> Self;
+    /// See [`bf16_bits`].
+    #[inline(always)]
+    fn bf16_bits(self) -> Self::Int {
+        bf16_bits_by_integers(self)
+    }
     /// `self * 2^n` rounded once (subnormals too), for integral `n` in [-252, 254].
     fn scale_exp2(self, n: Self) -> Self;
 
@@ -451,6 +456,12 @@ half_element!(f16, "f16", load_f16, store_f16);
 /// The bits of 16 f32 values as bf16 in the low halves: nearest, ties to even, NaN kept.
 #[inline(always)]
 pub fn bf16_bits<V: Vector>(x: V) -> V::Int {
+    x.bf16_bits()
+}
+
+/// [`bf16_bits`] in integers, for tiers without an instruction.
+#[inline(always)]
+fn bf16_bits_by_integers<V: Vector>(x: V) -> V::Int {
     let bits = x.to_bits();
     let odd = V::int_and(V::int_shr_logical(bits, 16), V::int_splat(1));
     let rounded = V::int_shr_logical(V::int_add(V::int_add(bits, V::int_splat(0x7fff)), odd), 16);
