@@ -86,6 +86,7 @@ unsafe fn store_portable(job: &StoreJob) {
 unsafe fn store(job: &StoreJob) {
     let plain = |place: &Place| place.float == FloatType::F32 && place.column == 4;
     let plain = plain(&job.out) && job.addends.iter().all(plain);
+    let half = job.out.float == FloatType::Bf16 && job.out.column == 2 && job.addends.is_empty();
     for row in 0..job.rows {
         let out = job.out.moved(row, 0);
         for column in (0..job.columns).step_by(16) {
@@ -100,6 +101,13 @@ unsafe fn store(job: &StoreJob) {
                         line = std::array::from_fn(|lane| line[lane] + other[lane]);
                     }
                     out.moved(0, column).pointer.cast::<[f32; 16]>().write_unaligned(line);
+                } else if half && columns == 16 {
+                    let line = sums.cast::<[f32; 16]>().read();
+                    let mut words = [0u16; 16];
+                    for (word, value) in words.iter_mut().zip(line) {
+                        *word = round_to_bf16(value);
+                    }
+                    out.moved(0, column).pointer.cast::<[u16; 16]>().write_unaligned(words);
                 } else {
                     store_any(job, row, column, columns, sums);
                 }
@@ -112,7 +120,7 @@ unsafe fn store(job: &StoreJob) {
 ///
 /// # Safety
 /// As [`StoreFn`].
-#[inline]
+#[inline(always)]
 unsafe fn store_any(job: &StoreJob, row: usize, column: usize, columns: usize, sums: *const f32) {
     // SAFETY: promised by the caller.
     unsafe {
@@ -144,9 +152,17 @@ unsafe fn load_line(place: Place, columns: usize) -> [f32; 16] {
                 return line;
             }
             let mut words = [0u16; 16];
-            std::ptr::copy_nonoverlapping(place.pointer, words.as_mut_ptr().cast(), 2 * columns);
+            // Of a constant size: a call for 32 bytes takes longer than all the rest.
+            if columns == 16 {
+                words = place.pointer.cast::<[u16; 16]>().read_unaligned();
+            } else {
+                std::ptr::copy_nonoverlapping(place.pointer, words.as_mut_ptr().cast(), 2 * columns);
+            }
             if place.float == FloatType::Bf16 {
-                return words.map(|word| f32::from_bits((word as u32) << 16));
+                for (value, word) in line.iter_mut().zip(words) {
+                    *value = f32::from_bits((word as u32) << 16);
+                }
+                return line;
             }
             words.map(f16::from_bits).convert_to_f32_slice(&mut line);
             return line;
@@ -178,14 +194,22 @@ unsafe fn store_line(place: Place, columns: usize, line: &[f32; 16]) {
                 }
                 return;
             }
-            let words = if place.float == FloatType::Bf16 {
-                line.map(round_to_bf16)
+            let mut words = [0u16; 16];
+            if place.float == FloatType::Bf16 {
+                // A loop: `map` is a function of its own, without the tier's features.
+                for (word, &value) in words.iter_mut().zip(line) {
+                    *word = round_to_bf16(value);
+                }
             } else {
                 let mut halves = [f16::ZERO; 16];
                 halves.convert_from_f32_slice(line);
-                halves.map(f16::to_bits)
-            };
-            std::ptr::copy_nonoverlapping(words.as_ptr().cast(), place.pointer, 2 * columns);
+                words = halves.map(f16::to_bits);
+            }
+            if columns == 16 {
+                place.pointer.cast::<[u16; 16]>().write_unaligned(words);
+            } else {
+                std::ptr::copy_nonoverlapping(words.as_ptr().cast(), place.pointer, 2 * columns);
+            }
             return;
         }
         for (column, &value) in line[..columns].iter().enumerate() {
