@@ -247,6 +247,50 @@ pub(super) fn fold<J: Join>(isa: Isa, lanes: [f32; LANES]) -> f32 {
     dispatch(isa, Fold::<J> { lanes, join: PhantomData })
 }
 
+/// The place of the first value that is `top`, which is one of them (NaN if `top` is).
+pub(super) fn first_place(isa: Isa, values: &[f32], top: f32) -> usize {
+    dispatch(isa, FirstPlace { values, top })
+}
+
+struct FirstPlace<'a> {
+    values: &'a [f32],
+    top: f32,
+}
+
+impl Kernel for FirstPlace<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> usize {
+        let top = V::splat(self.top);
+        let is_nan = self.top.is_nan();
+        let is_top = |at: usize| {
+            // SAFETY: a whole vector.
+            let values = unsafe { V::load(self.values.as_ptr().add(at)) };
+            if is_nan { values.is_nan() } else { values.eq(top) }
+        };
+        let count = self.values.len();
+        let mut at = 0;
+        while at + 4 * LANES <= count {
+            let low = V::mask_or(is_top(at), is_top(at + LANES));
+            let high = V::mask_or(is_top(at + 2 * LANES), is_top(at + 3 * LANES));
+            if V::any(V::mask_or(low, high)) {
+                break;
+            }
+            at += 4 * LANES;
+        }
+        while at + LANES <= count {
+            let found = V::mask_bits(is_top(at));
+            if found != 0 {
+                return at + found.trailing_zeros() as usize;
+            }
+            at += LANES;
+        }
+        let is_top = |value: &f32| if is_nan { value.is_nan() } else { *value == self.top };
+        at + self.values[at..].iter().position(is_top).expect("the value is one of them")
+    }
+}
+
 struct Fold<J> {
     lanes: [f32; LANES],
     join: PhantomData<J>,
@@ -304,11 +348,14 @@ impl<J: Extreme, const N: usize> Kernel for Extremes<'_, J, N> {
         let mut numbers = [V::mask_from_bits(u16::MAX); N];
         for at in (0..whole).step_by(BLOCK) {
             for row in 0..N {
-                for chain in 0..CHAINS {
+                for chain in (0..CHAINS).step_by(2) {
                     // SAFETY: a block is so many vectors.
-                    let values = unsafe { V::load(self.values[row].as_ptr().add(at + chain * LANES)) };
-                    found[row][chain] = J::quick(found[row][chain], values);
-                    numbers[row] = V::mask_and(numbers[row], values.eq(values));
+                    let values = [chain, chain + 1]
+                        .map(|chain| unsafe { V::load(self.values[row].as_ptr().add(at + chain * LANES)) });
+                    found[row][chain] = J::quick(found[row][chain], values[0]);
+                    found[row][chain + 1] = J::quick(found[row][chain + 1], values[1]);
+                    // One comparison for two vectors: these are what takes the time where values come from a cache.
+                    numbers[row] = V::mask_and(numbers[row], values[0].ordered(values[1]));
                 }
             }
         }

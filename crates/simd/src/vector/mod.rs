@@ -157,6 +157,11 @@ pub trait Vector:
     fn ge(self, other: Self) -> Self::Mask {
         other.le(self)
     }
+    /// Lanes where neither is NaN.
+    #[inline(always)]
+    fn ordered(self, other: Self) -> Self::Mask {
+        Self::mask_and(self.eq(self), other.eq(other))
+    }
     /// Where a lane is NaN.
     #[inline(always)]
     fn is_nan(self) -> Self::Mask {
