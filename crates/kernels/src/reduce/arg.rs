@@ -12,6 +12,9 @@ use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, check_output, compute_
 use crate::error::KernelError;
 use crate::layout::Linear;
 
+/// Elements of a row that are searched at a time: they are read twice, the second time from the first-level cache.
+const DENSE_TILE: usize = 4096;
+
 /// Largest or smallest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ArgReduceOp {
@@ -175,11 +178,17 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
     fn row(&self, base: isize, buffers: &Buffers) -> u32 {
         let length = self.source.linear.size();
         let mut best: Option<(T, usize)> = None;
-        for start in (0..length).step_by(TILE) {
-            let count = TILE.min(length - start);
+        // What needs no buffer is taken in larger pieces.
+        let dense = self.source.dense(base, 0, length);
+        let step = if dense.is_some() { DENSE_TILE } else { TILE };
+        for start in (0..length).step_by(step) {
+            let count = step.min(length - start);
             // SAFETY: inside the source; the buffers hold a tile.
             let values = unsafe {
-                let tile = self.source.load(base, start, count, buffers.tile, buffers.raw);
+                let tile = match dense {
+                    Some(dense) => dense.cast::<T>().add(start).cast(),
+                    None => self.source.load(base, start, count, buffers.tile, buffers.raw),
+                };
                 std::slice::from_raw_parts(tile.cast::<T>(), count)
             };
             let top = (self.top)(&self.better, values);

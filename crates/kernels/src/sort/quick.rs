@@ -385,9 +385,15 @@ fn flipped<const FLIP: usize>(v: __m512i) -> __m512i {
         2 => _mm512_shuffle_epi32::<0b01_00_11_10>(v),
         3 => _mm512_shuffle_epi32::<0b00_01_10_11>(v),
         4 => _mm512_shuffle_i32x4::<0b10_11_00_01>(v, v),
-        7 => _mm512_permutexvar_epi32(_mm512_set_epi32(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), v),
+        7 => _mm512_permutexvar_epi32(
+            _mm512_set_epi32(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7),
+            v,
+        ),
         8 => _mm512_shuffle_i32x4::<0b01_00_11_10>(v, v),
-        _ => _mm512_permutexvar_epi32(_mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), v),
+        _ => _mm512_permutexvar_epi32(
+            _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+            v,
+        ),
     }
 }
 
@@ -446,7 +452,8 @@ fn turn<const N: usize>(v: &mut [__m512i; N]) {
         };
         let [a, b, c, d] = [quarters[from[0]], quarters[from[1]], quarters[from[2]], quarters[from[3]]];
         let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
-        let (other_even, other_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        let (other_even, other_odd) =
+            (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
         v[group] = _mm512_shuffle_i32x4::<0x88>(even, other_even);
         v[N / 4 + group] = _mm512_shuffle_i32x4::<0x88>(odd, other_odd);
         v[N / 2 + group] = _mm512_shuffle_i32x4::<0xdd>(even, other_even);

@@ -280,7 +280,7 @@ pub trait Vector:
 
     /// Sum of the lanes in the canonical order: lane i with i+8, then i+4, i+2, i+1.
     fn sum(self) -> f32;
-    /// Largest lane; unspecified if one is NaN.
+    /// Largest lane, in the order of [`Vector::sum`] (of zeros the later one is taken); unspecified if one is NaN.
     fn max_lane(self) -> f32;
     /// Smallest lane; unspecified if one is NaN.
     #[inline(always)]
