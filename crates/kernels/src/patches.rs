@@ -148,20 +148,19 @@ impl Patches {
         Some(self.image.wrapping_offset(offset))
     }
 
-    /// Up to 16 elements from `k` on of each of `columns` positions from `first` on, as lines: where they are,
-    /// their distance and number. Those in padding are zeros; if all are, there are no lines.
+    /// Up to 16 elements from `k` on, which is a channel of a tap, of each of `columns` positions from `first` on,
+    /// whose place is given, as lines: where they are, their distance and number. Those in padding are zeros; if all are, there are no lines.
     ///
     /// # Safety
     /// They exist.
     unsafe fn lines(
         &self,
         (first, columns): (usize, usize),
-        (k, count): (usize, usize),
+        (entry, place): (usize, [usize; 3]),
+        (k, (tap, channel), count): (usize, (usize, usize), usize),
         copy: &mut [u32; 256],
     ) -> (*const u8, isize, usize) {
         let size = self.float.size();
-        let (entry, place) = self.place(first);
-        let (tap, channel) = (k / self.depth, k % self.depth);
         let in_a_row = place[2] + columns <= self.walk.output[2] && self.walk.input_dilation[2] == 1;
         let step = 16 * size;
         let copies = copy.as_mut_ptr().cast::<u8>();
@@ -186,6 +185,8 @@ impl Patches {
                 // SAFETY: `count` elements of a pixel inside the image; a line of the copy.
                 unsafe {
                     match inside(i as isize) {
+                        // Of a constant size: no call.
+                        true if count * size == 64 => to.cast::<[u8; 64]>().write(line(i as isize).cast::<[u8; 64]>().read()),
                         true => std::ptr::copy_nonoverlapping(line(i as isize), to, count * size),
                         false => std::ptr::write_bytes(to, 0, step),
                     }
@@ -238,13 +239,22 @@ impl PanelSource for Patches {
         for panel in 0..range.panels {
             let first = range.n0 + panel * 16;
             let columns = self.positions.saturating_sub(first).min(16);
+            let place = self.place(first);
+            let (mut tap, mut channel) = (range.k0 / self.depth, range.k0 % self.depth);
             for at in (0..form.padded(range.k)).step_by(16) {
                 let lanes = range.k.saturating_sub(at).min(16);
                 let (from, from_step, lines) = match lanes {
                     0 => (copy.as_ptr().cast(), 64, 0),
                     // SAFETY: the range lies inside the operand (the caller's promise).
-                    _ => unsafe { self.lines((first, columns), (range.k0 + at, lanes), &mut copy) },
+                    _ => unsafe {
+                        self.lines((first, columns), place, (range.k0 + at, (tap, channel), lanes), &mut copy)
+                    },
                 };
+                channel += 16;
+                while channel >= self.depth {
+                    channel -= self.depth;
+                    tap += 1;
+                }
                 let into = range.into.wrapping_add(panel * range.stride + at * bytes_a_k);
                 // SAFETY: the lines are readable, and the panel is the caller's to write.
                 unsafe {

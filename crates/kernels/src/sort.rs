@@ -23,7 +23,7 @@ use crate::error::KernelError;
 use crate::layout::{Linear, by_size, gather_run};
 use crate::plan::Plan;
 use crate::view::{Dims, Strides};
-use keys::{Bits, KeyOrder, keys_of, rank_of, write_values};
+use keys::{Bits, KeyOrder, keys_of, rank_of, write_values, write_words};
 
 /// How much order is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -332,6 +332,28 @@ impl Sort {
         }
         let ranks = &*ranks;
         let (middle, smaller) = select(isa, ranks, self.dtype.size(), at, scratch);
+        #[cfg(target_arch = "x86_64")]
+        if matches!(isa, Isa::Avx512 | Isa::Amx) {
+            let words = scratch.take::<u32>(self.length);
+            // SAFETY: the caller's; the tier is the machine's, and there is room.
+            unsafe {
+                if self.places {
+                    words.iter_mut().zip(0..).for_each(|(word, place)| *word = place);
+                } else {
+                    self.tiles::<T>(source, 0..self.length, buffer, |start, values| {
+                        words[start..].iter_mut().zip(values).for_each(|(word, value)| *word = value.low());
+                    });
+                }
+                let other = scratch.take::<u32>(self.length + quick::ROOM);
+                quick::part(ranks, words, other, at, (middle, smaller));
+                if self.places {
+                    write_words(words, out.cast::<u32>(), self.out_stride);
+                } else {
+                    write_words(words, out.cast::<T>(), self.out_stride);
+                }
+            }
+            return;
+        }
         // Of equal ones the first go before.
         let mut equal = (0..self.length).filter(|&place| ranks[place] == middle);
         let middle_place = equal.nth(at - smaller).expect("as many are equal as were counted");

@@ -192,6 +192,18 @@ mod avx512 {
     /// As [`super::BlockFn`].
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub(super) unsafe fn block<const S: u8, const T: bool, const D: u8>(job: &Job) {
+        let whole = job.lanes == 16 && job.lines == job.into_lines;
+        if S == From::High as u8 && !T && whole {
+            // SAFETY: all lanes of the lines are there.
+            unsafe {
+                if D == Into::High as u8 {
+                    return copy(job);
+                }
+                if D == Into::Pairs as u8 && job.lines == 16 {
+                    return pair(job);
+                }
+            }
+        }
         let mut lines = [_mm512_setzero_ps(); 16];
         // SAFETY: the lines exist, and the mask hides the elements that do not.
         unsafe {
@@ -221,6 +233,46 @@ mod avx512 {
                 store::<S, D>(job, &lines, 16)
             } else {
                 store::<S, D>(job, &lines, job.into_lines)
+            }
+        }
+    }
+
+    /// Whole lines of 16-bit words as they are.
+    ///
+    /// # Safety
+    /// As [`super::BlockFn`], for lines without missing elements.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn copy(job: &Job) {
+        for line in 0..job.lines {
+            // SAFETY: promised by the caller.
+            unsafe {
+                let at = job.from.offset(line as isize * job.from_step);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(job.ahead).cast());
+                let words = _mm256_loadu_si256(at.cast());
+                _mm256_storeu_si256(job.into.add(line * job.into_step).cast(), words);
+            }
+        }
+    }
+
+    /// A whole block of 16-bit words that stay what they are, in pairs.
+    ///
+    /// # Safety
+    /// As [`super::BlockFn`], for a whole block.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn pair(job: &Job) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let line = |line: usize| {
+                let at = job.from.offset(line as isize * job.from_step);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_offset(job.ahead).cast());
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()))
+            };
+            for pair in 0..8 {
+                let (even, odd) = (line(2 * pair), line(2 * pair + 1));
+                let both = _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd));
+                _mm512_storeu_si512(job.into.add(pair * job.into_step).cast(), both);
             }
         }
     }

@@ -131,35 +131,48 @@ impl Reader {
         into_step: usize,
         into_lines: usize,
     ) {
-        let mut gathered = [[0u32; 16]; 16];
-        let (from, from_step, lines, lanes) = match self.how {
-            How::LinesAlongK => (from, self.along_other, others, ks),
-            How::LinesAlongOther => (from, self.along_k, ks, others),
-            How::Gather => {
-                for (k, line) in gathered[..ks].iter_mut().enumerate() {
-                    for (other, word) in line[..others].iter_mut().enumerate() {
-                        let offset = k as isize * self.along_k + other as isize * self.along_other;
-                        let at = from.wrapping_offset(offset);
-                        // SAFETY: inside the elements that the caller promises.
-                        *word = unsafe {
-                            match self.float {
-                                FloatType::F32 => at.cast::<u32>().read(),
-                                FloatType::Bf16 => (at.cast::<u16>().read() as u32) << 16,
-                                FloatType::F16 => at.cast::<f16>().read().to_f32().to_bits(),
-                            }
-                        };
-                    }
-                }
-                (gathered.as_ptr().cast(), 64, ks, others)
-            }
+        let (from_step, lines, lanes) = match self.how {
+            How::LinesAlongK => (self.along_other, others, ks),
+            How::LinesAlongOther => (self.along_k, ks, others),
+            // SAFETY: the caller's.
+            How::Gather => return unsafe { self.gather(from, (ks, others), into, into_step, into_lines) },
         };
-        let ahead = match self.how {
-            How::LinesAlongK => 512,
-            How::LinesAlongOther => 16 * from_step,
-            How::Gather => 0,
-        };
-        // SAFETY: the lines are those of the caller, or of `gathered`.
+        let ahead = if self.how == How::LinesAlongK { 512 } else { 16 * from_step };
+        // SAFETY: the lines are those of the caller.
         unsafe { (self.block)(&Job { from, from_step, lines, lanes, into, into_step, ahead, into_lines }) }
+    }
+
+    /// [`Reader::read`] of elements that are collected one by one.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn gather(
+        &self,
+        from: *const u8,
+        (ks, others): (usize, usize),
+        into: *mut u8,
+        into_step: usize,
+        into_lines: usize,
+    ) {
+        let mut gathered = [[0u32; 16]; 16];
+        for (k, line) in gathered[..ks].iter_mut().enumerate() {
+            for (other, word) in line[..others].iter_mut().enumerate() {
+                let offset = k as isize * self.along_k + other as isize * self.along_other;
+                let at = from.wrapping_offset(offset);
+                // SAFETY: inside the elements that the caller promises.
+                *word = unsafe {
+                    match self.float {
+                        FloatType::F32 => at.cast::<u32>().read(),
+                        FloatType::Bf16 => (at.cast::<u16>().read() as u32) << 16,
+                        FloatType::F16 => at.cast::<f16>().read().to_f32().to_bits(),
+                    }
+                };
+            }
+        }
+        let (from, from_step, lines, lanes) = (gathered.as_ptr().cast(), 64, ks, others);
+        let job = Job { from, from_step, lines, lanes, into, into_step, ahead: 0, into_lines };
+        // SAFETY: the lines are those of `gathered`, the destination is the caller's.
+        unsafe { (self.block)(&job) }
     }
 }
 

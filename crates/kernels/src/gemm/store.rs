@@ -60,8 +60,70 @@ pub(super) fn storer(isa: Isa) -> StoreFn {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn store_avx512(job: &StoreJob) {
+    let out = &job.out;
+    if out.float == FloatType::F32 && out.row == 4 && job.rows == 8 && job.addends.is_empty() {
+        for column in (0..job.columns).step_by(16) {
+            let columns = (job.columns - column).min(16);
+            // SAFETY: promised by the caller.
+            unsafe { store_turned(job.sums.add(column / 16 * job.panel), columns, out.moved(0, column)) };
+        }
+        return;
+    }
     // SAFETY: promised by the caller.
     unsafe { store(job) }
+}
+
+/// Eight rows of sums as columns of eight numbers side by side: outputs of convolutions stand so.
+///
+/// # Safety
+/// The processor has the tier's features; eight rows of sums, and as many columns to write.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn store_turned(sums: *const f32, columns: usize, out: Place) {
+    use std::arch::x86_64::*;
+    let mut halves = [[_mm512_setzero_pd(); 4]; 2];
+    for (half, of) in halves.iter_mut().enumerate() {
+        // SAFETY: four of the rows.
+        let [a, b, c, d] = unsafe {
+            let rows = sums.add(half * 64);
+            [
+                _mm512_loadu_ps(rows),
+                _mm512_loadu_ps(rows.add(16)),
+                _mm512_loadu_ps(rows.add(32)),
+                _mm512_loadu_ps(rows.add(48)),
+            ]
+        };
+        let low = (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d)));
+        let high = (_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d)));
+        // Quarter q of vector j: four rows of column 4q + j.
+        *of = [
+            _mm512_unpacklo_pd(low.0, low.1),
+            _mm512_unpackhi_pd(low.0, low.1),
+            _mm512_unpacklo_pd(high.0, high.1),
+            _mm512_unpackhi_pd(high.0, high.1),
+        ];
+    }
+    let mut lines = [_mm256_setzero_pd(); 16];
+    for j in 0..4 {
+        let (above, below) = (halves[0][j], halves[1][j]);
+        let first = _mm512_permutex2var_pd(above, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), below);
+        let second = _mm512_permutex2var_pd(above, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), below);
+        lines[j] = _mm512_castpd512_pd256(first);
+        lines[4 + j] = _mm512_extractf64x4_pd::<1>(first);
+        lines[8 + j] = _mm512_castpd512_pd256(second);
+        lines[12 + j] = _mm512_extractf64x4_pd::<1>(second);
+    }
+    if columns == 16 {
+        for column in 0..16 {
+            // SAFETY: promised by the caller.
+            unsafe { _mm256_storeu_pd(out.moved(0, column).pointer.cast(), lines[column]) };
+        }
+        return;
+    }
+    for (column, &line) in lines[..columns].iter().enumerate() {
+        // SAFETY: promised by the caller.
+        unsafe { _mm256_storeu_pd(out.moved(0, column).pointer.cast(), line) };
+    }
 }
 
 /// # Safety
@@ -86,6 +148,7 @@ unsafe fn store_portable(job: &StoreJob) {
 unsafe fn store(job: &StoreJob) {
     let plain = |place: &Place| place.float == FloatType::F32 && place.column == 4;
     let plain = plain(&job.out) && job.addends.iter().all(plain);
+    let half = job.out.float == FloatType::Bf16 && job.out.column == 2 && job.addends.is_empty();
     for row in 0..job.rows {
         let out = job.out.moved(row, 0);
         for column in (0..job.columns).step_by(16) {
@@ -100,6 +163,13 @@ unsafe fn store(job: &StoreJob) {
                         line = std::array::from_fn(|lane| line[lane] + other[lane]);
                     }
                     out.moved(0, column).pointer.cast::<[f32; 16]>().write_unaligned(line);
+                } else if half && columns == 16 {
+                    let line = sums.cast::<[f32; 16]>().read();
+                    let mut words = [0u16; 16];
+                    for (word, value) in words.iter_mut().zip(line) {
+                        *word = round_to_bf16(value);
+                    }
+                    out.moved(0, column).pointer.cast::<[u16; 16]>().write_unaligned(words);
                 } else {
                     store_any(job, row, column, columns, sums);
                 }
@@ -112,7 +182,7 @@ unsafe fn store(job: &StoreJob) {
 ///
 /// # Safety
 /// As [`StoreFn`].
-#[inline]
+#[inline(always)]
 unsafe fn store_any(job: &StoreJob, row: usize, column: usize, columns: usize, sums: *const f32) {
     // SAFETY: promised by the caller.
     unsafe {
@@ -144,9 +214,17 @@ unsafe fn load_line(place: Place, columns: usize) -> [f32; 16] {
                 return line;
             }
             let mut words = [0u16; 16];
-            std::ptr::copy_nonoverlapping(place.pointer, words.as_mut_ptr().cast(), 2 * columns);
+            // Of a constant size: a call for 32 bytes takes longer than all the rest.
+            if columns == 16 {
+                words = place.pointer.cast::<[u16; 16]>().read_unaligned();
+            } else {
+                std::ptr::copy_nonoverlapping(place.pointer, words.as_mut_ptr().cast(), 2 * columns);
+            }
             if place.float == FloatType::Bf16 {
-                return words.map(|word| f32::from_bits((word as u32) << 16));
+                for (value, word) in line.iter_mut().zip(words) {
+                    *value = f32::from_bits((word as u32) << 16);
+                }
+                return line;
             }
             words.map(f16::from_bits).convert_to_f32_slice(&mut line);
             return line;
@@ -178,14 +256,22 @@ unsafe fn store_line(place: Place, columns: usize, line: &[f32; 16]) {
                 }
                 return;
             }
-            let words = if place.float == FloatType::Bf16 {
-                line.map(round_to_bf16)
+            let mut words = [0u16; 16];
+            if place.float == FloatType::Bf16 {
+                // A loop: `map` is a function of its own, without the tier's features.
+                for (word, &value) in words.iter_mut().zip(line) {
+                    *word = round_to_bf16(value);
+                }
             } else {
                 let mut halves = [f16::ZERO; 16];
                 halves.convert_from_f32_slice(line);
-                halves.map(f16::to_bits)
-            };
-            std::ptr::copy_nonoverlapping(words.as_ptr().cast(), place.pointer, 2 * columns);
+                words = halves.map(f16::to_bits);
+            }
+            if columns == 16 {
+                place.pointer.cast::<[u16; 16]>().write_unaligned(words);
+            } else {
+                std::ptr::copy_nonoverlapping(words.as_ptr().cast(), place.pointer, 2 * columns);
+            }
             return;
         }
         for (column, &value) in line[..columns].iter().enumerate() {

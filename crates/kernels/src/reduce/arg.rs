@@ -4,13 +4,16 @@ use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::geometry::Geometry;
-use super::loops::{Largest, Smallest, extreme};
+use super::loops::{Largest, Smallest, extreme, first_place};
 use super::{Buffers, LANES};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::element::{Bool8, Complex32, Element};
 use crate::elementwise::tile::{CHUNK, Sink, Source, TILE, check_output, compute_dtype};
 use crate::error::KernelError;
 use crate::layout::Linear;
+
+/// Elements of a row that are searched at a time: they are read twice, the second time from the first-level cache.
+const DENSE_TILE: usize = 4096;
 
 /// Largest or smallest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,15 +57,15 @@ pub fn arg_reduce(
     let max = op == ArgReduceOp::ArgMax;
     macro_rules! make {
         ($t:ty, $nan:expr) => {
-            make!($t, $nan, top, top)
+            make!($t, $nan, top, top, place)
         };
-        ($t:ty, $nan:expr, $largest:expr, $smallest:expr) => {
+        ($t:ty, $nan:expr, $largest:expr, $smallest:expr, $place:expr) => {
             if max {
                 let better = |a: $t, b: $t| (a > b) | ($nan(a) & !$nan(b));
-                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $largest)
+                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $largest, $place)
             } else {
                 let better = |a: $t, b: $t| (a < b) | ($nan(a) & !$nan(b));
-                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $smallest)
+                ArgReduce::<$t, _>::boxed(name, geometry, &source, &out, better, $smallest, $place)
             }
         };
     }
@@ -81,7 +84,8 @@ pub fn arg_reduce(
                 f32,
                 |x: f32| x.is_nan(),
                 |_, values| extreme::<Largest>(Isa::get(), values),
-                |_, values| { extreme::<Smallest>(Isa::get(), values) }
+                |_, values| { extreme::<Smallest>(Isa::get(), values) },
+                |_, values, top| first_place(Isa::get(), values, top)
             )
         }
         Dtype::F64 => make!(f64, |x: f64| x.is_nan()),
@@ -91,7 +95,7 @@ pub fn arg_reduce(
             let better = move |a: Complex32, b: Complex32| {
                 (nan(a) && !nan(b)) || if max { less(b, a) } else { less(a, b) }
             };
-            ArgReduce::<Complex32, _>::boxed(name, geometry, &source, &out, better, top)
+            ArgReduce::<Complex32, _>::boxed(name, geometry, &source, &out, better, top, place)
         }
         Dtype::F16 | Dtype::BF16 => {
             return Err(KernelError::new(name, format!("not defined for {}", source.dtype)));
@@ -109,11 +113,14 @@ struct ArgReduce<T, F> {
     out: Sink,
     better: F,
     top: Top<T, F>,
+    place: Place<T, F>,
     outputs_a_chunk: usize,
 }
 
 /// Finds the best of at least one value.
 type Top<T, F> = fn(&F, &[T]) -> T;
+/// Finds the first place of the best.
+type Place<T, F> = fn(&F, &[T], T) -> usize;
 
 fn top<T: Copy, F: Fn(T, T) -> bool>(better: &F, values: &[T]) -> T {
     let mut lanes = [values[0]; LANES];
@@ -131,6 +138,15 @@ fn top<T: Copy, F: Fn(T, T) -> bool>(better: &F, values: &[T]) -> T {
     top
 }
 
+fn place<T: Copy, F: Fn(T, T) -> bool>(better: &F, values: &[T], top: T) -> usize {
+    let is_top = |value: &T| !better(top, *value);
+    let has_top = |block: &[T; LANES]| block.iter().fold(false, |any, value| any | is_top(value));
+    let (blocks, _) = values.as_chunks::<LANES>();
+    let block = blocks.iter().position(has_top).unwrap_or(blocks.len());
+    let place = values[block * LANES..].iter().position(is_top);
+    block * LANES + place.expect("the best value is one of them")
+}
+
 impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
     fn boxed(
         name: &'static str,
@@ -139,6 +155,7 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
         out: &DynViewMut,
         better: F,
         top: Top<T, F>,
+        place: Place<T, F>,
     ) -> Box<dyn Task> {
         let length = geometry.reduced().max(1);
         let Geometry { kept, outer, row, by_columns } = geometry;
@@ -151,6 +168,7 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
             out: Sink::new(out, Dtype::U32),
             better,
             top,
+            place,
             outputs_a_chunk: if by_columns { 256 } else { (CHUNK / length).max(1) },
         })
     }
@@ -160,21 +178,22 @@ impl<T: Element, F: Fn(T, T) -> bool + Send + Sync + 'static> ArgReduce<T, F> {
     fn row(&self, base: isize, buffers: &Buffers) -> u32 {
         let length = self.source.linear.size();
         let mut best: Option<(T, usize)> = None;
-        for start in (0..length).step_by(TILE) {
-            let count = TILE.min(length - start);
+        // What needs no buffer is taken in larger pieces.
+        let dense = self.source.dense(base, 0, length);
+        let step = if dense.is_some() { DENSE_TILE } else { TILE };
+        for start in (0..length).step_by(step) {
+            let count = step.min(length - start);
             // SAFETY: inside the source; the buffers hold a tile.
             let values = unsafe {
-                let tile = self.source.load(base, start, count, buffers.tile, buffers.raw);
+                let tile = match dense {
+                    Some(dense) => dense.cast::<T>().add(start).cast(),
+                    None => self.source.load(base, start, count, buffers.tile, buffers.raw),
+                };
                 std::slice::from_raw_parts(tile.cast::<T>(), count)
             };
             let top = (self.top)(&self.better, values);
-            let (blocks, _) = values.as_chunks::<LANES>();
             if best.is_none_or(|(value, _)| (self.better)(top, value)) {
-                let is_top = |value: &T| !(self.better)(top, *value);
-                let has_top = |block: &[T; LANES]| block.iter().fold(false, |any, value| any | is_top(value));
-                let block = blocks.iter().position(has_top).unwrap_or(blocks.len());
-                let place = values[block * LANES..].iter().position(is_top);
-                best = Some((top, start + block * LANES + place.expect("the best value is one of them")));
+                best = Some((top, start + (self.place)(&self.better, values, top)));
             }
         }
         best.expect("rows are not empty").1 as u32

@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 use mica_simd::{Isa, Kernel, Vector, dispatch};
 
-use super::LANES;
+use super::{LANES, TILE};
 
 /// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::rows`]
 /// (sums of one row wait for each other, and memory delivers more from several places at a time).
@@ -22,16 +22,24 @@ pub(super) struct Loops<T, F> {
     row: RowLoop<T, F>,
     rows: Option<RowsLoop<T, F>>,
     columns: ColumnLoop<T, F>,
+    fold: FoldLanes<T, F>,
 }
 
 type RowLoop<T, F> = fn(&F, Isa, &mut [T; LANES], &[T]);
 type RowsLoop<T, F> = fn(&F, Isa, &mut [[T; LANES]; ROWS], [&[T]; ROWS]);
+type FoldLanes<T, F> = fn(&F, Isa, [T; LANES]) -> T;
 type ColumnLoop<T, F> = unsafe fn(&F, Isa, &mut [T], &[*const T]);
 
 impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
     /// Loops over values one by one.
     pub fn plain() -> Self {
-        Loops { isa: Isa::Scalar, row: plain_row::<T, F>, rows: None, columns: plain_columns::<T, F> }
+        Loops {
+            isa: Isa::Scalar,
+            row: plain_row::<T, F>,
+            rows: None,
+            columns: plain_columns::<T, F>,
+            fold: plain_fold::<T, F>,
+        }
     }
 
     /// Joins a row's values with its lanes: value *i* with lane *i* mod [`LANES`] (extremes of f32, of which any
@@ -46,6 +54,11 @@ impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
             Some(rows) => rows(join, self.isa, lanes, values),
             None => lanes.iter_mut().zip(values).for_each(|(lanes, values)| self.row(join, lanes, values)),
         }
+    }
+
+    /// The lanes as one: the upper half joins the lower until one is left.
+    pub fn fold(&self, join: &F, lanes: [T; LANES]) -> T {
+        (self.fold)(join, self.isa, lanes)
     }
 
     /// Joins up to [`ROWS`] rows, each as long as the totals, with these, one row after the other.
@@ -66,6 +79,7 @@ impl<F> Loops<f32, F> {
             row: vector_row::<J, F>,
             rows: Some(vector_rows::<J, F>),
             columns: vector_columns::<J, F>,
+            fold: |_, isa, lanes| fold::<J>(isa, lanes),
         }
     }
 
@@ -89,6 +103,15 @@ fn plain_row<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, lanes: &mut [T; LANES]
     *lanes = joined;
 }
 
+fn plain_fold<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, mut lanes: [T; LANES]) -> T {
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            lanes[lane] = join(lanes[lane], lanes[lane + width]);
+        }
+    }
+    lanes[0]
+}
+
 unsafe fn plain_columns<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, totals: &mut [T], rows: &[*const T]) {
     for &row in rows {
         // SAFETY: promised by the caller.
@@ -104,6 +127,18 @@ pub(super) trait Join: 'static {
     /// Joined with anything it changes nothing.
     const NEUTRAL: f32;
     fn join<V: Vector>(a: V, b: V) -> V;
+
+    /// The lanes as one: the upper half joins the lower until one is left.
+    #[inline(always)]
+    fn fold<V: Vector>(lanes: V) -> f32 {
+        let mut lanes = lanes.to_array();
+        for width in [8, 4, 2, 1] {
+            let mut upper = [Self::NEUTRAL; LANES];
+            upper[..width].copy_from_slice(&lanes[width..2 * width]);
+            lanes = Self::join(V::from_array(lanes), V::from_array(upper)).to_array();
+        }
+        lanes[0]
+    }
 }
 
 /// A [`Join`] of which one instruction does all but let NaN win.
@@ -122,6 +157,10 @@ impl Join for Sum {
     fn join<V: Vector>(a: V, b: V) -> V {
         a + b
     }
+    #[inline(always)]
+    fn fold<V: Vector>(lanes: V) -> f32 {
+        lanes.sum()
+    }
 }
 
 impl Join for Product {
@@ -138,6 +177,10 @@ impl Join for Largest {
     fn join<V: Vector>(a: V, b: V) -> V {
         V::select(a.is_nan(), a, a.max(b))
     }
+    #[inline(always)]
+    fn fold<V: Vector>(lanes: V) -> f32 {
+        if V::any(lanes.is_nan()) { f32::NAN } else { lanes.max_lane() }
+    }
 }
 
 impl Extreme for Largest {
@@ -152,6 +195,10 @@ impl Join for Smallest {
     #[inline(always)]
     fn join<V: Vector>(a: V, b: V) -> V {
         V::select(a.is_nan(), a, a.min(b))
+    }
+    #[inline(always)]
+    fn fold<V: Vector>(lanes: V) -> f32 {
+        if V::any(lanes.is_nan()) { f32::NAN } else { lanes.min_lane() }
     }
 }
 
@@ -247,6 +294,52 @@ pub(super) fn fold<J: Join>(isa: Isa, lanes: [f32; LANES]) -> f32 {
     dispatch(isa, Fold::<J> { lanes, join: PhantomData })
 }
 
+/// The place of the first value that is `top`, which is one of them (NaN if `top` is).
+pub(super) fn first_place(isa: Isa, values: &[f32], top: f32) -> usize {
+    dispatch(isa, FirstPlace { values, top })
+}
+
+struct FirstPlace<'a> {
+    values: &'a [f32],
+    top: f32,
+}
+
+impl Kernel for FirstPlace<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) -> usize {
+        let top = V::splat(self.top);
+        let is_nan = self.top.is_nan();
+        macro_rules! is_top {
+            ($at:expr) => {{
+                // SAFETY: a whole vector.
+                let values = unsafe { V::load(self.values.as_ptr().add($at)) };
+                if is_nan { values.is_nan() } else { values.eq(top) }
+            }};
+        }
+        let count = self.values.len();
+        let mut at = 0;
+        while at + 4 * LANES <= count {
+            let low = V::mask_or(is_top!(at), is_top!(at + LANES));
+            let high = V::mask_or(is_top!(at + 2 * LANES), is_top!(at + 3 * LANES));
+            if V::any(V::mask_or(low, high)) {
+                break;
+            }
+            at += 4 * LANES;
+        }
+        while at + LANES <= count {
+            let found = V::mask_bits(is_top!(at));
+            if found != 0 {
+                return at + found.trailing_zeros() as usize;
+            }
+            at += LANES;
+        }
+        let is_top = |value: &f32| if is_nan { value.is_nan() } else { *value == self.top };
+        at + self.values[at..].iter().position(is_top).expect("the value is one of them")
+    }
+}
+
 struct Fold<J> {
     lanes: [f32; LANES],
     join: PhantomData<J>,
@@ -257,13 +350,7 @@ impl<J: Join> Kernel for Fold<J> {
 
     #[inline(always)]
     fn run<V: Vector>(self) -> f32 {
-        let mut lanes = self.lanes;
-        for width in [8, 4, 2, 1] {
-            let mut upper = [J::NEUTRAL; LANES];
-            upper[..width].copy_from_slice(&lanes[width..2 * width]);
-            lanes = J::join(V::from_array(lanes), V::from_array(upper)).to_array();
-        }
-        lanes[0]
+        J::fold(V::from_array(self.lanes))
     }
 }
 
@@ -285,6 +372,8 @@ pub(super) fn extreme_rows<J: Extreme, F>(
 
 /// Finds the extremes of what is no NaN and notes beside it whether there is one; a row that has one is joined once
 /// more, so that it wins.
+///
+/// Tile by tile: the order in which zeros meet must not depend on whether a row comes whole.
 struct Extremes<'a, J, const N: usize> {
     lanes: &'a mut [[f32; LANES]; N],
     values: [&'a [f32]; N],
@@ -297,30 +386,41 @@ impl<J: Extreme, const N: usize> Kernel for Extremes<'_, J, N> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         const BLOCK: usize = CHAINS * LANES;
-        let count = self.values[0].len();
-        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
-        let whole = count - count % BLOCK;
-        let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
-        let mut numbers = [V::mask_from_bits(u16::MAX); N];
-        for at in (0..whole).step_by(BLOCK) {
-            for row in 0..N {
-                for chain in 0..CHAINS {
-                    // SAFETY: a block is so many vectors.
-                    let values = unsafe { V::load(self.values[row].as_ptr().add(at + chain * LANES)) };
-                    found[row][chain] = J::quick(found[row][chain], values);
-                    numbers[row] = V::mask_and(numbers[row], values.eq(values));
+        let length = self.values[0].len();
+        assert!(self.values.iter().all(|values| values.len() == length), "rows of one length");
+        for start in (0..length).step_by(TILE) {
+            let count = TILE.min(length - start);
+            let whole = count - count % BLOCK;
+            let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
+            let mut numbers = [V::mask_from_bits(u16::MAX); N];
+            for at in (start..start + whole).step_by(BLOCK) {
+                for row in 0..N {
+                    for chain in (0..CHAINS).step_by(2) {
+                        // SAFETY: a block is so many vectors.
+                        let (a, b) = unsafe {
+                            let at = self.values[row].as_ptr().add(at + chain * LANES);
+                            (V::load(at), V::load(at.add(LANES)))
+                        };
+                        found[row][chain] = J::quick(found[row][chain], a);
+                        found[row][chain + 1] = J::quick(found[row][chain + 1], b);
+                        // One comparison for two vectors: from a cache, values come faster than these take.
+                        numbers[row] = V::mask_and(numbers[row], a.ordered(b));
+                    }
                 }
             }
-        }
-        for row in 0..N {
-            let (lanes, values, join) = (&mut self.lanes[row], self.values[row], PhantomData);
-            if !V::all(numbers[row]) {
-                Row::<J> { lanes, values, join }.run::<V>();
-                continue;
+            for row in 0..N {
+                let lanes = &mut self.lanes[row];
+                let values = &self.values[row][start..start + count];
+                if !V::all(numbers[row]) {
+                    Row::<J> { lanes, values, join: PhantomData }.run::<V>();
+                    continue;
+                }
+                let [a, b, c, d] = found[row];
+                *lanes = J::join(V::from_array(*lanes), J::quick(J::quick(a, b), J::quick(c, d))).to_array();
+                if whole < count {
+                    Row::<J> { lanes, values: &values[whole..], join: PhantomData }.run::<V>();
+                }
             }
-            let [a, b, c, d] = found[row];
-            *lanes = J::join(V::from_array(*lanes), J::join(J::join(a, b), J::join(c, d))).to_array();
-            Row::<J> { lanes, values: &values[whole..], join }.run::<V>();
         }
     }
 }

@@ -295,8 +295,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         unsafe {
             if let Some(dense) = self.source.dense(base, start, count) {
                 let values = std::slice::from_raw_parts(dense.cast::<T>(), count);
-                // By tiles as below: the order in which extremes meet must not depend on strides.
-                values.chunks(TILE).for_each(|values| self.loops.row(&self.join, &mut lanes, values));
+                self.loops.row(&self.join, &mut lanes, values);
             } else {
                 for at in (0..count).step_by(TILE) {
                     let length = TILE.min(count - at);
@@ -306,16 +305,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
                 }
             }
         }
-        self.fold(lanes)
-    }
-
-    fn fold(&self, mut lanes: [T; LANES]) -> T {
-        for width in [8, 4, 2, 1] {
-            for lane in 0..width {
-                lanes[lane] = (self.join)(lanes[lane], lanes[lane + width]);
-            }
-        }
-        lanes[0]
+        self.loops.fold(&self.join, lanes)
     }
 
     /// Several outputs, from `start` on, that are one dense piece each; nothing if they are not.
@@ -333,11 +323,8 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
             unsafe { std::slice::from_raw_parts(dense.wrapping_offset(self.kept.offset(start + i)), length) }
         });
         let mut lanes = [[self.neutral; LANES]; ROWS];
-        for start in (0..length).step_by(TILE) {
-            let tile = start..length.min(start + TILE);
-            self.loops.rows(&self.join, &mut lanes, values.map(|values| &values[tile.clone()]));
-        }
-        Some(lanes.map(|lanes| self.fold(lanes)))
+        self.loops.rows(&self.join, &mut lanes, values);
+        Some(lanes.map(|lanes| self.loops.fold(&self.join, lanes)))
     }
 
     /// Joins pieces `first .. last` of output `output`.

@@ -169,6 +169,15 @@ pub(super) unsafe fn write_values<T: Bits>(
     }
 }
 
+/// Words as what their low bits are, `stride` elements apart.
+///
+/// # Safety
+/// There is room for them.
+pub(super) unsafe fn write_words<T: Bits>(words: &[u32], out: *mut T, stride: isize) {
+    // SAFETY: the caller's.
+    unsafe { write_each(words, out, stride, |word| word) }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn keys_avx512<T: Bits>(order: KeyOrder, values: &[T], keys: &mut [u32], ranks: bool) {
@@ -194,13 +203,19 @@ fn keys_loop<T: Bits>(order: KeyOrder, values: &[T], keys: &mut [u32], ranks: bo
 #[inline(always)]
 unsafe fn values_loop<T: Bits>(order: KeyOrder, keys: &[u32], out: *mut T, stride: isize) {
     // SAFETY: the caller's.
+    unsafe { write_each(keys, out, stride, |key| order.value(key)) }
+}
+
+#[inline(always)]
+unsafe fn write_each<T: Bits>(keys: &[u32], out: *mut T, stride: isize, bits: impl Fn(u32) -> u32) {
+    // SAFETY: the caller's.
     unsafe {
         if stride == 1 {
             let out = std::slice::from_raw_parts_mut(out, keys.len());
-            out.iter_mut().zip(keys).for_each(|(out, &key)| *out = T::of(order.value(key)));
+            out.iter_mut().zip(keys).for_each(|(out, &key)| *out = T::of(bits(key)));
         } else {
             for (i, &key) in keys.iter().enumerate() {
-                *out.offset(i as isize * stride) = T::of(order.value(key));
+                *out.offset(i as isize * stride) = T::of(bits(key));
             }
         }
     }

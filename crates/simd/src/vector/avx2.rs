@@ -91,6 +91,7 @@ impl Vector for F32x16 {
         lt(self: Self, other: Self) -> Self::Mask = [_mm256_cmp_ps::<_CMP_LT_OQ>(self.0[0], other.0[0]), _mm256_cmp_ps::<_CMP_LT_OQ>(self.0[1], other.0[1])];
         le(self: Self, other: Self) -> Self::Mask = [_mm256_cmp_ps::<_CMP_LE_OQ>(self.0[0], other.0[0]), _mm256_cmp_ps::<_CMP_LE_OQ>(self.0[1], other.0[1])];
         eq(self: Self, other: Self) -> Self::Mask = [_mm256_cmp_ps::<_CMP_EQ_OQ>(self.0[0], other.0[0]), _mm256_cmp_ps::<_CMP_EQ_OQ>(self.0[1], other.0[1])];
+        ordered(self: Self, other: Self) -> Self::Mask = [_mm256_cmp_ps::<_CMP_ORD_Q>(self.0[0], other.0[0]), _mm256_cmp_ps::<_CMP_ORD_Q>(self.0[1], other.0[1])];
         is_nan(self: Self) -> Self::Mask = [_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0[0], self.0[0]), _mm256_cmp_ps::<_CMP_UNORD_Q>(self.0[1], self.0[1])];
         select(mask: Self::Mask, a: Self, b: Self) -> Self = F32x16([_mm256_blendv_ps(b.0[0], a.0[0], mask[0]), _mm256_blendv_ps(b.0[1], a.0[1], mask[1])]);
         mask_bits(mask: Self::Mask) -> u16 = (_mm256_movemask_ps(mask[0]) | _mm256_movemask_ps(mask[1]) << 8) as u16;

@@ -114,6 +114,7 @@ impl Vector for F32x16 {
         lt(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0);
         le(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, other.0);
         eq(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(self.0, other.0);
+        ordered(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(self.0, other.0);
         is_nan(self: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
         select(mask: Self::Mask, a: Self, b: Self) -> Self = F32x16(_mm512_mask_blend_ps(mask, b.0, a.0));
         to_bits(self: Self) -> Self::Int = _mm512_castps_si512(self.0);

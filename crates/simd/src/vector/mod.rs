@@ -162,6 +162,11 @@ pub trait Vector:
     fn ge(self, other: Self) -> Self::Mask {
         other.le(self)
     }
+    /// Lanes where neither is NaN.
+    #[inline(always)]
+    fn ordered(self, other: Self) -> Self::Mask {
+        Self::mask_and(self.eq(self), other.eq(other))
+    }
     /// Where a lane is NaN.
     #[inline(always)]
     fn is_nan(self) -> Self::Mask {
@@ -280,7 +285,7 @@ pub trait Vector:
 
     /// Sum of the lanes in the canonical order: lane i with i+8, then i+4, i+2, i+1.
     fn sum(self) -> f32;
-    /// Largest lane; unspecified if one is NaN.
+    /// Largest lane, in the order of [`Vector::sum`] (of zeros the later one is taken); unspecified if one is NaN.
     fn max_lane(self) -> f32;
     /// Smallest lane; unspecified if one is NaN.
     #[inline(always)]

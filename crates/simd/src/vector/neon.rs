@@ -239,7 +239,14 @@ impl Vector for F32x16 {
     }
     #[inline(always)]
     fn max_lane(self) -> f32 {
-        // SAFETY: see the module's documentation.
-        unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(self.0[0], self.0[2]), vmaxq_f32(self.0[1], self.0[3]))) }
+        // Not `vmaxvq_f32`, for which 0 is larger than -0.
+        let mut lanes = self.to_array();
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                let (a, b) = (lanes[lane], lanes[lane + width]);
+                lanes[lane] = if a > b { a } else { b };
+            }
+        }
+        lanes[0]
     }
 }

@@ -285,6 +285,13 @@ impl Vector for F32x16 {
     }
     #[inline(always)]
     fn max_lane(self) -> f32 {
-        self.0.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+        let mut lanes = self.0;
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                let (a, b) = (lanes[lane], lanes[lane + width]);
+                lanes[lane] = if a > b { a } else { b };
+            }
+        }
+        lanes[0]
     }
 }

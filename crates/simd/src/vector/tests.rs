@@ -43,6 +43,7 @@ impl Kernel for Everything<'_> {
         put("eq", V::select(a.eq(b), a, c));
         put("gt", V::select(a.gt(b), a, c));
         put("ge", V::select(a.ge(b), a, c));
+        put("ordered", V::select(a.ordered(b), b, c));
         put("nan", V::select(a.is_nan(), b, c));
         put("and", V::select(V::mask_and(a.lt(b), a.gt(c)), a, c));
         put("or", V::select(V::mask_or(a.lt(b), V::mask_not(a.gt(c))), a, c));
