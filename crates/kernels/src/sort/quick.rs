@@ -286,7 +286,7 @@ unsafe fn partition<const OR_EQUAL: bool>(keys: &mut [u32], other: *mut u32, piv
 fn network(keys: &mut [u32]) {
     match keys.len() {
         0..2 => {}
-        ..=64 => network_of::<4>(keys),
+        2..=64 => network_of::<4>(keys),
         ..=128 => network_of::<8>(keys),
         _ => network_of::<16>(keys),
     }
