@@ -287,7 +287,7 @@ fn network(keys: &mut [u32]) {
     match keys.len() {
         0..2 => {}
         2..=64 => network_of::<4>(keys),
-        ..=128 => network_of::<8>(keys),
+        65..=128 => network_of::<8>(keys),
         _ => network_of::<16>(keys),
     }
 }
