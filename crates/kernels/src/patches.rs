@@ -186,7 +186,9 @@ impl Patches {
                 unsafe {
                     match inside(i as isize) {
                         // Of a constant size: no call.
-                        true if count * size == 64 => to.cast::<[u8; 64]>().write(line(i as isize).cast::<[u8; 64]>().read()),
+                        true if count * size == 64 => {
+                            to.cast::<[u8; 64]>().write(line(i as isize).cast::<[u8; 64]>().read())
+                        }
                         true => std::ptr::copy_nonoverlapping(line(i as isize), to, count * size),
                         false => std::ptr::write_bytes(to, 0, step),
                     }
