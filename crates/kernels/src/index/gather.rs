@@ -196,6 +196,9 @@ impl Gather {
             let count = TILE.min(end - start);
             let places = &mut places[..count];
             self.places(start, places, buffer, raw);
+            // Reading at places takes as long as memory for the next ones.
+            let next = start + count..self.out_index.size().min(start + count + TILE);
+            self.axes.iter().for_each(|axis| axis.ask_for(next.clone()));
             // SAFETY: the places are inside the source, checked by `places`; outputs are this
             // chunk's own; the buffer holds a tile.
             unsafe {

@@ -15,9 +15,14 @@ mod scatter;
 pub use gather::{gather, take, take_along_axis};
 pub use scatter::{ScatterOp, scatter, scatter_along_axis};
 
+use std::ops::Range;
+
+use mica_simd::Isa;
+
 use crate::dtype::{Dtype, DynView};
 use crate::elementwise::tile::{Source, TILE, broadcast};
 use crate::error::KernelError;
+use crate::layout::prefetch;
 
 /// A place in an array, or an index: 32 bits where they are enough, because vectors then hold twice as many (and
 /// the simplest ones know no arithmetic of 64).
@@ -136,6 +141,27 @@ impl AxisIndex {
             let tile = self.indices.load(0, start, places.len(), buffer, raw);
             std::slice::from_raw_parts(tile.cast::<P>(), places.len())
         };
+        match Isa::get() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the tier is the machine's.
+            Isa::Avx512 | Isa::Amx => unsafe { self.add_avx512(indices, places) },
+            _ => self.add(indices, places),
+        }
+    }
+
+    /// [`AxisIndex::add`] with the tier's vectors.
+    ///
+    /// # Safety
+    /// The processor has the tier's features.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn add_avx512<P: Place>(&self, indices: &[P], places: &mut [P]) {
+        self.add(indices, places)
+    }
+
+    /// Adds the offsets of indices to as many places.
+    #[inline(always)]
+    fn add<P: Place>(&self, indices: &[P], places: &mut [P]) {
         // Without a branch and without comparing, so that it becomes vectors: one is outside if one of these
         // numbers is negative. Which one is looked for once there is any.
         let wrap = P::of(if self.from_end { self.size as isize } else { 0 });
@@ -152,6 +178,15 @@ impl AxisIndex {
         } else {
             let offset = |index: P| at(index).times(stride);
             places.iter_mut().zip(indices).for_each(|(place, &index)| *place = place.plus(offset(index)));
+        }
+    }
+
+    /// Asks memory for indices that are wanted soon.
+    fn ask_for(&self, range: Range<usize>) {
+        if !range.is_empty()
+            && let Some(indices) = self.indices.dense(0, range.start, range.len())
+        {
+            prefetch(indices, range.len() * self.indices.dtype.size());
         }
     }
 
