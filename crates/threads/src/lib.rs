@@ -7,6 +7,7 @@
 //!
 //! The pool knows nothing of arrays or kernels.
 
+mod place;
 mod pool;
 mod scratch;
 

@@ -1,17 +1,28 @@
-//! The pool: persistent workers, static ranges with stealing, barriers between tasks.
+//! The pool: persistent workers, static ranges with stealing, phases that whoever is there runs.
+//!
+//! Nobody waits for a worker that has nothing to do. A list of tasks is cut into *phases*; workers that
+//! are awake join the phase that is open, take chunks, and leave. The last to leave, when no chunk is
+//! left, opens the next one. A worker that wakes late joins where the others are, or finds nothing open
+//! and goes back to sleep: waking one takes from some microseconds to a millisecond, which is longer
+//! than most lists.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use crate::place::Places;
 use crate::scratch::Refused;
 use crate::{Scratch, Task};
 
-/// How many times a waiting worker looks before it parks: some tens of microseconds, longer than
-/// the gap between two tasks of one list, shorter than anything a neighbour would notice.
-const SPINS: u32 = 20_000;
+/// How long a worker looks for a job before it parks: longer than the gap between two lists of a decoded
+/// token, shorter than anything a neighbour would notice.
+const PATIENCE: Duration = Duration::from_micros(100);
+/// How long it looks before it offers its core between looks.
+const GRACE: Duration = Duration::from_micros(10);
 
 /// A chunk panicked. The rest of the list did not run.
 #[derive(Debug, thiserror::Error)]
@@ -32,29 +43,81 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
 }
 
-type TaskList = *const [&'static dyn Task];
-
 struct Shared {
     threads: usize,
-    job: Mutex<Job>,
+    state: State,
+    job: UnsafeCell<Job>,
+    /// Workers that are parked, or about to be.
+    sleepers: AtomicUsize,
+    sleep: Mutex<()>,
     wake: Condvar,
-    /// Counts jobs, so that a spinning worker sees a new one without the lock.
-    epoch: AtomicU64,
-    arrived: AtomicUsize,
-    generation: AtomicUsize,
+    stop: AtomicBool,
     failed: AtomicBool,
     failure: Mutex<Option<TaskPanic>>,
     ranges: Vec<Range>,
+    places: Places,
 }
 
+// SAFETY: `job` is written by whoever has taken the state to BUSY, or holds `run_lock` while it is IDLE,
+// and read by workers of an open phase: see [`State`].
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the tasks behind its pointers may be used from any thread.
+unsafe impl Send for Shared {}
+
+/// What is being run.
+#[derive(Clone, Copy)]
 struct Job {
-    tasks: Option<TaskList>,
-    epoch: u64,
-    stop: bool,
+    /// The task of the open phase.
+    task: *const (dyn Task + 'static),
+    /// What comes after it.
+    rest: *const [&'static dyn Task],
 }
 
-// SAFETY: the pointer is to a task list that `Pool::run` keeps alive until every worker is done.
-unsafe impl Send for Job {}
+/// The number of a phase, what is going on, and how many workers take part.
+///
+/// - Open (no flag): workers may join. While one takes part, the phase stays, and with it the job.
+/// - [`BUSY`]: the last worker to leave prepares what comes next, and has the job for itself.
+/// - [`IDLE`]: there is no job. Nobody touches one until a caller of [`Pool::run`] opens a phase.
+#[repr(align(128))]
+struct State(AtomicU64);
+
+const CREW: u64 = (1 << 16) - 1;
+const BUSY: u64 = 1 << 16;
+const IDLE: u64 = 1 << 17;
+const PHASE: u64 = 1 << 18;
+
+impl State {
+    fn load(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Takes part in the phase that was seen open, if it still is.
+    fn join(&self, seen: u64) -> bool {
+        debug_assert!(seen & (BUSY | IDLE) == 0);
+        self.0.compare_exchange(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Takes part no more. Whether this was the last worker, which then has to prepare what comes next.
+    fn leave(&self) -> bool {
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let last = now & CREW == 1;
+            let next = if last { now - 1 | BUSY } else { now - 1 };
+            match self.0.compare_exchange_weak(now, next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return last,
+                Err(seen) => now = seen,
+            }
+        }
+    }
+
+    /// Ends what is going on: a new phase is open, or there is none any more.
+    fn next(&self, flag: u64) {
+        let now = self.0.load(Ordering::Relaxed);
+        debug_assert!(now & (BUSY | IDLE) != 0 && now & CREW == 0);
+        // In one order with `sleepers`: either a worker sees this, or it is seen to sleep.
+        self.0.store((now / PHASE + 1) * PHASE | flag, Ordering::SeqCst);
+    }
+}
 
 /// The chunks that are left to one worker: `start << 32 | end`, on a cache line of its own.
 #[repr(align(128))]
@@ -94,16 +157,21 @@ impl Pool {
     /// A pool of `threads` workers, the caller included; zero means one.
     pub fn new(threads: usize) -> Pool {
         let threads = threads.max(1);
+        assert!(threads as u64 <= CREW, "{threads} threads, a pool has at most {CREW}");
+        let no_task: &'static dyn Task = &Nothing;
+        let no_tasks: &'static [&'static dyn Task] = &[];
         let shared = Arc::new(Shared {
             threads,
-            job: Mutex::new(Job { tasks: None, epoch: 0, stop: false }),
+            state: State(AtomicU64::new(IDLE)),
+            job: UnsafeCell::new(Job { task: no_task, rest: no_tasks }),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
             wake: Condvar::new(),
-            epoch: AtomicU64::new(0),
-            arrived: AtomicUsize::new(0),
-            generation: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
             ranges: (0..threads).map(|_| Range::default()).collect(),
+            places: Places::new(threads),
         });
         let workers = (1..threads)
             .map(|worker| {
@@ -143,24 +211,25 @@ impl Pool {
         }
         let mut scratch = self.run_lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
-        // SAFETY: only the lifetime is erased. Every worker leaves the list before the final
-        // barrier of `run_list`, which this call waits for.
-        let list: TaskList = unsafe { std::mem::transmute::<*const [&'a (dyn Task + 'a)], TaskList>(tasks) };
         shared.failed.store(false, Ordering::Relaxed);
         // A list of small tasks is not worth waking anybody for.
-        let alone = shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1);
-        if !alone {
-            let mut job = shared.job.lock().expect("no code panics while it holds the job");
-            job.tasks = Some(list);
-            job.epoch += 1;
-            shared.epoch.store(job.epoch, Ordering::Release);
-            shared.wake.notify_all();
-        }
-        if alone {
+        if shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1) {
             run_alone(shared, tasks, &mut scratch);
         } else {
-            // SAFETY: `tasks` is borrowed for this call.
-            run_list(shared, 0, unsafe { &*list }, &mut scratch);
+            // SAFETY: only the lifetime is erased. Nobody reads the list once the state is IDLE again, which
+            // this call waits for.
+            let rest = unsafe {
+                std::mem::transmute::<*const [&'a (dyn Task + 'a)], *const [&'static dyn Task]>(tasks)
+            };
+            shared.places.note(0);
+            // SAFETY: the state is IDLE, and this call holds `run_lock`.
+            unsafe { (*shared.job.get()).rest = rest };
+            shared.open_next(&mut scratch);
+            if shared.state.load() & IDLE == 0 && shared.sleepers.load(Ordering::SeqCst) > 0 {
+                let _guard = shared.sleep.lock().expect("no code panics while it holds this");
+                shared.wake.notify_all();
+            }
+            take_part(shared, 0, &mut scratch);
         }
         match shared.failure.lock().expect("no code panics while it holds the failure").take() {
             Some(panic) => Err(panic),
@@ -171,10 +240,8 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if let Ok(mut job) = self.shared.job.lock() {
-            job.stop = true;
-            job.epoch += 1;
-            self.shared.epoch.store(job.epoch, Ordering::Release);
+        self.shared.stop.store(true, Ordering::SeqCst);
+        if let Ok(_guard) = self.shared.sleep.lock() {
             self.shared.wake.notify_all();
         }
         for worker in self.workers.drain(..) {
@@ -183,48 +250,122 @@ impl Drop for Pool {
     }
 }
 
+/// The task of a pool that has none yet.
+struct Nothing;
+
+impl Task for Nothing {
+    fn chunks(&self) -> usize {
+        0
+    }
+
+    fn run(&self, _: usize, _: &mut Scratch) {}
+}
+
 fn worker_loop(shared: &Shared, worker: usize) {
     let mut scratch = Scratch::new();
-    let mut seen = 0;
+    let mut moved = None;
     loop {
-        let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen && spins < SPINS {
-            std::hint::spin_loop();
-            spins += 1;
+        let mut wait = Wait::default();
+        while shared.state.load() & IDLE != 0 {
+            if shared.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if wait.moment() > PATIENCE {
+                shared.park();
+            }
         }
-        let mut job = shared.job.lock().expect("no code panics while it holds the job");
-        while job.epoch == seen {
-            job = shared.wake.wait(job).expect("no code panics while it holds the job");
+        if shared.places.note(worker) {
+            shared.places.go_elsewhere(worker, &mut moved);
         }
-        seen = job.epoch;
-        if job.stop {
-            return;
-        }
-        let list = job.tasks.expect("a new epoch that does not stop has tasks");
-        drop(job);
-        // SAFETY: `Pool::run` keeps the list alive until this worker has passed the last barrier.
-        run_list(shared, worker, unsafe { &*list }, &mut scratch);
+        take_part(shared, worker, &mut scratch);
     }
 }
 
-/// Tasks that one worker runs between two barriers: one task, or several small ones in a row.
-fn stage<'a, 'b>(tasks: &'b [&'a (dyn Task + 'a)]) -> &'b [&'a (dyn Task + 'a)] {
-    let small = tasks.iter().take_while(|task| task.chunks() <= 1).count();
-    &tasks[..small.max(1)]
+impl Shared {
+    /// Sleeps until a phase is open, or the pool ends.
+    fn park(&self) {
+        let mut guard = self.sleep.lock().expect("no code panics while it holds this");
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        while self.state.0.load(Ordering::SeqCst) & IDLE != 0 && !self.stop.load(Ordering::SeqCst) {
+            guard = self.wake.wait(guard).expect("no code panics while it holds this");
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Runs small tasks up to the next that has several chunks, deals these out and opens its phase; or
+    /// ends the job.
+    ///
+    /// Called by the one thread that may touch the job: the state is BUSY by its own doing, or IDLE.
+    fn open_next(&self, scratch: &mut Scratch) {
+        // SAFETY: see above. The list lives until the state is IDLE.
+        let mut rest: &[&dyn Task] = unsafe { &*(*self.job.get()).rest };
+        let small = rest.iter().take_while(|task| task.chunks() <= 1).count();
+        run_alone(self, &rest[..small], scratch);
+        rest = &rest[small..];
+        match rest.split_first() {
+            Some((&task, rest)) if !self.failed.load(Ordering::Relaxed) => {
+                deal(self, task.chunks());
+                // SAFETY: as above; only lifetimes are erased.
+                unsafe {
+                    *self.job.get() = Job {
+                        task: std::mem::transmute::<*const dyn Task, *const (dyn Task + 'static)>(task),
+                        rest: std::mem::transmute::<*const [&dyn Task], *const [&'static dyn Task]>(rest),
+                    };
+                }
+                self.state.next(0);
+            }
+            _ => self.state.next(IDLE),
+        }
+    }
 }
 
-fn run_list(shared: &Shared, worker: usize, tasks: &[&dyn Task], scratch: &mut Scratch) {
-    let mut rest = tasks;
-    barrier(shared, || deal(shared, rest));
-    while !rest.is_empty() {
-        let now = stage(rest);
-        rest = &rest[now.len()..];
-        if let [task] = now {
-            run_task(shared, worker, *task, scratch);
-        } else if worker == 0 {
-            run_alone(shared, now, scratch);
+/// Runs chunks of every phase that is open, until there is none.
+fn take_part(shared: &Shared, worker: usize, scratch: &mut Scratch) {
+    // The phase that this worker has been through.
+    let mut over = None;
+    let mut wait = Wait::default();
+    loop {
+        let state = shared.state.load();
+        if state & IDLE != 0 {
+            return;
         }
-        barrier(shared, || deal(shared, rest));
+        if state & BUSY != 0 || over == Some(state / PHASE) {
+            wait.moment();
+        } else if shared.state.join(state) {
+            // SAFETY: the phase is open and stays so while this worker takes part, and the job with it.
+            let task = unsafe { &*(*shared.job.get()).task };
+            run_task(shared, worker, task, scratch);
+            over = Some(state / PHASE);
+            if shared.state.leave() {
+                shared.open_next(scratch);
+            }
+            wait = Wait::default();
+        }
+    }
+}
+
+/// Looking again and again.
+#[derive(Default)]
+struct Wait {
+    looks: u32,
+    since: Option<Instant>,
+}
+
+impl Wait {
+    /// Waits for a moment, or offers the core if it has been long: whoever is waited for may have been woken
+    /// on the same one. How long it has been, now and then, since the clock costs more than a look.
+    fn moment(&mut self) -> Duration {
+        std::hint::spin_loop();
+        self.looks += 1;
+        if !self.looks.is_multiple_of(64) {
+            return Duration::ZERO;
+        }
+        let now = Instant::now();
+        let waited = now - *self.since.get_or_insert(now);
+        if waited > GRACE {
+            std::thread::yield_now();
+        }
+        waited
     }
 }
 
@@ -247,17 +388,14 @@ fn run_alone<'a>(shared: &Shared, tasks: &[&'a (dyn Task + 'a)], scratch: &mut S
     }
 }
 
-/// Gives each worker a contiguous range of the next task's chunks.
-fn deal(shared: &Shared, rest: &[&dyn Task]) {
-    let chunks = match rest.first() {
-        Some(task) if !shared.failed.load(Ordering::Relaxed) => task.chunks(),
-        _ => 0,
-    };
+/// Gives each worker a contiguous range of a task's chunks.
+fn deal(shared: &Shared, chunks: usize) {
     for (worker, range) in shared.ranges.iter().enumerate() {
         range.set(chunks * worker / shared.threads, chunks * (worker + 1) / shared.threads);
     }
 }
 
+/// Runs chunks until none is left: a worker's own from the front, then others' from the back.
 fn run_task(shared: &Shared, worker: usize, task: &dyn Task, scratch: &mut Scratch) {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut run = |chunk| {
@@ -300,30 +438,6 @@ fn message_of(payload: &(dyn Any + Send)) -> String {
     }
 }
 
-/// Waits until all workers are here; the last to arrive runs `last` before anybody leaves.
-fn barrier(shared: &Shared, last: impl FnOnce()) {
-    if shared.threads == 1 {
-        return last();
-    }
-    let generation = shared.generation.load(Ordering::Acquire);
-    if shared.arrived.fetch_add(1, Ordering::AcqRel) + 1 == shared.threads {
-        last();
-        shared.arrived.store(0, Ordering::Relaxed);
-        shared.generation.store(generation.wrapping_add(1), Ordering::Release);
-        return;
-    }
-    let mut spins = 0u32;
-    while shared.generation.load(Ordering::Acquire) == generation {
-        spins += 1;
-        if spins < SPINS {
-            std::hint::spin_loop();
-        } else {
-            // A neighbour holds the core that the last worker needs.
-            std::thread::yield_now();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -361,6 +475,57 @@ mod tests {
         assert!(!ran_after.load(Ordering::Relaxed));
         for _ in 0..100 {
             pool.run(&[Box::new(FnTask::new("fine", 8, |_, _: &mut Scratch| ()))]).unwrap();
+        }
+    }
+
+    #[test]
+    fn every_chunk_runs_once_whether_workers_sleep_or_not() {
+        // Lists of tasks of all sizes, after pauses in which workers fall asleep and without.
+        let pool = Pool::new(4);
+        for round in 0..200 {
+            let ran: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
+            let list: Vec<Box<dyn Task + '_>> = [64, 1, 0, 3, 64]
+                .into_iter()
+                .map(|chunks| {
+                    let ran = &ran;
+                    let count = move |chunk: usize, _: &mut Scratch| {
+                        ran[chunk].fetch_add(1, Ordering::Relaxed);
+                    };
+                    Box::new(FnTask::new("count", chunks, count)) as Box<dyn Task + '_>
+                })
+                .collect();
+            pool.run(&list).unwrap();
+            let total: usize = ran.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+            assert_eq!(total, 64 + 1 + 3 + 64, "round {round}");
+            if round % 20 == 0 {
+                // Long enough for all to park.
+                std::thread::sleep(PATIENCE * 20);
+            }
+        }
+    }
+
+    #[test]
+    fn what_one_task_wrote_the_next_reads() {
+        let pool = Pool::new(3);
+        let cells: Vec<AtomicUsize> = (0..97).map(|_| AtomicUsize::new(0)).collect();
+        for _ in 0..300 {
+            cells.iter().for_each(|cell| cell.store(0, Ordering::Relaxed));
+            let list: Vec<Box<dyn Task + '_>> = (0..20)
+                .map(|step| {
+                    let cells = &cells;
+                    // Each chunk reads what another chunk of the task before has written.
+                    let shift = move |chunk: usize, _: &mut Scratch| {
+                        if step % 2 == 0 {
+                            cells[chunk].fetch_add(1, Ordering::Relaxed);
+                        } else {
+                            let other = cells[(chunk * 31 + 7) % 97].load(Ordering::Relaxed);
+                            assert_eq!(other, step / 2 + 1);
+                        }
+                    };
+                    Box::new(FnTask::new("shift", 97, shift)) as Box<dyn Task + '_>
+                })
+                .collect();
+            pool.run(&list).unwrap();
         }
     }
 
