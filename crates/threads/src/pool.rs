@@ -102,7 +102,7 @@ impl State {
         let mut now = self.0.load(Ordering::Relaxed);
         loop {
             let last = now & CREW == 1;
-            let next = if last { now - 1 | BUSY } else { now - 1 };
+            let next = if last { (now - 1) | BUSY } else { now - 1 };
             match self.0.compare_exchange_weak(now, next, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return last,
                 Err(seen) => now = seen,
@@ -115,7 +115,7 @@ impl State {
         let now = self.0.load(Ordering::Relaxed);
         debug_assert!(now & (BUSY | IDLE) != 0 && now & CREW == 0);
         // In one order with `sleepers`: either a worker sees this, or it is seen to sleep.
-        self.0.store((now / PHASE + 1) * PHASE | flag, Ordering::SeqCst);
+        self.0.store(((now / PHASE + 1) * PHASE) | flag, Ordering::SeqCst);
     }
 }
 
