@@ -545,8 +545,8 @@ impl Cut {
     fn across(&mut self, micro: &Micro, batches: usize, m: usize, n: usize) {
         const CHUNKS: usize = 16;
         let wide = micro.panels_for(micro.rows) * 16;
-        let mut nc = n.min(4096).next_multiple_of(wide);
-        let blocks = CHUNKS.div_ceil(batches * n.div_ceil(nc));
+        let mut nc = n.clamp(1, 4096).next_multiple_of(wide);
+        let blocks = CHUNKS.div_ceil((batches * n.div_ceil(nc)).max(1));
         let mc = m.div_ceil(blocks).clamp(FEW_ROWS, 256).next_multiple_of(micro.rows);
         while batches * m.div_ceil(mc) * n.div_ceil(nc) < CHUNKS && nc >= 4 * wide {
             nc = (nc / 2).next_multiple_of(wide);
