@@ -256,6 +256,7 @@ fn load_vector<'a, V: Vector>(rows: &Option<Rows>, width: usize, scratch: &'a Sc
 }
 
 /// What is subtracted from a row, in two parts, and 1/√(variance + eps).
+#[derive(Clone, Copy)]
 struct Statistics<V> {
     mean: V,
     rest: V,
@@ -291,9 +292,15 @@ unsafe fn statistics<V: Vector, const N: usize>(
                 *sum = *sum + unsafe { load::<V>(row.add(at), LANES.min(width - at), 0.0) };
             }
         }
-        means = sums.map(|sum| sum.sum() / count);
+        for i in 0..N {
+            means[i] = sums[i].sum() / count;
+        }
     }
-    let middle = means.map(V::splat);
+    // Loops rather than closures, which would be functions of their own without the tier's instructions.
+    let mut middle = [V::zero(); N];
+    for i in 0..N {
+        middle[i] = V::splat(means[i]);
+    }
     let (mut sums, mut squares) = ([V::zero(); N], [V::zero(); N]);
     for at in (0..width).step_by(LANES) {
         for i in 0..N {
@@ -303,14 +310,17 @@ unsafe fn statistics<V: Vector, const N: usize>(
             squares[i] = value.mul_add(value, squares[i]);
         }
     }
-    std::array::from_fn(|i| {
+    let mut statistics = [Statistics { mean: V::zero(), rest: V::zero(), scale: V::zero() }; N];
+    for i in 0..N {
         let rest = match kind {
             Norm::Rms => 0.0,
             Norm::Layer => sums[i].sum() / count,
         };
         let variance = squares[i].sum() / count - rest * rest;
-        Statistics { mean: middle[i], rest: V::splat(rest), scale: V::splat(1.0 / (variance + eps).sqrt()) }
-    })
+        let scale = V::splat(1.0 / (variance + eps).sqrt());
+        statistics[i] = Statistics { mean: middle[i], rest: V::splat(rest), scale };
+    }
+    statistics
 }
 
 /// What [`norm_backward`] reads and writes; types and shapes as in [`NormArgs`].
