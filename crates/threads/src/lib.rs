@@ -2,8 +2,8 @@
 //!
 //! A [`Task`] is cut into chunks *by its shape alone*, never by the number of threads: which
 //! worker runs a chunk cannot change a result. [`Pool::run`] takes a list of tasks, enters the
-//! pool once, and puts a barrier between consecutive tasks. A panic in a chunk releases all
-//! barriers and comes back as [`TaskPanic`].
+//! pool once, and begins a task when the one before it is done. A panic in a chunk ends the list
+//! and comes back as [`TaskPanic`]. Workers that are not awake in time are not waited for.
 //!
 //! The pool knows nothing of arrays or kernels.
 
