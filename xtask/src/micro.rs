@@ -162,6 +162,7 @@ impl Micro {
             unit: "ms",
             mica: median(mica.clone()),
             bandwidth: None,
+            used: None,
             peers: cells.collect(),
             all: json!(all),
         })

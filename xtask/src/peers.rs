@@ -162,7 +162,7 @@ impl Peers {
 
     fn measure(&self, job: &Job) -> anyhow::Result<Row> {
         let mut figures = vec![Vec::new(); job.programs.len()];
-        let mut bandwidths = Vec::new();
+        let (mut bandwidths, mut parts) = (Vec::new(), Vec::new());
         for round in 0..self.rounds {
             for (program, figures) in job.programs.iter().zip(&mut figures) {
                 let said = program.run()?;
@@ -172,6 +172,9 @@ impl Peers {
                         .with_context(|| format!("{} printed no {}: {said}", program.name, program.field))?,
                 );
                 bandwidths.extend(said["read_bandwidth_gbs"].as_f64());
+                if program.field == "generation_tps" {
+                    parts.extend(said["bandwidth_fraction"].as_f64());
+                }
             }
             eprintln!("{}, round {} of {}", job.name, round + 1, self.rounds);
         }
@@ -191,6 +194,7 @@ impl Peers {
             unit: if job.rate { "tokens/s" } else { "s" },
             mica: median(mica.clone()),
             bandwidth: (!bandwidths.is_empty()).then(|| median(bandwidths)),
+            used: (!parts.is_empty()).then(|| median(parts)),
             peers: cells.collect(),
             all: json!(
                 job.programs

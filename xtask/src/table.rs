@@ -29,6 +29,8 @@ pub struct Row {
     pub mica: f64,
     /// Read bandwidth in GB/s that mica measured beside its runs.
     pub bandwidth: Option<f64>,
+    /// The part of it that mica used, taken run by run.
+    pub used: Option<f64>,
     pub peers: Vec<Cell>,
     /// The figures of all rounds.
     pub all: Value,
@@ -122,11 +124,11 @@ impl Table {
             };
         }
         text += if self.summary.is_empty() { "" } else { "\n" };
-        text +=
-            "| | mica | read GB/s | peer | | mica is so many times as fast |\n|---|---|---|---|---|---|\n";
+        text += "| | mica | read GB/s | of it used | peer | | mica is so many times as fast |\n|---|---|---|---|---|---|---|\n";
         for row in &self.rows {
             let bandwidth = row.bandwidth.map_or(String::new(), |gbs| format!("{gbs:.1}"));
-            let start = format!("| {} | {:.2} {} | {bandwidth} ", row.name, row.mica, row.unit);
+            let used = row.used.map_or(String::new(), |part| format!("{:.0} %", 100.0 * part));
+            let start = format!("| {} | {:.2} {} | {bandwidth} | {used} ", row.name, row.mica, row.unit);
             if row.peers.is_empty() {
                 text += &format!("{start}| | | |\n");
             }
@@ -144,7 +146,7 @@ impl Table {
                 .iter()
                 .map(|cell| json!({"program": cell.program, "figure": cell.figure, "ratio": cell.ratio}))
                 .collect();
-            json!({"name": row.name, "unit": row.unit, "mica": row.mica, "read_bandwidth_gbs": row.bandwidth, "peers": peers, "rounds": row.all})
+            json!({"name": row.name, "unit": row.unit, "mica": row.mica, "read_bandwidth_gbs": row.bandwidth, "bandwidth_fraction": row.used, "peers": peers, "rounds": row.all})
         });
         let facts: serde_json::Map<String, Value> =
             self.facts.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
@@ -170,10 +172,19 @@ mod tests {
                 unit: "tokens/s",
                 mica: 40.0,
                 bandwidth: Some(20.0),
+                used: Some(0.8),
                 peers: vec![cell("a", 20.0, 2.0), cell("b", 10.0, 4.0)],
                 all: json!({}),
             },
-            Row { name: "step".into(), unit: "s", mica: 7.0, bandwidth: None, peers: vec![], all: json!({}) },
+            Row {
+                name: "step".into(),
+                unit: "s",
+                mica: 7.0,
+                bandwidth: None,
+                used: None,
+                peers: vec![],
+                all: json!({}),
+            },
         ];
         let summary = vec![("mean".to_string(), json!(2.5)), ("worst".to_string(), json!("decode"))];
         let facts = vec![("cores".into(), "2".into())];
@@ -184,9 +195,9 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "| decode | 40.00 tokens/s | 20.0 | a | 20.00 tokens/s | 2.00 |",
-                "| decode | 40.00 tokens/s | 20.0 | b | 10.00 tokens/s | 4.00 |",
-                "| step | 7.00 s |  | | | |",
+                "| decode | 40.00 tokens/s | 20.0 | 80 % | a | 20.00 tokens/s | 2.00 |",
+                "| decode | 40.00 tokens/s | 20.0 | 80 % | b | 10.00 tokens/s | 4.00 |",
+                "| step | 7.00 s |  |  | | | |",
             ]
         );
         assert!(text.contains("By eye.\n\n- mean: 2.50\n- worst: decode\n"), "{text}");

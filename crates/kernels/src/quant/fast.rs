@@ -5,8 +5,9 @@
 //! operations for every m, tier and cut, so a row has the same bits alone and in a batch.
 //!
 //! Up to [`GEMV_ROWS`] rows the tiles are streamed once and unpacked in registers; the cost is
-//! that of reading them. With more rows a panel of tiles is unpacked to bytes once per
-//! [`ROW_BLOCK`] rows, and either multiplied by `vpdpbusd` or by AMX tiles.
+//! that of reading them. With more rows AVX-512 goes on doing so for eight rows at a time, over tiles that stay in
+//! the caches. Otherwise a panel of tiles is unpacked to bytes once per [`ROW_BLOCK`] rows, and either multiplied by
+//! the same lanes or by AMX tiles.
 
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
@@ -25,13 +26,22 @@ use super::weight::QuantWeight;
 const GEMV_ROWS: usize = 8;
 /// Rows of x per chunk of the larger product: unpacking a panel costs a few percent of it.
 const ROW_BLOCK: usize = 512;
-/// Tiles whose panel is unpacked at a time: 3 vectors × 8 rows fill AVX-512's registers.
+/// Tiles whose panel is unpacked at a time.
 const PANEL_TILES: usize = 3;
+/// Bytes of tiles, and of rows of x, that are multiplied by one another before the next rows are taken: together they
+/// stay in the L2 cache.
+const CACHED: usize = 256 << 10;
+/// The most tiles of such a chunk, so that there are enough of them.
+const DIRECT_TILES: usize = 4;
 /// A chunk of the smaller product reads at least this much where the matrix is large…
 const CHUNK_BYTES: usize = 1 << 20;
 /// …and a matrix above this size is cut into at least this many chunks.
 const SMALL_BYTES: usize = 64 << 10;
 const FEWEST_CHUNKS: usize = 8;
+
+/// Bytes from what is multiplied to what is asked for, where tiles are one stream: with 2 to 4 KB eight rows take
+/// 1.2 to 1.6 times as long.
+const AHEAD: usize = 18 << 10;
 
 /// See the module.
 pub(super) struct FastTask<'a> {
@@ -47,7 +57,7 @@ impl Task for FastTask<'_> {
         match self.x.m {
             0 => 0,
             1..=GEMV_ROWS => gemv_chunks(layout.tiles, layout.tile),
-            m => layout.tiles.div_ceil(PANEL_TILES) * m.div_ceil(ROW_BLOCK),
+            m => layout.tiles.div_ceil(self.tiles_per_chunk()) * m.div_ceil(ROW_BLOCK),
         }
     }
 
@@ -57,9 +67,10 @@ impl Task for FastTask<'_> {
             let chunks = self.chunks();
             ((tiles * chunk / chunks, tiles * (chunk + 1) / chunks), (0, m))
         } else {
-            let panels = tiles.div_ceil(PANEL_TILES);
-            let (panel, block) = (chunk % panels * PANEL_TILES, chunk / panels * ROW_BLOCK);
-            ((panel, (panel + PANEL_TILES).min(tiles)), (block, (block + ROW_BLOCK).min(m)))
+            let per_chunk = self.tiles_per_chunk();
+            let panels = tiles.div_ceil(per_chunk);
+            let (tile, block) = (chunk % panels * per_chunk, chunk / panels * ROW_BLOCK);
+            ((tile, (tile + per_chunk).min(tiles)), (block, (block + ROW_BLOCK).min(m)))
         };
         // SAFETY: the tier, the shapes and the views were checked when the task was made; chunks
         // cover disjoint tiles or disjoint rows.
@@ -68,8 +79,8 @@ impl Task for FastTask<'_> {
             if self.isa == Isa::Amx && m > GEMV_ROWS {
                 return AmxBlock { task: self, tiles: range, rows, scratch }.run();
             }
-            if m <= GEMV_ROWS {
-                at_tier(self.isa, Gemv { task: self, range });
+            if m <= GEMV_ROWS || self.direct() {
+                at_tier(self.isa, Gemv { task: self, range, rows });
             } else {
                 at_tier(self.isa, Gemm { task: self, range, rows, scratch });
             }
@@ -81,6 +92,19 @@ impl Task for FastTask<'_> {
     }
 }
 
+impl FastTask<'_> {
+    /// Whether any number of rows is multiplied in registers: with 32 of them unpacking costs less there than on the
+    /// way through memory.
+    fn direct(&self) -> bool {
+        self.isa == Isa::Avx512
+    }
+
+    /// Tiles of a chunk of the larger product.
+    fn tiles_per_chunk(&self) -> usize {
+        if self.direct() { (CACHED / self.weight.layout.tile).clamp(1, DIRECT_TILES) } else { PANEL_TILES }
+    }
+}
+
 /// Chunks of a product that streams `tiles` tiles of `tile` bytes.
 fn gemv_chunks(tiles: usize, tile: usize) -> usize {
     let bytes = tiles * tile;
@@ -89,7 +113,10 @@ fn gemv_chunks(tiles: usize, tile: usize) -> usize {
 
 struct Gemv<'a> {
     task: &'a FastTask<'a>,
+    /// Tiles.
     range: (usize, usize),
+    /// Rows of x, from a multiple of [`ROW_BLOCK`] on.
+    rows: (usize, usize),
 }
 
 impl PerTier for Gemv<'_> {
@@ -114,51 +141,71 @@ impl PerTier for Gemv<'_> {
 }
 
 impl Gemv<'_> {
-    /// Rows in passes of four, two and one over tiles that the first pass has brought into the L1
-    /// cache. Tiles per pass are as many as the accumulators leave registers for: with one row,
-    /// four streams from memory are faster than one.
+    /// Rows in passes over tiles that the first pass has brought into the caches.
+    ///
+    /// Where there are 32 registers, a pass takes up to eight rows over one tile: what a thread reads is then one
+    /// stream, all that the prefetchers of AMD's cores follow (several streams side by side come at two thirds of
+    /// the speed). Machines with AMX want the contrary: four streams for one row, two for more.
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
         let (mut tile, end) = self.range;
         // SAFETY: tiles below `end` exist.
         unsafe {
+            if L::MANY && self.task.isa != Isa::Amx {
+                // Whole passes of eight, but for the last of all.
+                let block = (CACHED / self.task.x.stride / 8 * 8).max(8);
+                let mut row = self.rows.0;
+                while row < self.rows.1 {
+                    let next = (row + block).min(self.rows.1);
+                    for tile in self.range.0..end {
+                        self.rows::<L, BITS, 1, true>(tile, (row, next));
+                    }
+                    row = next;
+                }
+                return;
+            }
             if L::MANY && self.task.x.m == 1 {
                 while tile + 4 <= end {
-                    self.block::<L, BITS, 4, 1>(tile, 0);
+                    self.block::<L, BITS, 4, 1, false>(tile, 0);
                     tile += 4;
                 }
             } else if L::MANY && (BITS == 4 || BITS == 8) {
                 while tile + 2 <= end {
-                    self.rows::<L, BITS, 2>(tile);
+                    self.rows::<L, BITS, 2, false>(tile, self.rows);
                     tile += 2;
                 }
             }
             while tile < end {
-                self.rows::<L, BITS, 1>(tile);
+                self.rows::<L, BITS, 1, false>(tile, self.rows);
                 tile += 1;
             }
         }
     }
 
-    /// All rows of x over R tiles.
+    /// Rows of x over R tiles.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize>(&self, tile: usize) {
-        let (mut row, m) = (0, self.task.x.m);
+    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const STREAM: bool>(
+        &self,
+        tile: usize,
+        (mut row, end): (usize, usize),
+    ) {
         // SAFETY: passed on.
         unsafe {
-            while row < m {
-                row += match m - row {
-                    1 => self.block::<L, BITS, R, 1>(tile, row),
-                    2 => self.block::<L, BITS, R, 2>(tile, row),
-                    _ => self.block::<L, BITS, R, 4>(tile, row),
+            while row < end {
+                row += match end - row {
+                    1 => self.block::<L, BITS, R, 1, STREAM>(tile, row),
+                    2 => self.block::<L, BITS, R, 2, STREAM>(tile, row),
+                    5.. if STREAM => self.block::<L, BITS, R, 8, STREAM>(tile, row),
+                    _ => self.block::<L, BITS, R, 4, STREAM>(tile, row),
                 }
             }
         }
     }
 
-    /// R tiles by M rows of x; rows past the last repeat it and are not written.
+    /// R tiles by M rows of x; rows past the last repeat it and are not written. `STREAM`: tiles are read one after
+    /// the other.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize>(
+    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize, const STREAM: bool>(
         &self,
         tile: usize,
         row: usize,
@@ -176,21 +223,27 @@ impl Gemv<'_> {
             let (d, e) = (x.scales.add(scales).cast_const(), x.sums.add(scales).cast_const());
             let mut products = [[L::splat(0.0); M]; R];
             let mut biases = [[L::splat(0.0); M]; R];
-            for g in 0..layout.groups {
+            // The tiles of the next pass are asked for meanwhile: streams as short as a tile are over before the
+            // processor has noticed them. A single stream goes on where the tile ends.
+            let ahead = if STREAM { AHEAD } else { R * layout.tile };
+            let ask = |from: *const u8| {
                 if row == 0 {
-                    // The tiles of the next pass: streams as short as a tile are over before the
-                    // processor has noticed them.
-                    for r in 0..R {
-                        let next = pointers[r].wrapping_add(R * layout.tile + g * layout.block);
-                        (0..layout.block).step_by(64).for_each(|at| L::prefetch(next.wrapping_add(at)));
-                    }
+                    L::prefetch::<STREAM>(from.wrapping_add(ahead));
                 }
-                let mut sums = [[L::zero(); M]; R];
+            };
+            // Sums of few rows would be chains as long as their latency: they are cut in up to four.
+            let cut = if STREAM { 4 / M.min(4) } else { 1 };
+            for g in 0..layout.groups {
+                let mut parts = [[[L::zero(); M]; R]; 4];
                 for sub in 0..layout.group / SUB {
                     let k = g * layout.group + sub * SUB;
                     let at = g * layout.block + sub * 64 * BITS;
+                    for r in 0..R {
+                        (0..BITS).for_each(|vector| ask(pointers[r].add(at + vector * 64)));
+                    }
                     macro_rules! units {
                         ($($unit:literal)*) => { $(
+                            let sums = &mut parts[$unit % cut];
                             for r in 0..R {
                                 let q = unit::<L, BITS, $unit>(pointers[r].add(at));
                                 for m in 0..M {
@@ -200,6 +253,19 @@ impl Gemv<'_> {
                         )* };
                     }
                     each_unit!(units);
+                }
+                let mut sums = parts[0];
+                for part in &parts[1..cut] {
+                    for r in 0..R {
+                        for m in 0..M {
+                            sums[r][m] = L::add_int(sums[r][m], part[r][m]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    (layout.codes..layout.block)
+                        .step_by(64)
+                        .for_each(|at| ask(pointers[r].add(g * layout.block + at)));
                 }
                 for r in 0..R {
                     let block = pointers[r].add(g * layout.block);
@@ -256,17 +322,11 @@ impl PerTier for Gemm<'_> {
         unsafe {
             let panel = self.unpack::<L>();
             let wide = self.task.weight.layout.bits == 8;
-            let tiles = self.range.1 - self.range.0;
-            if L::MANY && tiles == PANEL_TILES {
-                // Wide codes are no matter to these lanes.
-                self.multiply::<L, PANEL_TILES, true>(&panel, 0);
-            } else {
-                for tile in 0..tiles {
-                    if wide || L::MANY {
-                        self.multiply::<L, 1, true>(&panel, tile);
-                    } else {
-                        self.multiply::<L, 1, false>(&panel, tile);
-                    }
+            for tile in 0..self.range.1 - self.range.0 {
+                if wide {
+                    self.multiply::<L, true>(&panel, tile);
+                } else {
+                    self.multiply::<L, false>(&panel, tile);
                 }
             }
         }
@@ -304,20 +364,20 @@ impl Gemm<'_> {
     }
 
     #[inline(always)]
-    unsafe fn multiply<L: Lanes, const T: usize, const WIDE: bool>(&self, panel: &Panel, tile: usize) {
-        let chains = self.scratch.take::<f32>(T * COLUMNS * TILE_ROWS);
+    unsafe fn multiply<L: Lanes, const WIDE: bool>(&self, panel: &Panel, tile: usize) {
+        let chains = self.scratch.take::<f32>(COLUMNS * TILE_ROWS);
         let mut row = self.rows.0;
         while row < self.rows.1 {
             chains.fill(0.0);
             // SAFETY: passed on; rows past the last are clamped.
-            unsafe { self.block::<L, T, WIDE>(panel, tile, row, chains.as_mut_ptr()) };
+            unsafe { self.block::<L, WIDE>(panel, tile, row, chains.as_mut_ptr()) };
             row += COLUMNS;
         }
     }
 
-    /// T tiles from `tile` on by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
+    /// A tile by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const T: usize, const WIDE: bool>(
+    unsafe fn block<L: Lanes, const WIDE: bool>(
         &self,
         panel: &Panel,
         tile: usize,
@@ -336,53 +396,33 @@ impl Gemm<'_> {
             let scales = x.scale_offset(row, groups);
             let (d, e) = (x.scales.add(scales).cast_const(), x.sums.add(scales).cast_const());
             for g in 0..groups {
-                let mut sums = [[L::zero(); COLUMNS]; T];
+                let mut sums = [L::zero(); COLUMNS];
                 let codes = panel.codes.as_ptr().add(tile * tile_codes + g * layout.group * TILE_ROWS);
                 let first = g * layout.group;
                 for unit in 0..layout.group / 4 {
-                    let q: [L::I; T] = load_units::<L, T>(codes.add(unit * 64), tile_codes);
+                    let q = L::load(codes.add(unit * 64));
                     for c in 0..COLUMNS {
-                        let a = values[c].add(first + unit * 4);
-                        for t in 0..T {
-                            sums[t][c] = L::dot::<WIDE>(sums[t][c], q[t], a);
-                        }
+                        sums[c] = L::dot::<WIDE>(sums[c], q, values[c].add(first + unit * 4));
                     }
                 }
-                for t in 0..T {
-                    let s = L::load_f32(panel.scales.as_ptr().add(((tile + t) * groups + g) * TILE_ROWS));
-                    for c in 0..COLUMNS {
-                        let chain = chains.add((t * COLUMNS + c) * TILE_ROWS);
-                        let scale = L::mul(s, L::splat(*d.add(g * ROW_LANES + c)));
-                        L::store_f32(chain, L::fma(L::to_f32(sums[t][c]), scale, L::load_f32(chain)));
-                    }
+                let s = L::load_f32(panel.scales.as_ptr().add((tile * groups + g) * TILE_ROWS));
+                for c in 0..COLUMNS {
+                    let chain = chains.add(c * TILE_ROWS);
+                    let scale = L::mul(s, L::splat(*d.add(g * ROW_LANES + c)));
+                    L::store_f32(chain, L::fma(L::to_f32(sums[c]), scale, L::load_f32(chain)));
                 }
             }
-            for t in 0..T {
-                let mut biases = [L::splat(0.0); COLUMNS];
-                for g in 0..groups {
-                    let b = L::load_f32(panel.biases.as_ptr().add(((tile + t) * groups + g) * TILE_ROWS));
-                    for c in 0..COLUMNS {
-                        biases[c] = L::fma(b, L::splat(*e.add(g * ROW_LANES + c)), biases[c]);
-                    }
-                }
-                for c in 0..COLUMNS.min(self.rows.1 - row) {
-                    let product = L::load_f32(chains.add((t * COLUMNS + c) * TILE_ROWS));
-                    sink.put::<L>(row + c, (self.range.0 + tile + t) * TILE_ROWS, L::add(product, biases[c]));
+            let mut biases = [L::splat(0.0); COLUMNS];
+            for g in 0..groups {
+                let b = L::load_f32(panel.biases.as_ptr().add((tile * groups + g) * TILE_ROWS));
+                for c in 0..COLUMNS {
+                    biases[c] = L::fma(b, L::splat(*e.add(g * ROW_LANES + c)), biases[c]);
                 }
             }
+            for c in 0..COLUMNS.min(self.rows.1 - row) {
+                let product = L::load_f32(chains.add(c * TILE_ROWS));
+                sink.put::<L>(row + c, (self.range.0 + tile) * TILE_ROWS, L::add(product, biases[c]));
+            }
         }
-    }
-}
-
-/// The same unit of T tiles that lie `stride` bytes apart.
-#[inline(always)]
-unsafe fn load_units<L: Lanes, const T: usize>(from: *const u8, stride: usize) -> [L::I; T] {
-    // SAFETY: passed on.
-    unsafe {
-        let mut units = [L::zero(); T];
-        for (t, unit) in units.iter_mut().enumerate() {
-            *unit = L::load(from.add(t * stride));
-        }
-        units
     }
 }

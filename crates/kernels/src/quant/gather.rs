@@ -4,11 +4,13 @@
 //! f32, they are s·q + b in f32: from half scales the weights that the exact product multiplies
 //! with, from f32 scales rounded twice, as `mx.dequantize` rounds them.
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
-use mica_codec::affine::dequantize_value;
+use mica_simd::{Element, Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
-use super::tile::{self, Layout, SUB, ScaleType, TILE_ROWS};
+use super::tile::{self, SUB, ScaleType, TILE_ROWS};
 use super::weight::QuantWeight;
 use crate::{KernelError, View, ViewMut};
 
@@ -65,73 +67,105 @@ impl QuantWeight {
         }
         Ok(Box::new(Gather { weight: self, ids, rows, out }))
     }
+}
 
-    /// One row's values, group by group: computed in f32 if `wide`, else in the scales' type.
-    fn row_values(&self, row: usize, wide: bool, mut group_values: impl FnMut(usize, &[f32])) {
-        let Layout { bits, group, groups, block, tile, scale, .. } = self.layout;
-        let tile = &self.bytes_of_tiles()[row / TILE_ROWS * tile..][..tile];
-        let lane = row % TILE_ROWS;
-        let (mut codes, mut values) = ([0u8; SUB], [0f32; 128]);
-        for g in 0..groups {
-            let block = &tile[g * block..][..block];
-            let (s, b) = (&block[self.layout.scales()..], &block[self.layout.biases()..]);
-            for sub in 0..group / SUB {
-                let from = &block[sub * 64 * bits..][..64 * bits];
-                match bits {
-                    4 => nibbles(from, lane, &mut codes),
-                    8 => bytes(from, lane, &mut codes),
-                    _ => tile::get_codes(from, bits, lane, &mut codes),
+/// One row's values from its codes, 16 at a time: S is the type of scales and biases, R the one that each operation is
+/// rounded to (of f32, no rounding at all), O the output's.
+struct Row<'a, S, R, O> {
+    weight: &'a QuantWeight,
+    row: usize,
+    codes: &'a [u8],
+    to: &'a mut [O],
+    types: PhantomData<(S, R)>,
+}
+
+impl<S: Element, R: Element, O: Element> Kernel for Row<'_, S, R, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let layout = self.weight.layout;
+        let lane = self.row % TILE_ROWS;
+        let blocks = tile_of(self.weight, self.row).chunks_exact(layout.block);
+        let values = self.codes.chunks_exact(layout.group).zip(self.to.chunks_exact_mut(layout.group));
+        for (block, (codes, to)) in blocks.zip(values) {
+            let s = V::splat(scale_of::<S>(&block[layout.scales()..], lane));
+            let b = V::splat(scale_of::<S>(&block[layout.biases()..], lane));
+            for (codes, to) in codes.chunks_exact(16).zip(to.chunks_exact_mut(16)) {
+                let mut q = [0; 16];
+                for (q, &code) in q.iter_mut().zip(codes) {
+                    *q = i32::from(code);
                 }
-                let values = &mut values[sub * SUB..][..SUB];
-                match scale {
-                    ScaleType::F32 => values_of::<f32, 4>(&codes, s, b, lane, f32::from_ne_bytes, values),
-                    ScaleType::Bf16 if wide => {
-                        let read = |bytes| bf16::from_ne_bytes(bytes).to_f32();
-                        values_of::<f32, 2>(&codes, s, b, lane, read, values)
-                    }
-                    ScaleType::Bf16 => values_of::<bf16, 2>(&codes, s, b, lane, bf16::from_ne_bytes, values),
-                    ScaleType::F16 if wide => {
-                        let read = |bytes| f16::from_ne_bytes(bytes).to_f32();
-                        values_of::<f32, 2>(&codes, s, b, lane, read, values)
-                    }
-                    ScaleType::F16 => values_of::<f16, 2>(&codes, s, b, lane, f16::from_ne_bytes, values),
+                let q = V::from_int(V::int_from_array(q));
+                let value = rounded::<V, R>(rounded::<V, R>(q * s) + b);
+                // SAFETY: there are 16 places.
+                unsafe { O::store(value, to.as_mut_ptr()) };
+            }
+        }
+    }
+}
+
+fn tile_of(weight: &QuantWeight, row: usize) -> &[u8] {
+    let tile = weight.layout.tile;
+    &weight.bytes_of_tiles()[row / TILE_ROWS * tile..][..tile]
+}
+
+/// A row's scale or bias.
+#[inline(always)]
+fn scale_of<S: Element>(from: &[u8], lane: usize) -> f32 {
+    let from = from[..TILE_ROWS * size_of::<S>()].as_ptr().cast::<S>();
+    // SAFETY: the lane is one of 16; plain numbers, at any address.
+    unsafe { from.add(lane).read_unaligned() }.to_f32()
+}
+
+/// Rounded to a type and widened again.
+#[inline(always)]
+fn rounded<V: Vector, R: Element>(x: V) -> V {
+    let mut values = [R::default(); 16];
+    // SAFETY: there are 16 places.
+    unsafe {
+        R::store(x, values.as_mut_ptr());
+        R::load(values.as_ptr())
+    }
+}
+
+/// A row's codes, four at a time: what [`get_codes`](tile::get_codes) does code after code. The whole row, because
+/// vectors of codes that were just put together from fours are slow to load.
+fn codes_of_row(weight: &QuantWeight, row: usize, codes: &mut [u8]) {
+    match weight.layout.bits {
+        1 => unpack_row::<1>(weight, row, codes),
+        2 => unpack_row::<2>(weight, row, codes),
+        3 => unpack_row::<3>(weight, row, codes),
+        4 => unpack_row::<4>(weight, row, codes),
+        5 => unpack_row::<5>(weight, row, codes),
+        6 => unpack_row::<6>(weight, row, codes),
+        8 => unpack_row::<8>(weight, row, codes),
+        _ => unreachable!("QuantSpec has no other widths"),
+    }
+}
+
+fn unpack_row<const BITS: usize>(weight: &QuantWeight, row: usize, codes: &mut [u8]) {
+    let lane = row % TILE_ROWS * 4;
+    let blocks = tile_of(weight, row).chunks_exact(weight.layout.block);
+    let subs = blocks.flat_map(|block| block[..weight.layout.codes].chunks_exact(64 * BITS));
+    for (sub_block, codes) in subs.zip(codes.chunks_exact_mut(SUB)) {
+        let mut units = [0u32; SUB / 4];
+        let mut vector = 0;
+        for (width, below) in const { tile::planes(BITS) } {
+            let slots = 8 / width.max(1);
+            let mask = ((1 << width) - 1) * 0x0101_0101u32;
+            for v in 0..width {
+                let word = &sub_block[(vector + v) * 64 + lane..][..4];
+                let word = u32::from_le_bytes(word.try_into().expect("4 bytes"));
+                for t in 0..slots {
+                    units[v * slots + t] |= (word >> (t * width) & mask) << below;
                 }
             }
-            group_values(g * group, &values[..group]);
+            vector += width;
         }
-    }
-}
-
-fn values_of<T: mica_codec::Float, const N: usize>(
-    codes: &[u8; SUB],
-    scales: &[u8],
-    biases: &[u8],
-    lane: usize,
-    read: impl Fn([u8; N]) -> T,
-    values: &mut [f32],
-) {
-    let at = |from: &[u8]| read(from[lane * N..][..N].try_into().expect("N bytes"));
-    let (s, b) = (at(scales), at(biases));
-    for (value, &code) in values.iter_mut().zip(codes) {
-        *value = dequantize_value(code, s, b).to_f32();
-    }
-}
-
-/// `get_codes` for 4 bits, where a row's codes are whole lanes.
-fn nibbles(sub_block: &[u8], lane: usize, codes: &mut [u8; SUB]) {
-    for (vector, codes) in sub_block.chunks_exact(64).zip(codes.chunks_exact_mut(8)) {
-        for i in 0..4 {
-            let byte = vector[lane * 4 + i];
-            codes[i] = byte & 15;
-            codes[i + 4] = byte >> 4;
+        for (codes, unit) in codes.chunks_exact_mut(4).zip(units) {
+            codes.copy_from_slice(&unit.to_le_bytes());
         }
-    }
-}
-
-/// `get_codes` for 8 bits.
-fn bytes(sub_block: &[u8], lane: usize, codes: &mut [u8; SUB]) {
-    for (vector, codes) in sub_block.chunks_exact(64).zip(codes.chunks_exact_mut(4)) {
-        codes.copy_from_slice(&vector[lane * 4..][..4]);
     }
 }
 
@@ -145,7 +179,25 @@ struct Gather<'a> {
 
 impl Gather<'_> {
     fn rows_per_chunk(&self) -> usize {
-        (16384 / self.weight.shape()[1]).max(1)
+        let rows = (16384 / self.weight.shape()[1]).max(1);
+        // Rows in order read the same tiles.
+        if self.ids.is_none() { rows.next_multiple_of(TILE_ROWS) } else { rows }
+    }
+
+    /// `HalfBf16` and `HalfF16` are what scales of these types round to.
+    fn write<HalfBf16: Element, HalfF16: Element, O: Element>(&self, row: usize, codes: &[u8], to: &mut [O]) {
+        let (weight, isa) = (self.weight, Isa::get());
+        match weight.layout.scale {
+            ScaleType::F32 => {
+                dispatch(isa, Row::<f32, f32, O> { weight, row, codes, to, types: PhantomData })
+            }
+            ScaleType::Bf16 => {
+                dispatch(isa, Row::<bf16, HalfBf16, O> { weight, row, codes, to, types: PhantomData })
+            }
+            ScaleType::F16 => {
+                dispatch(isa, Row::<f16, HalfF16, O> { weight, row, codes, to, types: PhantomData })
+            }
+        }
     }
 }
 
@@ -154,30 +206,30 @@ impl Task for Gather<'_> {
         self.rows.div_ceil(self.rows_per_chunk())
     }
 
-    fn run(&self, chunk: usize, _: &mut Scratch) {
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        let columns = self.weight.shape()[1];
+        let codes = scratch.take::<u8>(columns);
         let first = chunk * self.rows_per_chunk();
         for to in first..(first + self.rows_per_chunk()).min(self.rows) {
             // SAFETY: the view has an id per row of the output.
             let row = self.ids.as_ref().map_or(to, |ids| unsafe { ids.run(&[to], 1)[0] } as usize);
             let rows = self.weight.shape()[0];
             assert!(row < rows, "row {row} of a quantized weight with {rows} rows");
-            let wide = matches!(self.out, Floats::F32(_));
-            self.weight.row_values(row, wide, |at, values| {
-                // SAFETY: row `to` of the output is contiguous and this chunk's alone.
-                unsafe {
-                    match &self.out {
-                        Floats::F32(out) => out.run_mut(&[to, at], values.len()).copy_from_slice(values),
-                        Floats::Bf16(out) => {
-                            let out = out.run_mut(&[to, at], values.len());
-                            out.iter_mut().zip(values).for_each(|(out, &value)| *out = bf16::from_f32(value));
-                        }
-                        Floats::F16(out) => {
-                            let out = out.run_mut(&[to, at], values.len());
-                            out.iter_mut().zip(values).for_each(|(out, &value)| *out = f16::from_f32(value));
-                        }
+            codes_of_row(self.weight, row, codes);
+            // SAFETY: row `to` of the output is contiguous and this chunk's alone.
+            unsafe {
+                match &self.out {
+                    Floats::F32(out) => {
+                        self.write::<f32, f32, f32>(row, codes, out.run_mut(&[to, 0], columns))
+                    }
+                    Floats::Bf16(out) => {
+                        self.write::<bf16, f16, _>(row, codes, out.run_mut(&[to, 0], columns))
+                    }
+                    Floats::F16(out) => {
+                        self.write::<bf16, f16, _>(row, codes, out.run_mut(&[to, 0], columns))
                     }
                 }
-            });
+            }
         }
     }
 

@@ -29,9 +29,9 @@ pub(super) trait Lanes: Copy + 'static {
     /// 16 f32.
     type F: Copy;
 
-    /// Asks for what is there to be brought into the second-level cache; any address will do.
+    /// Asks for what is there to be brought into the first-level cache (`NEAR`) or the second; any address will do.
     #[inline(always)]
-    fn prefetch(_: *const u8) {}
+    fn prefetch<const NEAR: bool>(_: *const u8) {}
 
     /// Reads 64 bytes.
     unsafe fn load(from: *const u8) -> Self::I;
@@ -48,6 +48,8 @@ pub(super) trait Lanes: Copy + 'static {
     unsafe fn zero() -> Self::I;
     /// Bitwise and.
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    /// Sums of lanes.
+    unsafe fn add_int(a: Self::I, b: Self::I) -> Self::I;
     /// Bitwise or.
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
     /// Each lane shifted right by `count` (below 32), a constant after inlining.

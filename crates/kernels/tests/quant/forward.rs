@@ -131,6 +131,29 @@ fn int8_products_have_the_same_bits_at_every_tier() {
     }
 }
 
+/// More rows than are multiplied before the next tile, and more than a chunk has: each as if it were alone.
+#[test]
+fn int8_products_of_many_rows_have_the_bits_of_one() {
+    let mut rng = Rng::new(29);
+    let pool = Pool::new(2);
+    for (bits, out, inner, m) in [(4, 150, 4096, 131), (8, 40, 64, 1030), (3, 33, 128, 21)] {
+        let weight = Weight::random(&mut rng, &pool, bits, 64, ScaleType::Bf16, out, inner);
+        let x = rng.normals(m * inner);
+        for &isa in Isa::available() {
+            let run = |x: &[f32], m| {
+                let none = Epilogue::none();
+                run_forward(&pool, &weight.packed, rows(x, inner), m, Precision::Fast, none, isa)
+            };
+            let all = run(&x, m);
+            for row in [0, 7, 8, 15, 16, m / 2, m - 3, m - 1] {
+                let one = run(&x[row * inner..][..inner], 1);
+                let case = format!("{bits} bits, row {row} of {m}, {isa}");
+                assert_bits_eq(&case, &all[row * out..][..out], &one);
+            }
+        }
+    }
+}
+
 /// Largest codes times largest activations: where a 16-bit intermediate would saturate.
 #[test]
 fn int8_products_do_not_saturate() {

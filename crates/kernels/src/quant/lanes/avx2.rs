@@ -76,9 +76,15 @@ impl Lanes for Avx2 {
     const MANY: bool = false;
 
     #[inline(always)]
-    fn prefetch(at: *const u8) {
+    fn prefetch<const NEAR: bool>(at: *const u8) {
         // SAFETY: a prefetch touches nothing and cannot fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+        unsafe {
+            if NEAR {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast());
+            }
+        }
     }
     #[inline(always)]
     unsafe fn load(from: *const u8) -> I {
@@ -119,6 +125,11 @@ impl Lanes for Avx2 {
     unsafe fn and(a: I, b: I) -> I {
         // SAFETY: as above.
         unsafe { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn add_int(a: I, b: I) -> I {
+        // SAFETY: as above.
+        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn or(a: I, b: I) -> I {

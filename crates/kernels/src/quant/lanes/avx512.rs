@@ -29,9 +29,15 @@ impl Lanes for Avx512 {
     const MANY: bool = true;
 
     #[inline(always)]
-    fn prefetch(at: *const u8) {
+    fn prefetch<const NEAR: bool>(at: *const u8) {
         // SAFETY: a prefetch touches nothing and cannot fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+        unsafe {
+            if NEAR {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast());
+            }
+        }
     }
     #[inline(always)]
     unsafe fn load(from: *const u8) -> __m512i {
@@ -65,6 +71,11 @@ impl Lanes for Avx512 {
     unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: as above.
         unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn add_int(a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn or(a: __m512i, b: __m512i) -> __m512i {

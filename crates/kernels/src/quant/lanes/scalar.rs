@@ -53,6 +53,10 @@ impl Lanes for Scalar {
         zip(a, b, |a, b| a & b)
     }
     #[inline(always)]
+    unsafe fn add_int(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        zip(a, b, u32::wrapping_add)
+    }
+    #[inline(always)]
     unsafe fn or(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
         zip(a, b, |a, b| a | b)
     }
