@@ -9,7 +9,7 @@
 //!
 //! A program with reductions over the last axis works on rows: values are *wide*, a number for every
 //! element, or have one number a row. It runs in stages, since a row's sum is known when all of the
-//! row has been seen: [`stages`] orders the instructions, [`rows`] runs them, several short rows at a
+//! row has been seen: `stages` orders the instructions, `rows` runs them, several short rows at a
 //! time, a long row tile by tile. Between stages, a row stays in the L2 cache.
 //!
 //! Values are bool or float up to f32; programs with integers, f64 or complex numbers are
