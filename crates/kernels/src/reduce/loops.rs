@@ -10,7 +10,7 @@ use mica_simd::{Isa, Kernel, Vector, dispatch};
 
 use super::{LANES, TILE};
 
-/// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::rows`]
+/// Rows that [`Loops::columns`] takes at a time (a total is read and written once for all), and [`Loops::whole`]
 /// (sums of one row wait for each other, and memory delivers more from several places at a time).
 pub(super) const ROWS: usize = 4;
 /// Vectors that an extreme is looked for in: a comparison does not wait for the one before.
@@ -20,13 +20,13 @@ const CHAINS: usize = 4;
 pub(super) struct Loops<T, F> {
     isa: Isa,
     row: RowLoop<T, F>,
-    rows: Option<RowsLoop<T, F>>,
+    whole: WholeLoop<T, F>,
     columns: ColumnLoop<T, F>,
     fold: FoldLanes<T, F>,
 }
 
 type RowLoop<T, F> = fn(&F, Isa, &mut [T; LANES], &[T]);
-type RowsLoop<T, F> = fn(&F, Isa, &mut [[T; LANES]; ROWS], [&[T]; ROWS]);
+type WholeLoop<T, F> = unsafe fn(&F, Isa, Whole<T>, &mut [T]);
 type FoldLanes<T, F> = fn(&F, Isa, [T; LANES]) -> T;
 type ColumnLoop<T, F> = unsafe fn(&F, Isa, &mut [T], &[*const T]);
 
@@ -36,7 +36,7 @@ impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
         Loops {
             isa: Isa::Scalar,
             row: plain_row::<T, F>,
-            rows: None,
+            whole: plain_whole::<T, F>,
             columns: plain_columns::<T, F>,
             fold: plain_fold::<T, F>,
         }
@@ -48,12 +48,13 @@ impl<T: Copy, F: Fn(T, T) -> T> Loops<T, F> {
         (self.row)(join, self.isa, lanes, values)
     }
 
-    /// Joins the values of several rows of one length, each with its lanes.
-    pub fn rows(&self, join: &F, lanes: &mut [[T; LANES]; ROWS], values: [&[T]; ROWS]) {
-        match self.rows {
-            Some(rows) => rows(join, self.isa, lanes, values),
-            None => lanes.iter_mut().zip(values).for_each(|(lanes, values)| self.row(join, lanes, values)),
-        }
+    /// Reduces whole rows, one for each result.
+    ///
+    /// # Safety
+    /// So many rows are readable.
+    pub unsafe fn whole(&self, join: &F, rows: Whole<T>, results: &mut [T]) {
+        // SAFETY: promised by the caller.
+        unsafe { (self.whole)(join, self.isa, rows, results) }
     }
 
     /// The lanes as one: the upper half joins the lower until one is left.
@@ -76,8 +77,9 @@ impl<F> Loops<f32, F> {
     pub fn vectors<J: Join>(isa: Isa) -> Self {
         Loops {
             isa,
-            row: vector_row::<J, F>,
-            rows: Some(vector_rows::<J, F>),
+            row: |_, isa, lanes, values| join_row::<InOrder<J>>(isa, lanes, values),
+            // SAFETY: promised by the caller of `whole`.
+            whole: |_, isa, rows, results| unsafe { whole_rows::<InOrder<J>>(isa, rows, results) },
             columns: vector_columns::<J, F>,
             fold: |_, isa, lanes| fold::<J>(isa, lanes),
         }
@@ -85,7 +87,36 @@ impl<F> Loops<f32, F> {
 
     /// The same for the largest or smallest value.
     pub fn extremes<J: Extreme>(isa: Isa) -> Self {
-        Loops { row: extreme_row::<J, F>, rows: Some(extreme_rows::<J, F>), ..Loops::vectors::<J>(isa) }
+        Loops {
+            row: |_, isa, lanes, values| join_row::<AnyOrder<J>>(isa, lanes, values),
+            // SAFETY: promised by the caller of `whole`.
+            whole: |_, isa, rows, results| unsafe { whole_rows::<AnyOrder<J>>(isa, rows, results) },
+            ..Loops::vectors::<J>(isa)
+        }
+    }
+}
+
+/// Rows of values that lie side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Whole<T> {
+    pub first: *const T,
+    /// From one row to the next, in elements.
+    pub stride: isize,
+    /// Of each row.
+    pub length: usize,
+    /// What lanes begin with.
+    pub neutral: T,
+}
+
+impl<T: Copy> Whole<T> {
+    /// # Safety
+    /// There is this row.
+    #[inline(always)]
+    unsafe fn row<'a>(self, index: usize) -> &'a [T] {
+        // SAFETY: promised by the caller.
+        unsafe {
+            std::slice::from_raw_parts(self.first.wrapping_offset(index as isize * self.stride), self.length)
+        }
     }
 }
 
@@ -110,6 +141,15 @@ fn plain_fold<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, mut lanes: [T; LANES]
         }
     }
     lanes[0]
+}
+
+unsafe fn plain_whole<T: Copy, F: Fn(T, T) -> T>(join: &F, isa: Isa, rows: Whole<T>, results: &mut [T]) {
+    for (index, result) in results.iter_mut().enumerate() {
+        let mut lanes = [rows.neutral; LANES];
+        // SAFETY: promised by the caller.
+        plain_row(join, isa, &mut lanes, unsafe { rows.row(index) });
+        *result = plain_fold(join, isa, lanes);
+    }
 }
 
 unsafe fn plain_columns<T: Copy, F: Fn(T, T) -> T>(join: &F, _: Isa, totals: &mut [T], rows: &[*const T]) {
@@ -209,72 +249,154 @@ impl Extreme for Smallest {
     }
 }
 
-pub(super) fn vector_row<J: Join, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
-    dispatch(isa, Row::<J> { lanes, values, join: PhantomData })
+/// How the values of rows of one length join their lanes.
+pub(super) trait Order: 'static {
+    type Join: Join;
+
+    fn rows<V: Vector, const N: usize>(lanes: &mut [V; N], values: [&[f32]; N]);
 }
 
-struct Row<'a, J> {
-    lanes: &'a mut [f32; LANES],
-    values: &'a [f32],
-    join: PhantomData<J>,
-}
+/// Value *i* joins lane *i* mod [`LANES`], one after the other.
+pub(super) struct InOrder<J>(PhantomData<J>);
+/// For extremes: finds those of what is no NaN and notes beside it whether there is one; a row that has one is joined
+/// once more, so that it wins.
+///
+/// Tile by tile: the order in which zeros meet must not depend on whether a row comes whole.
+pub(super) struct AnyOrder<J>(PhantomData<J>);
 
-impl<J: Join> Kernel for Row<'_, J> {
-    type Output = ();
+impl<J: Join> Order for InOrder<J> {
+    type Join = J;
 
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        let mut lanes = V::from_array(*self.lanes);
-        let (blocks, tail) = self.values.as_chunks::<LANES>();
-        for block in blocks {
-            // SAFETY: a block is a vector.
-            lanes = J::join(lanes, unsafe { V::load(block.as_ptr()) });
+    fn rows<V: Vector, const N: usize>(lanes: &mut [V; N], values: [&[f32]; N]) {
+        let count = length(&values);
+        let whole = count - count % LANES;
+        for at in (0..whole).step_by(LANES) {
+            for row in 0..N {
+                // SAFETY: a whole vector of the row.
+                lanes[row] = J::join(lanes[row], unsafe { V::load(values[row].as_ptr().add(at)) });
+            }
         }
-        if !tail.is_empty() {
-            lanes = J::join(lanes, V::from_slice(tail, J::NEUTRAL));
+        if whole < count {
+            for row in 0..N {
+                lanes[row] = J::join(lanes[row], V::from_slice(&values[row][whole..], J::NEUTRAL));
+            }
         }
-        *self.lanes = lanes.to_array();
     }
 }
 
-pub(super) fn vector_rows<J: Join, F>(
-    _: &F,
-    isa: Isa,
-    lanes: &mut [[f32; LANES]; ROWS],
-    values: [&[f32]; ROWS],
-) {
-    dispatch(isa, RowsOf::<J> { lanes, values, join: PhantomData })
+impl<J: Extreme> Order for AnyOrder<J> {
+    type Join = J;
+
+    #[inline(always)]
+    fn rows<V: Vector, const N: usize>(lanes: &mut [V; N], values: [&[f32]; N]) {
+        const BLOCK: usize = CHAINS * LANES;
+        let length = length(&values);
+        for start in (0..length).step_by(TILE) {
+            let count = TILE.min(length - start);
+            let whole = count - count % BLOCK;
+            let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
+            let mut numbers = [V::mask_from_bits(u16::MAX); N];
+            for at in (start..start + whole).step_by(BLOCK) {
+                for row in 0..N {
+                    for chain in (0..CHAINS).step_by(2) {
+                        // SAFETY: a block is so many vectors.
+                        let (a, b) = unsafe {
+                            let at = values[row].as_ptr().add(at + chain * LANES);
+                            (V::load(at), V::load(at.add(LANES)))
+                        };
+                        found[row][chain] = J::quick(found[row][chain], a);
+                        found[row][chain + 1] = J::quick(found[row][chain + 1], b);
+                        // One comparison for two vectors: from a cache, values come faster than these take.
+                        numbers[row] = V::mask_and(numbers[row], a.ordered(b));
+                    }
+                }
+            }
+            for row in 0..N {
+                let lanes = std::array::from_mut(&mut lanes[row]);
+                let values = &values[row][start..start + count];
+                if !V::all(numbers[row]) {
+                    InOrder::<J>::rows(lanes, [values]);
+                    continue;
+                }
+                let [a, b, c, d] = found[row];
+                lanes[0] = J::join(lanes[0], J::quick(J::quick(a, b), J::quick(c, d)));
+                if whole < count {
+                    InOrder::<J>::rows(lanes, [&values[whole..]]);
+                }
+            }
+        }
+    }
 }
 
-struct RowsOf<'a, J> {
-    lanes: &'a mut [[f32; LANES]; ROWS],
-    values: [&'a [f32]; ROWS],
-    join: PhantomData<J>,
+/// The length of all rows.
+#[inline(always)]
+fn length<const N: usize>(rows: &[&[f32]; N]) -> usize {
+    let length = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == length), "rows of one length");
+    length
 }
 
-impl<J: Join> Kernel for RowsOf<'_, J> {
+/// Joins the values of a row with its lanes.
+pub(super) fn join_row<O: Order>(isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
+    dispatch(isa, JoinRow::<O> { lanes, values, order: PhantomData })
+}
+
+struct JoinRow<'a, O> {
+    lanes: &'a mut [f32; LANES],
+    values: &'a [f32],
+    order: PhantomData<O>,
+}
+
+impl<O: Order> Kernel for JoinRow<'_, O> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let count = self.values[0].len();
-        assert!(self.values.iter().all(|values| values.len() == count), "rows of one length");
-        let whole = count - count % LANES;
-        let mut lanes = [V::splat(J::NEUTRAL); ROWS];
-        for row in 0..ROWS {
-            lanes[row] = V::from_array(self.lanes[row]);
+        let mut lanes = [V::from_array(*self.lanes)];
+        O::rows(&mut lanes, [self.values]);
+        *self.lanes = lanes[0].to_array();
+    }
+}
+
+/// Reduces whole rows, one for each result.
+///
+/// # Safety
+/// So many rows are readable.
+pub(super) unsafe fn whole_rows<O: Order>(isa: Isa, rows: Whole<f32>, results: &mut [f32]) {
+    dispatch(isa, WholeRows::<O> { rows, results, order: PhantomData })
+}
+
+struct WholeRows<'a, O> {
+    rows: Whole<f32>,
+    results: &'a mut [f32],
+    order: PhantomData<O>,
+}
+
+impl<O: Order> WholeRows<'_, O> {
+    #[inline(always)]
+    fn several<V: Vector, const N: usize>(&mut self, from: usize) {
+        let mut lanes = [V::splat(O::Join::NEUTRAL); N];
+        // SAFETY: promised by the caller of `whole_rows`.
+        O::rows(&mut lanes, std::array::from_fn(|i| unsafe { self.rows.row(from + i) }));
+        for (result, lanes) in self.results[from..from + N].iter_mut().zip(lanes) {
+            *result = O::Join::fold(lanes);
         }
-        for at in (0..whole).step_by(LANES) {
-            for row in 0..ROWS {
-                // SAFETY: a whole vector of the row.
-                lanes[row] = J::join(lanes[row], unsafe { V::load(self.values[row].as_ptr().add(at)) });
-            }
+    }
+}
+
+impl<O: Order> Kernel for WholeRows<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        let count = self.results.len();
+        let fours = count - count % ROWS;
+        for from in (0..fours).step_by(ROWS) {
+            self.several::<V, ROWS>(from);
         }
-        for row in 0..ROWS {
-            if whole < count {
-                lanes[row] = J::join(lanes[row], V::from_slice(&self.values[row][whole..], J::NEUTRAL));
-            }
-            self.lanes[row] = lanes[row].to_array();
+        for from in fours..count {
+            self.several::<V, 1>(from);
         }
     }
 }
@@ -282,10 +404,7 @@ impl<J: Join> Kernel for RowsOf<'_, J> {
 /// The largest or smallest value; NaN if any is.
 pub(super) fn extreme<J: Extreme>(isa: Isa, values: &[f32]) -> f32 {
     let mut lanes = [J::NEUTRAL; LANES];
-    dispatch(
-        isa,
-        Extremes::<J, 1> { lanes: std::array::from_mut(&mut lanes), values: [values], join: PhantomData },
-    );
+    join_row::<AnyOrder<J>>(isa, &mut lanes, values);
     fold::<J>(isa, lanes)
 }
 
@@ -351,77 +470,6 @@ impl<J: Join> Kernel for Fold<J> {
     #[inline(always)]
     fn run<V: Vector>(self) -> f32 {
         J::fold(V::from_array(self.lanes))
-    }
-}
-
-pub(super) fn extreme_row<J: Extreme, F>(_: &F, isa: Isa, lanes: &mut [f32; LANES], values: &[f32]) {
-    dispatch(
-        isa,
-        Extremes::<J, 1> { lanes: std::array::from_mut(lanes), values: [values], join: PhantomData },
-    )
-}
-
-pub(super) fn extreme_rows<J: Extreme, F>(
-    _: &F,
-    isa: Isa,
-    lanes: &mut [[f32; LANES]; ROWS],
-    values: [&[f32]; ROWS],
-) {
-    dispatch(isa, Extremes::<J, ROWS> { lanes, values, join: PhantomData })
-}
-
-/// Finds the extremes of what is no NaN and notes beside it whether there is one; a row that has one is joined once
-/// more, so that it wins.
-///
-/// Tile by tile: the order in which zeros meet must not depend on whether a row comes whole.
-struct Extremes<'a, J, const N: usize> {
-    lanes: &'a mut [[f32; LANES]; N],
-    values: [&'a [f32]; N],
-    join: PhantomData<J>,
-}
-
-impl<J: Extreme, const N: usize> Kernel for Extremes<'_, J, N> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        const BLOCK: usize = CHAINS * LANES;
-        let length = self.values[0].len();
-        assert!(self.values.iter().all(|values| values.len() == length), "rows of one length");
-        for start in (0..length).step_by(TILE) {
-            let count = TILE.min(length - start);
-            let whole = count - count % BLOCK;
-            let mut found = [[V::splat(J::NEUTRAL); CHAINS]; N];
-            let mut numbers = [V::mask_from_bits(u16::MAX); N];
-            for at in (start..start + whole).step_by(BLOCK) {
-                for row in 0..N {
-                    for chain in (0..CHAINS).step_by(2) {
-                        // SAFETY: a block is so many vectors.
-                        let (a, b) = unsafe {
-                            let at = self.values[row].as_ptr().add(at + chain * LANES);
-                            (V::load(at), V::load(at.add(LANES)))
-                        };
-                        found[row][chain] = J::quick(found[row][chain], a);
-                        found[row][chain + 1] = J::quick(found[row][chain + 1], b);
-                        // One comparison for two vectors: from a cache, values come faster than these take.
-                        numbers[row] = V::mask_and(numbers[row], a.ordered(b));
-                    }
-                }
-            }
-            for row in 0..N {
-                let lanes = &mut self.lanes[row];
-                let values = &self.values[row][start..start + count];
-                if !V::all(numbers[row]) {
-                    Row::<J> { lanes, values, join: PhantomData }.run::<V>();
-                    continue;
-                }
-                let [a, b, c, d] = found[row];
-                *lanes = J::join(V::from_array(*lanes), J::quick(J::quick(a, b), J::quick(c, d))).to_array();
-                if whole < count {
-                    Row::<J> { lanes, values: &values[whole..], join: PhantomData }.run::<V>();
-                }
-            }
-        }
     }
 }
 

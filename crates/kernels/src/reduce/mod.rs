@@ -30,7 +30,7 @@ use smallvec::SmallVec;
 
 pub use arg::{ArgReduceOp, arg_reduce};
 use geometry::Geometry;
-use loops::{Largest, Loops, Product, ROWS, Smallest, Sum};
+use loops::{Largest, Loops, Product, ROWS, Smallest, Sum, Whole};
 pub(crate) use rows::{Partial, RowReduce};
 pub use softmax::{logsumexp, softmax};
 pub(crate) use softmax::{logsumexp_of, softmax_of};
@@ -56,6 +56,9 @@ const COLUMNS: usize = 1024;
 const FEW_COLUMNS: usize = 256;
 /// Chunks of columns to have for the threads, rather than long reads.
 const CHUNKS: usize = 8;
+/// Groups that a chunk computes, if there are [`CHUNKS_OF_GROUPS`] such chunks.
+const GROUPS: usize = 4;
+const CHUNKS_OF_GROUPS: usize = 32;
 /// Lanes of a row reduction, on every instruction set.
 const LANES: usize = 16;
 
@@ -229,8 +232,8 @@ struct Reduce<T, F> {
 enum Work {
     /// The last axis is reduced; few elements an output: so many outputs a chunk.
     Rows { outputs: usize },
-    /// The last axis is reduced; a chunk is one group of one output. `pieces` segments a group.
-    Groups { groups: usize, pieces: usize },
+    /// The last axis is reduced; a chunk is some groups of one output. `pieces` segments a group.
+    Groups { groups: usize, pieces: usize, a_chunk: usize },
     /// The last axis is kept: a chunk is a segment of outer elements of a block of outputs.
     Columns { segments: usize, columns: usize },
 }
@@ -266,7 +269,8 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
             if groups <= 1 {
                 (Work::Rows { outputs: (CHUNK / per_output.max(1)).max(1) }, 0)
             } else {
-                (Work::Groups { groups, pieces: pieces_a_group }, groups * outputs)
+                let a_chunk = (groups * outputs / CHUNKS_OF_GROUPS).clamp(1, GROUPS);
+                (Work::Groups { groups, pieces: pieces_a_group, a_chunk }, groups * outputs)
             }
         };
         let linear = if by_columns { &kept } else { &row };
@@ -308,23 +312,44 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         self.loops.fold(&self.join, lanes)
     }
 
-    /// Several outputs, from `start` on, that are one dense piece each; nothing if they are not.
+    /// The results from `start` on, if each is of one dense piece; whether they are.
     ///
     /// # Safety
     /// They are outputs.
-    unsafe fn dense_rows(&self, start: usize) -> Option<[T; ROWS]> {
+    unsafe fn dense_rows(&self, start: usize, results: &mut [T]) -> bool {
         let length = self.source.linear.size();
         if self.outer.size() != 1 || !(1..=SEGMENT).contains(&length) {
-            return None;
+            return false;
         }
-        let dense = self.source.dense(0, 0, length)?.cast::<T>();
-        let values: [&[T]; ROWS] = std::array::from_fn(|i| {
-            // SAFETY: an output's row, inside the source.
-            unsafe { std::slice::from_raw_parts(dense.wrapping_offset(self.kept.offset(start + i)), length) }
+        let Some(dense) = self.source.dense(0, 0, length) else { return false };
+        let mut done = 0;
+        self.kept.runs(start, results.len(), |offset, stride, count| {
+            let first = dense.cast::<T>().wrapping_offset(offset);
+            let rows = Whole { first, stride, length, neutral: self.neutral };
+            // SAFETY: outputs' rows, inside the source.
+            unsafe { self.loops.whole(&self.join, rows, &mut results[done..done + count]) }
+            done += count;
         });
-        let mut lanes = [[self.neutral; LANES]; ROWS];
-        self.loops.rows(&self.join, &mut lanes, values);
-        Some(lanes.map(|lanes| self.loops.fold(&self.join, lanes)))
+        true
+    }
+
+    /// The results of groups from `first` on that are one whole segment of a dense row; how many they are.
+    ///
+    /// # Safety
+    /// They are groups of this output.
+    unsafe fn dense_segments(&self, output: usize, first: usize, pieces: usize, results: &mut [T]) -> usize {
+        let length = self.source.linear.size();
+        let count = results.len().min((length / SEGMENT).saturating_sub(first));
+        if self.outer.size() != 1 || pieces != 1 || count == 0 {
+            return 0;
+        }
+        let base = self.kept.offset(output);
+        let Some(dense) = self.source.dense(base, first * SEGMENT, count * SEGMENT) else { return 0 };
+        let (stride, neutral) = (SEGMENT as isize, self.neutral);
+        let rows = Whole { first: dense.cast::<T>(), stride, length: SEGMENT, neutral };
+        // SAFETY: segments of the source.
+        unsafe { self.loops.whole(&self.join, rows, &mut results[..count]) }
+        count
     }
 
     /// Joins pieces `first .. last` of output `output`.
@@ -356,19 +381,12 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         let mut batch = [self.neutral; 64];
         for start in (chunk * outputs..end).step_by(64) {
             let count = 64.min(end - start);
-            let mut done = 0;
-            while done < count {
-                // SAFETY: outputs of this chunk, and all pieces of one.
-                unsafe {
-                    if done + ROWS <= count
-                        && let Some(values) = self.dense_rows(start + done)
-                    {
-                        batch[done..done + ROWS].copy_from_slice(&values);
-                        done += ROWS;
-                        continue;
+            // SAFETY: outputs of this chunk, and all pieces of one.
+            unsafe {
+                if !self.dense_rows(start, &mut batch[..count]) {
+                    for (i, result) in batch[..count].iter_mut().enumerate() {
+                        *result = self.pieces(start + i, 0, self.outer.size() * a_row, scratch);
                     }
-                    batch[done] = self.pieces(start + done, 0, self.outer.size() * a_row, scratch);
-                    done += 1;
                 }
             }
             // SAFETY: outputs of this chunk.
@@ -376,14 +394,22 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Reduce<T, F> {
         }
     }
 
-    fn group_chunk(&self, groups: usize, pieces: usize, chunk: usize, scratch: &Buffers) {
-        let (output, group) = (chunk / groups, chunk % groups);
-        let all = self.outer.size() * self.source.linear.size().div_ceil(SEGMENT);
-        let (first, last) = (group * pieces, all.min((group + 1) * pieces));
-        // SAFETY: pieces of this output; the part is this chunk's own.
+    fn group_chunk(&self, groups: usize, pieces: usize, a_chunk: usize, chunk: usize, scratch: &Buffers) {
+        let chunks = groups.div_ceil(a_chunk);
+        let (output, first) = (chunk / chunks, chunk % chunks * a_chunk);
+        let last = groups.min(first + a_chunk);
+        // SAFETY: these parts are this chunk's own.
+        let parts = unsafe {
+            let parts = (*self.parts.get()).as_mut_ptr().add(output * groups + first);
+            std::slice::from_raw_parts_mut(parts, last - first)
+        };
+        // SAFETY: groups of this output.
         unsafe {
-            let value = self.pieces(output, first, last, scratch);
-            (*self.parts.get()).as_mut_ptr().add(chunk).write(value);
+            let whole = self.dense_segments(output, first, pieces, parts);
+            let all = self.outer.size() * self.source.linear.size().div_ceil(SEGMENT);
+            for (group, part) in (first..last).zip(parts).skip(whole) {
+                *part = self.pieces(output, group * pieces, all.min((group + 1) * pieces), scratch);
+            }
         }
         if self.is_last() {
             for output in 0..self.kept.size() {
@@ -479,7 +505,7 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Reduce<T, F>
     fn chunks(&self) -> usize {
         match self.work {
             Work::Rows { outputs } => self.kept.size().div_ceil(outputs),
-            Work::Groups { groups, .. } => self.kept.size() * groups,
+            Work::Groups { groups, a_chunk, .. } => self.kept.size() * groups.div_ceil(a_chunk),
             Work::Columns { segments, columns } => self.kept.size().div_ceil(columns) * segments,
         }
     }
@@ -488,7 +514,9 @@ impl<T: Element, F: Fn(T, T) -> T + Send + Sync + 'static> Task for Reduce<T, F>
         let buffers = Buffers::new(scratch);
         match self.work {
             Work::Rows { outputs } => self.rows_chunk(outputs, chunk, &buffers),
-            Work::Groups { groups, pieces } => self.group_chunk(groups, pieces, chunk, &buffers),
+            Work::Groups { groups, pieces, a_chunk } => {
+                self.group_chunk(groups, pieces, a_chunk, chunk, &buffers)
+            }
             Work::Columns { segments, columns } => self.column_chunk(segments, columns, chunk, &buffers),
         }
     }

@@ -4,7 +4,7 @@
 use mica_simd::{Isa, LANES};
 
 use super::loops::{
-    Join, Largest, Product, ROWS, Smallest, Sum, extreme_row, extreme_rows, fold, vector_row, vector_rows,
+    AnyOrder, InOrder, Join, Largest, Order, Product, Smallest, Sum, Whole, fold, join_row, whole_rows,
 };
 use super::{ReduceOp, SEGMENT};
 use crate::elementwise::tile::TILE;
@@ -14,8 +14,8 @@ use crate::elementwise::tile::TILE;
 pub(crate) struct RowReduce {
     isa: Isa,
     neutral: f32,
-    row: fn(&(), Isa, &mut [f32; LANES], &[f32]),
-    rows: fn(&(), Isa, &mut [[f32; LANES]; ROWS], [&[f32]; ROWS]),
+    row: fn(Isa, &mut [f32; LANES], &[f32]),
+    rows: unsafe fn(Isa, Whole<f32>, &mut [f32]),
     fold: fn(Isa, [f32; LANES]) -> f32,
 }
 
@@ -32,25 +32,21 @@ impl RowReduce {
     /// `All` and `Any` are of truth values: 0 and 1.
     pub fn new(isa: Isa, op: ReduceOp) -> RowReduce {
         match op {
-            ReduceOp::Sum => RowReduce::of::<Sum>(isa, vector_row::<Sum, ()>, vector_rows::<Sum, ()>),
-            ReduceOp::Prod => {
-                RowReduce::of::<Product>(isa, vector_row::<Product, ()>, vector_rows::<Product, ()>)
-            }
-            ReduceOp::Max | ReduceOp::Any => {
-                RowReduce::of::<Largest>(isa, extreme_row::<Largest, ()>, extreme_rows::<Largest, ()>)
-            }
-            ReduceOp::Min | ReduceOp::All => {
-                RowReduce::of::<Smallest>(isa, extreme_row::<Smallest, ()>, extreme_rows::<Smallest, ()>)
-            }
+            ReduceOp::Sum => RowReduce::of::<InOrder<Sum>>(isa),
+            ReduceOp::Prod => RowReduce::of::<InOrder<Product>>(isa),
+            ReduceOp::Max | ReduceOp::Any => RowReduce::of::<AnyOrder<Largest>>(isa),
+            ReduceOp::Min | ReduceOp::All => RowReduce::of::<AnyOrder<Smallest>>(isa),
         }
     }
 
-    fn of<J: Join>(
-        isa: Isa,
-        row: fn(&(), Isa, &mut [f32; LANES], &[f32]),
-        rows: fn(&(), Isa, &mut [[f32; LANES]; ROWS], [&[f32]; ROWS]),
-    ) -> RowReduce {
-        RowReduce { isa, neutral: J::NEUTRAL, row, rows, fold: fold::<J> }
+    fn of<O: Order>(isa: Isa) -> RowReduce {
+        RowReduce {
+            isa,
+            neutral: O::Join::NEUTRAL,
+            row: join_row::<O>,
+            rows: whole_rows::<O>,
+            fold: fold::<O::Join>,
+        }
     }
 
     /// A row of which nothing was seen.
@@ -65,7 +61,7 @@ impl RowReduce {
             partial.total = Some(self.finish(partial));
             (partial.lanes, partial.count) = ([self.neutral; LANES], 0);
         }
-        (self.row)(&(), self.isa, &mut partial.lanes, values);
+        (self.row)(self.isa, &mut partial.lanes, values);
         partial.count += values.len();
     }
 
@@ -85,19 +81,10 @@ impl RowReduce {
 
     /// The results of whole rows of `length` values, at most a tile.
     pub fn whole(&self, values: &[f32], length: usize, results: &mut [f32]) {
-        debug_assert!(length <= TILE && values.len() == length * results.len());
-        let (fours, rest) = results.as_chunks_mut::<ROWS>();
-        let (values, left) = values.split_at(fours.len() * ROWS * length);
-        for (results, values) in fours.iter_mut().zip(values.chunks_exact(ROWS * length)) {
-            let mut lanes = [[self.neutral; LANES]; ROWS];
-            let rows = std::array::from_fn(|row| &values[row * length..(row + 1) * length]);
-            (self.rows)(&(), self.isa, &mut lanes, rows);
-            *results = lanes.map(|lanes| (self.fold)(self.isa, lanes));
-        }
-        for (result, values) in rest.iter_mut().zip(left.chunks_exact(length)) {
-            let mut lanes = [self.neutral; LANES];
-            (self.row)(&(), self.isa, &mut lanes, values);
-            *result = (self.fold)(self.isa, lanes);
-        }
+        debug_assert!(length <= TILE);
+        assert_eq!(values.len(), length * results.len(), "a row for each result");
+        let rows = Whole { first: values.as_ptr(), stride: length as isize, length, neutral: self.neutral };
+        // SAFETY: there are as many rows as results.
+        unsafe { (self.rows)(self.isa, rows, results) }
     }
 }

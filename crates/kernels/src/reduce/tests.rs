@@ -138,6 +138,22 @@ fn floats_follow_the_documented_order() {
 }
 
 #[test]
+fn chunks_of_several_segments_keep_the_order() {
+    let mut rng = Rng::new(15);
+    let (shape, axes) = ([2, 1_150_000], [1]);
+    let outputs = cut(&shape, &axes);
+    for layout in [Layout::Contiguous, Layout::Padded] {
+        let a = Laid::random(Dtype::F32, &shape, layout, &mut rng);
+        let values: Vec<f32> = a.values().iter().map(|&value| value as f32).collect();
+        let mut out = Laid::poisoned(Dtype::F32, &[2], Layout::Contiguous);
+        run_both(&mut out, |view| reduce(ReduceOp::Sum, a.view(), &axes, view).unwrap());
+        let expected: Vec<f64> =
+            expected_f32(&values, &outputs, 0.0, |a, b| a + b).into_iter().map(f64::from).collect();
+        assert_eq!(out.values(), expected, "{layout:?}");
+    }
+}
+
+#[test]
 fn tiers_agree() {
     let mut rng = Rng::new(14);
     for (shape, axis) in
