@@ -2,17 +2,20 @@
 //!
 //! The rows of one problem are (query, head of the group) pairs: the heads that share a KV head
 //! are the rows of one small product per block. Long rows of blocks for few queries (decoding)
-//! are split: each chunk does one block, a second task merges them in the order in which one
-//! chunk would have.
+//! are split: each chunk does one block, and the last that is done with a KV head merges them in the
+//! order in which one chunk would have. So decoding is one task, in which the chunks also append the
+//! new position to their pages.
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
 use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
 use super::heads::{Heads, Part};
+use super::pages::{Move, PageShape, Pages, Positions};
 use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
@@ -134,6 +137,7 @@ pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
         sequences,
         packed: Workspace(std::ptr::null_mut()),
         partials: Workspace(std::ptr::null_mut()),
+        merged: Box::default(),
     };
     let pack = Pack {
         isa,
@@ -159,13 +163,22 @@ pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Pla
     let group = forward.heads / forward.kv_heads;
     let (width, most) = (forward.width(), chunk_rows(forward.isa));
     let (mut chunks, mut merges, mut partials) = (0, 0, 0);
+    let mut appends: Vec<Box<dyn Task>> = Vec::new();
     for sequence in &mut forward.sequences {
         let rows = sequence.length * group;
         let blocks = sequence.keys.div_ceil(BLOCK);
-        sequence.split = rows <= most && blocks > 1;
+        sequence.split = (1..=most).contains(&rows) && blocks > 1;
         sequence.first_chunk = chunks;
         sequence.first_merge = merges;
         sequence.partial = partials;
+        if let Blocks::Pages { shape, pages, new } = &sequence.blocks {
+            // If one chunk does all rows of a block, nobody else reads it before that chunk has written.
+            sequence.appends = rows <= most;
+            if !sequence.appends {
+                let (shape, pages, positions) = (*shape, pages.clone(), new.clone());
+                appends.push(Box::new(Move { isa: forward.isa, shape, pages, positions, read: false }));
+            }
+        }
         if sequence.split {
             chunks += forward.kv_heads * blocks;
             merges += forward.kv_heads;
@@ -178,18 +191,15 @@ pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Pla
     let packed = pack.as_ref().map_or(0, |pack| pack.units * pack.blocks * block_bytes);
     let packed = packed.next_multiple_of(64);
     Plan::new(packed + partials * size_of::<f32>(), move |workspace, list| {
+        list.extend(appends);
+        forward.merged = (0..merges).map(|_| AtomicUsize::new(0)).collect();
         forward.packed = workspace;
         forward.partials = Workspace(workspace.0.wrapping_add(packed));
         if let Some(mut pack) = pack {
             pack.to = workspace;
             list.push(Box::new(PackTask::<P> { pack, kind: PhantomData }));
         }
-        // Both tasks read the same description.
-        let forward = std::sync::Arc::new(forward);
-        list.push(Box::new(Blockwise::<P> { forward: forward.clone(), chunks, kind: PhantomData }));
-        if merges > 0 {
-            list.push(Box::new(Merge { forward, chunks: merges }));
-        }
+        list.push(Box::new(Blockwise::<P> { forward, chunks, kind: PhantomData }));
     })
 }
 
@@ -199,8 +209,8 @@ pub(super) enum Blocks {
     None,
     /// In the workspace; the number of the first.
     Packed(usize),
-    /// Keys and values.
-    Pages(Vec<*const u8>, Vec<*const u8>),
+    /// Keys and values, and the positions that are to be appended.
+    Pages { shape: PageShape, pages: Pages, new: Positions },
 }
 
 #[derive(Default)]
@@ -216,10 +226,30 @@ pub(super) struct Sequence {
     pub lse: isize,
     pub blocks: Blocks,
     pub split: bool,
+    /// Its chunks append to its pages.
+    pub appends: bool,
     pub first_chunk: usize,
     pub first_merge: usize,
     /// Where its partial results begin, in values.
     pub partial: usize,
+}
+
+impl Sequence {
+    /// What its chunks append, page by page: to one page or all, whose memory `at` gives.
+    #[inline(always)]
+    fn appends<T>(
+        &self,
+        only: Option<usize>,
+        at: impl Fn(usize) -> [*mut T; 2] + Clone,
+    ) -> impl Iterator<Item = (&Positions, usize, [*mut T; 2])> + Clone {
+        let new = match &self.blocks {
+            Blocks::Pages { new, .. } if self.appends => Some(new),
+            _ => None,
+        };
+        let pages = new.into_iter().flat_map(|new| new.pages().map(move |page| (new, page)));
+        let pages = pages.filter(move |(_, page)| only.is_none_or(|block| block == *page));
+        pages.map(move |(new, page)| (new, page, at(page)))
+    }
 }
 
 pub(super) struct Forward {
@@ -234,10 +264,12 @@ pub(super) struct Forward {
     pub sequences: Vec<Sequence>,
     pub packed: Workspace,
     pub partials: Workspace,
+    /// For each KV head of each split sequence, how many blocks are done.
+    pub merged: Box<[AtomicUsize]>,
 }
 
-// SAFETY: page pointers are only read, which the caller of `paged_attention` allowed; outputs are
-// written in disjoint places.
+// SAFETY: the caller of `paged_attention` allowed reading pages and writing new positions; what chunks write is in
+// disjoint places.
 unsafe impl Send for Forward {}
 // SAFETY: as above.
 unsafe impl Sync for Forward {}
@@ -262,9 +294,9 @@ impl Forward {
                 let keys = self.packed.0.cast::<P::Stored>().wrapping_add(number * (key_len + value_len));
                 [keys, keys.wrapping_add(key_len)]
             }
-            Blocks::Pages(keys, values) => [
-                keys[block].cast::<P::Stored>().wrapping_add(kv_head * key_len),
-                values[block].cast::<P::Stored>().wrapping_add(kv_head * value_len),
+            Blocks::Pages { pages: [keys, values], .. } => [
+                keys[block].cast::<P::Stored>().cast_const().wrapping_add(kv_head * key_len),
+                values[block].cast::<P::Stored>().cast_const().wrapping_add(kv_head * value_len),
             ],
         }
     }
@@ -276,10 +308,30 @@ impl Forward {
         self.partials.f32s(sequence.partial + (kv_head * blocks + block) * one)
     }
 
-    /// The sequence to which a chunk belongs, by the field that holds its first.
-    fn find(&self, chunk: usize, first: impl Fn(&Sequence) -> usize) -> &Sequence {
-        &self.sequences[self.sequences.partition_point(|s| first(s) <= chunk) - 1]
+    /// What a chunk does.
+    fn place(&self, chunk: usize) -> Place<'_> {
+        let sequence = &self.sequences[self.sequences.partition_point(|s| s.first_chunk <= chunk) - 1];
+        let (chunk, count) = (chunk - sequence.first_chunk, sequence.length * self.group());
+        if sequence.split {
+            // Head after head of a block, as they lie in a page: what is asked for past the end of one is the
+            // beginning of the next.
+            let (block, kv_head) = (chunk / self.kv_heads, chunk % self.kv_heads);
+            Place { sequence, kv_head, rows: 0..count, only: Some(block) }
+        } else {
+            let most = chunk_rows(self.isa);
+            let parts = count.div_ceil(most);
+            let first = chunk % parts * most;
+            Place { sequence, kv_head: chunk / parts, rows: first..(first + most).min(count), only: None }
+        }
     }
+}
+
+/// Rows of one KV head, through all blocks or one.
+struct Place<'a> {
+    sequence: &'a Sequence,
+    kv_head: usize,
+    rows: Range<usize>,
+    only: Option<usize>,
 }
 
 /// Rows of one KV head and their state: maximum, sum and unnormalised output so far.
@@ -509,7 +561,7 @@ fn finish<V: Vector>(
 
 /// Rows through all their blocks, or one block of a split sequence.
 struct Blockwise<P> {
-    forward: std::sync::Arc<Forward>,
+    forward: Forward,
     chunks: usize,
     kind: PhantomData<P>,
 }
@@ -539,21 +591,20 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let forward = &*self.task.forward;
+        let forward = &self.task.forward;
         let (group, width) = (forward.group(), forward.width());
-        let sequence = forward.find(self.chunk, |s| s.first_chunk);
-        let chunk = self.chunk - sequence.first_chunk;
-        let count = sequence.length * group;
-        let (kv_head, rows, only) = if sequence.split {
-            let blocks = sequence.keys.div_ceil(BLOCK);
-            (chunk / blocks, 0..count, Some(chunk % blocks))
-        } else {
-            let most = chunk_rows(forward.isa);
-            let parts = count.div_ceil(most);
-            let first = chunk % parts * most;
-            (chunk / parts, first..(first + most).min(count), None)
-        };
+        let Place { sequence, kv_head, rows, only } = forward.place(self.chunk);
+        let appends = sequence
+            .appends(only, |page| forward.block::<P>(sequence, kv_head, page).map(<*const _>::cast_mut));
+        for (new, page, to) in appends.clone() {
+            new.prefetch(forward.shape, to, page);
+        }
         let mut work = Rows::<P>::new::<V>(forward, sequence, kv_head, rows.clone(), self.scratch);
+        for (new, page, to) in appends {
+            // SAFETY: the caller of `paged_attention` lent these positions for writing, and this chunk has the head's
+            // block for itself.
+            unsafe { new.write::<V, P::Stored>(forward.shape, to, page, kv_head, self.scratch) };
+        }
         // The state of each row; a split block starts and ends with nothing but itself.
         let out = self.scratch.take::<f32>(rows.len() * width);
         let (mut max, mut sum) = ([f32::NEG_INFINITY; ROWS], [0f32; ROWS]);
@@ -600,6 +651,11 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
                     }
                 }
             }
+            let done = &forward.merged[sequence.first_merge + kv_head];
+            if done.fetch_add(1, Ordering::AcqRel) + 1 == sequence.keys.div_ceil(BLOCK) {
+                done.store(0, Ordering::Relaxed); // for the next run
+                merge_blocks::<V>(forward, sequence, kv_head, &mut out[..width]);
+            }
             return;
         }
         for (i, at) in rows.enumerate() {
@@ -609,61 +665,28 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
     }
 }
 
-/// Joins the blocks of split sequences.
-struct Merge {
-    forward: std::sync::Arc<Forward>,
-    chunks: usize,
-}
-
-impl Task for Merge {
-    fn chunks(&self) -> usize {
-        self.chunks
-    }
-
-    fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        dispatch(self.forward.isa, MergeChunk { forward: &self.forward, chunk, scratch });
-    }
-
-    fn name(&self) -> &'static str {
-        "attention_merge"
-    }
-}
-
-struct MergeChunk<'a> {
-    forward: &'a Forward,
-    chunk: usize,
-    scratch: &'a Scratch,
-}
-
-impl Kernel for MergeChunk<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        let forward = self.forward;
-        let (group, width) = (forward.group(), forward.width());
-        let sequence = forward.find(self.chunk, |s| s.first_merge);
-        let kv_head = self.chunk - sequence.first_merge;
-        let out = self.scratch.take::<f32>(width);
-        for row in 0..sequence.length * group {
-            let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-            out.fill(0.0);
-            for block in 0..sequence.keys.div_ceil(BLOCK) {
-                let from = forward.partial(sequence, kv_head, block).wrapping_add(row * (2 + width));
-                // SAFETY: the task before wrote 2 + width values for each row of each block (no
-                // output where the maximum is -∞, and then none is read).
-                let (block_max, block_sum, values) =
-                    unsafe { (*from, *from.add(1), std::slice::from_raw_parts(from.add(2), width)) };
-                if block_max == f32::NEG_INFINITY {
-                    continue;
-                }
-                let (largest, keep, take) = factors(V::splat(max), V::splat(block_max));
-                let [largest, keep, take] = [largest, keep, take].map(|x| x.to_array()[0]);
-                max = largest;
-                merge::<V>((keep, take), &mut sum, out, (block_sum, values));
+/// Joins the blocks of one KV head of a split sequence. `out` is a row's scratch.
+#[inline(always)]
+fn merge_blocks<V: Vector>(forward: &Forward, sequence: &Sequence, kv_head: usize, out: &mut [f32]) {
+    let (group, width) = (forward.group(), forward.width());
+    for row in 0..sequence.length * group {
+        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
+        out.fill(0.0);
+        for block in 0..sequence.keys.div_ceil(BLOCK) {
+            let from = forward.partial(sequence, kv_head, block).wrapping_add(row * (2 + width));
+            // SAFETY: the chunk of the block, which is done, wrote 2 + width values for each row (no output where the
+            // maximum is -∞, and then none is read).
+            let (block_max, block_sum, values) =
+                unsafe { (*from, *from.add(1), std::slice::from_raw_parts(from.add(2), width)) };
+            if block_max == f32::NEG_INFINITY {
+                continue;
             }
-            finish::<V>(forward, sequence, kv_head * group + row % group, row / group, (max, sum), out);
+            let (largest, keep, take) = factors(V::splat(max), V::splat(block_max));
+            let [largest, keep, take] = [largest, keep, take].map(|x| x.to_array()[0]);
+            max = largest;
+            merge::<V>((keep, take), &mut sum, out, (block_sum, values));
         }
+        finish::<V>(forward, sequence, kv_head * group + row % group, row / group, (max, sum), out);
     }
 }
 

@@ -1,7 +1,7 @@
 use mica_testkit::{Golden, Rng, assert_bits_eq, assert_close, fixture, max_abs_rel_to_max};
 use mica_threads::Pool;
 
-use super::super::{append_to_pages, read_pages};
+use super::super::read_pages;
 use super::*;
 use crate::attention::{PageShape, PagedArgs, PagedSequence, paged_attention};
 use crate::plan::run_plan;
@@ -364,26 +364,12 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                                 };
                                 let [keys, values] = &mut memory[i];
                                 let (keys, values) = (keys.pages(), values.pages());
-                                // SAFETY: pages of that shape, for this test alone.
-                                let task = unsafe {
-                                    append_to_pages(
-                                        isa,
-                                        shape,
-                                        keys.clone(),
-                                        values.clone(),
-                                        at[i],
-                                        part(k),
-                                        part(v),
-                                    )
-                                };
-                                pool.run(&[task.unwrap()]).unwrap();
-                                let constant =
-                                    |pages: Vec<*mut u8>| pages.into_iter().map(|p| p.cast_const());
                                 sequences.push(PagedSequence {
-                                    keys: constant(keys).collect(),
-                                    values: constant(values).collect(),
+                                    keys: keys.clone(),
+                                    values: values.clone(),
+                                    k: part(k),
+                                    v: part(v),
                                     first: if i == 0 { counts[1] } else { 0 },
-                                    length: counts[i],
                                     start: at[i],
                                 });
                                 let first = sequences[i].first;
@@ -407,7 +393,7 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                                 precision,
                                 out: out.view_mut(),
                             };
-                            // SAFETY: the pages were written above.
+                            // SAFETY: pages of that shape, for this test alone.
                             run_plan(&pool, unsafe { paged_attention(isa, args) }.unwrap());
                             out.check_untouched_outside();
                             let got = single(&out);

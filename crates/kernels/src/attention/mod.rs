@@ -29,5 +29,5 @@ pub use backward::{AttentionBackwardArgs, attention_backward};
 pub use block::BLOCK;
 pub use forward::{AttentionArgs, attention};
 pub use paged::{PagedArgs, PagedSequence, paged_attention};
-pub use pages::{PageShape, append_to_pages, read_pages};
+pub use pages::{PageShape, read_pages};
 pub use rule::Rule;

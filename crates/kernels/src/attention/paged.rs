@@ -1,11 +1,11 @@
-//! The forward pass over pages.
+//! The forward pass over pages, to which it appends first.
 
 use mica_simd::Isa;
 
-use super::block::{BLOCK, BlockShape};
+use super::block::BlockShape;
 use super::forward::{Blocks, Forward, Sequence, plan};
 use super::heads::Heads;
-use super::pages::PageShape;
+use super::pages::{PageShape, Positions, check_pages};
 use super::product::{Halves, Single, Widened};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
@@ -16,14 +16,16 @@ use crate::rows::{check_float, check_shape};
 
 /// One sequence of [`paged_attention`].
 pub struct PagedSequence {
-    /// A page of keys for each 256 positions; see [`super::append_to_pages`].
-    pub keys: Vec<*const u8>,
+    /// A page of keys for each 256 positions, from position 0.
+    pub keys: Vec<*mut u8>,
     /// A page of values for each 256 positions.
-    pub values: Vec<*const u8>,
+    pub values: Vec<*mut u8>,
+    /// The keys of its queries' positions, `[length, kv_heads, key_dim]`: f32, bf16 or f16.
+    pub k: DynView,
+    /// The values, `[length, kv_heads, value_dim]`.
+    pub v: DynView,
     /// The first of its queries among the rows of `q`.
     pub first: usize,
-    /// How many queries it has.
-    pub length: usize,
     /// The position of its first query: as many keys come before it.
     pub start: usize,
 }
@@ -34,8 +36,8 @@ pub struct PagedArgs {
     pub q: DynView,
     /// What pages look like.
     pub pages: PageShape,
-    /// The sequences. Query i of one sees the keys of positions up to `start + i`, so the pages
-    /// have to hold `start + length` positions.
+    /// The sequences. `k` and `v` of each are written to its pages, rounded to the pages' type (to nearest, ties
+    /// to even). Query i sees the keys of positions up to `start + i`.
     pub sequences: Vec<PagedSequence>,
     /// Scale, window, soft cap and sinks; always causal. Masks and ranges are for arrays only.
     pub rule: Rule,
@@ -45,12 +47,13 @@ pub struct PagedArgs {
     pub out: DynViewMut,
 }
 
-/// Attention over pages, for prefill and decode of any number of sequences at once. The bits are
+/// Appends to pages and attends over them, for prefill and decode of any number of sequences at once. The bits are
 /// those of `attention` over the same keys and values.
 ///
 /// # Safety
-/// The pages are valid for reading while the tasks run, are [`PageShape::key_bytes`] and
-/// [`PageShape::value_bytes`] long, and were written by [`super::append_to_pages`].
+/// While the tasks run, the pages are valid, [`PageShape::key_bytes`] and [`PageShape::value_bytes`] long and aligned
+/// to 64; those of positions before `start` were written by this function, and those from there on are read or
+/// written by nobody else. (Pages of other positions are not touched and may be anything.)
 pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
     let name = "paged_attention";
     let PageShape { kv_heads, key_dim, value_dim, dtype } = args.pages;
@@ -79,17 +82,11 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
     let mut covered = vec![false; tokens];
     let mut sequences = Vec::with_capacity(args.sequences.len());
     for (index, sequence) in args.sequences.into_iter().enumerate() {
-        let PagedSequence { keys, values, first, length, start } = sequence;
-        let pages = (start + length).div_ceil(BLOCK);
-        if keys.len() < pages || values.len() < pages {
-            let message = format!(
-                "sequence {index} has {} pages of keys and {} of values, its {} positions need {pages}",
-                keys.len(),
-                values.len(),
-                start + length
-            );
-            return Err(KernelError::new(name, message));
-        }
+        let PagedSequence { keys, values, k, v, first, start } = sequence;
+        let new = Positions::new(name, args.pages, start, &k, &v)?;
+        let length = new.count;
+        check_pages(name, [keys.len(), values.len()], new.end())
+            .map_err(|error| KernelError::new(name, format!("sequence {index}: {error}")))?;
         let rows = covered.get_mut(first..first + length);
         if rows.is_none_or(|rows| rows.iter_mut().any(|row| std::mem::replace(row, true))) {
             let message = format!(
@@ -106,7 +103,7 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
             q: first as isize * args.q.strides[0],
             out: first as isize * args.out.strides[0],
             lse: 0,
-            blocks: Blocks::Pages(keys, values),
+            blocks: Blocks::Pages { shape: args.pages, pages: [keys, values], new },
             ..Sequence::default()
         });
     }
@@ -123,6 +120,7 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
         sequences,
         packed: Workspace(std::ptr::null_mut()),
         partials: Workspace(std::ptr::null_mut()),
+        merged: Box::default(),
     };
     Ok(match (args.precision, dtype) {
         (Precision::Bf16, _) => plan::<Halves>(forward, None),

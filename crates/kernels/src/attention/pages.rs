@@ -2,17 +2,20 @@
 //!
 //! A page holds 256 positions of all KV heads, keys and values each in memory of their own, in
 //! the blocks' order (see [`super::block`]). The order inside is nobody else's business:
-//! [`append_to_pages`] writes and [`read_pages`] gives arrays back.
+//! [`super::paged_attention`] appends and [`read_pages`] gives arrays back.
+
+use std::ops::Range;
 
 use half::bf16;
 use mica_simd::{Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, STEP, Stored, panel_at, write_lane, write_step};
+use super::block::{BLOCK, BlockShape, PAIR, STEP, Stored, TILE, panel_at, write_lane, write_step};
 use super::heads::Heads;
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
+use crate::layout::prefetch;
 use crate::rows::{check_float, check_shape};
 
 /// What the pages of a layer look like.
@@ -40,7 +43,7 @@ impl PageShape {
         Ok(())
     }
 
-    fn block(&self) -> BlockShape {
+    pub(super) fn block(&self) -> BlockShape {
         BlockShape { key_dim: self.key_dim, value_dim: self.value_dim }
     }
 
@@ -55,97 +58,165 @@ impl PageShape {
     }
 }
 
-/// Pointers to the pages of a sequence.
-struct PageTable {
-    shape: PageShape,
-    keys: Vec<*mut u8>,
-    values: Vec<*mut u8>,
+/// The positions `start .. start + count` of one sequence, outside of pages: what is appended to them or read
+/// from them.
+#[derive(Clone)]
+pub(super) struct Positions {
+    pub start: usize,
+    pub count: usize,
+    k: Heads,
+    v: Heads,
 }
 
-// SAFETY: the callers promise the memory; chunks touch different heads.
-unsafe impl Send for PageTable {}
-// SAFETY: as above.
-unsafe impl Sync for PageTable {}
-
-impl PageTable {
-    fn new(
+impl Positions {
+    /// `k` and `v` are `[count, kv_heads, dim]`, f32, bf16 or f16 with any strides.
+    pub fn new(
         kernel: &'static str,
         shape: PageShape,
-        keys: Vec<*mut u8>,
-        values: Vec<*mut u8>,
-        positions: usize,
-    ) -> Result<PageTable, KernelError> {
-        shape.check(kernel)?;
-        let pages = positions.div_ceil(BLOCK);
-        if keys.len() < pages || values.len() < pages {
-            let message = format!(
-                "{} pages of keys and {} of values, {positions} positions need {pages}",
-                keys.len(),
-                values.len()
-            );
-            return Err(KernelError::new(kernel, message));
+        start: usize,
+        k: &DynView,
+        v: &DynView,
+    ) -> Result<Positions, KernelError> {
+        check_float(kernel, "k", k.dtype)?;
+        check_float(kernel, "v", v.dtype)?;
+        let count = k.shape.first().copied().unwrap_or(0);
+        check_shape(kernel, "k", &k.shape, &[count, shape.kv_heads, shape.key_dim])?;
+        check_shape(kernel, "v", &v.shape, &[count, shape.kv_heads, shape.value_dim])?;
+        let heads = |view: &DynView| {
+            let strides = [view.strides[1], view.strides[0], view.strides[2]];
+            Heads::new(view.pointer.cast_mut(), view.dtype, &strides)
+        };
+        Ok(Positions { start, count, k: heads(k), v: heads(v) })
+    }
+
+    /// One past the last position.
+    pub fn end(&self) -> usize {
+        self.start + self.count
+    }
+
+    /// The pages that hold them.
+    pub fn pages(&self) -> Range<usize> {
+        if self.count == 0 { 0..0 } else { self.start / BLOCK..self.end().div_ceil(BLOCK) }
+    }
+
+    /// Those in a page.
+    fn of(&self, page: usize) -> Range<usize> {
+        self.start.max(page * BLOCK)..self.end().min((page + 1) * BLOCK)
+    }
+
+    /// Asks for the lines of a page that [`Positions::write`] changes to be brought near: stores to lines that are
+    /// far away wait for each other.
+    #[inline(always)]
+    pub fn prefetch<T: Stored>(&self, shape: BlockShape, [keys, values]: [*mut T; 2], page: usize) {
+        let positions = self.of(page);
+        if positions.is_empty() {
+            return;
         }
-        Ok(PageTable { shape, keys, values })
+        let (at, pairs) = (positions.start % BLOCK, shape.key_pairs());
+        let panel = keys.wrapping_add(panel_at::<T>(at / TILE * TILE, 0, pairs));
+        prefetch(panel.cast(), pairs * PAIR * size_of::<T>());
+        for tile in 0..shape.value_tiles() {
+            let line = values.wrapping_add(panel_at::<T>(tile * TILE, at / 2 * 2, BLOCK / 2));
+            prefetch(line.cast(), PAIR * size_of::<T>());
+        }
     }
 
-    fn keys<T>(&self, page: usize, head: usize) -> *mut T {
-        self.keys[page].cast::<T>().wrapping_add(head * self.shape.block().key_len())
+    /// Writes those of a page, one head, rounded to the pages' type (to nearest, ties to even).
+    ///
+    /// # Safety
+    /// `keys` and `values` are that head's of that page, and nobody else's meanwhile.
+    #[inline(always)]
+    pub unsafe fn write<V: Vector, T: Stored>(
+        &self,
+        shape: BlockShape,
+        [keys, values]: [*mut T; 2],
+        page: usize,
+        head: usize,
+        scratch: &Scratch,
+    ) {
+        let positions = self.of(page);
+        let pairs = shape.key_pairs();
+        let key = scratch.take::<f32>(shape.key_dim);
+        let value = scratch.take::<f32>(shape.value_dim);
+        for position in positions.clone() {
+            let (row, at) = (position - self.start, position % BLOCK);
+            // SAFETY: promised by the caller; row and head are inside the arrays.
+            unsafe {
+                self.k.load::<V>(0, head, row, key);
+                self.v.load::<V>(0, head, row, value);
+                write_lane(keys, at, pairs, key);
+                write_step(values, at, BLOCK / 2, value);
+            }
+        }
+        // The rest of the last step is read, with weight zero, before it is written. Whoever begins a step
+        // clears it; rows that were written after that and taken back stay finite.
+        let to = positions.end;
+        if to / STEP * STEP >= positions.start {
+            value.fill(0.0);
+            for at in to..to.next_multiple_of(STEP) {
+                // SAFETY: the place is in this page, whose size is a multiple of STEP.
+                unsafe { write_step(values, at % BLOCK, BLOCK / 2, value) };
+            }
+        }
     }
 
-    fn values<T>(&self, page: usize, head: usize) -> *mut T {
-        self.values[page].cast::<T>().wrapping_add(head * self.shape.block().value_len())
+    /// Reads those of a page, one head.
+    ///
+    /// # Safety
+    /// `keys` and `values` are that head's of that page, and the arrays are outputs.
+    #[inline(always)]
+    unsafe fn read<V: Vector, T: Stored>(
+        &self,
+        shape: BlockShape,
+        [keys, values]: [*const T; 2],
+        page: usize,
+        head: usize,
+        scratch: &Scratch,
+    ) {
+        let pairs = shape.key_pairs();
+        let key = scratch.take::<f32>(shape.key_dim);
+        let value = scratch.take::<f32>(shape.value_dim);
+        for position in self.of(page) {
+            let (row, at) = (position - self.start, position % BLOCK);
+            // SAFETY: promised by the caller; row and head are inside the arrays.
+            unsafe {
+                for (d, x) in key.iter_mut().enumerate() {
+                    *x = (*keys.add(panel_at::<T>(at, d, pairs))).to_f32();
+                }
+                for (d, x) in value.iter_mut().enumerate() {
+                    *x = (*values.add(panel_at::<T>(d, at, BLOCK / 2))).to_f32();
+                }
+                self.k.store::<V>(0, head, row, key);
+                self.v.store::<V>(0, head, row, value);
+            }
+        }
     }
 }
 
-/// Checks that `k` and `v` are `[count, kv_heads, dim]`.
-fn check_rows(
+/// Pointers to the pages of a sequence, keys and values.
+pub(super) type Pages = [Vec<*mut u8>; 2];
+
+/// That there are pages for so many positions.
+pub(super) fn check_pages(
     kernel: &'static str,
-    shape: PageShape,
-    [k, v]: [(&[usize], Dtype); 2],
-) -> Result<usize, KernelError> {
-    check_float(kernel, "k", k.1)?;
-    check_float(kernel, "v", v.1)?;
-    let count = k.0.first().copied().unwrap_or(0);
-    check_shape(kernel, "k", k.0, &[count, shape.kv_heads, shape.key_dim])?;
-    check_shape(kernel, "v", v.0, &[count, shape.kv_heads, shape.value_dim])?;
-    Ok(count)
+    [keys, values]: [usize; 2],
+    positions: usize,
+) -> Result<(), KernelError> {
+    let pages = positions.div_ceil(BLOCK);
+    if keys < pages || values < pages {
+        let message =
+            format!("{keys} pages of keys and {values} of values, {positions} positions need {pages}");
+        return Err(KernelError::new(kernel, message));
+    }
+    Ok(())
 }
 
-/// Writes keys and values of the positions `start..` of one sequence into its pages, rounded to
-/// the pages' type (to nearest, ties to even).
-///
-/// `k` is `[count, kv_heads, key_dim]`, `v` is `[count, kv_heads, value_dim]`: f32, bf16 or f16
-/// with any strides. `keys` and `values` are the sequence's pages from position 0.
+/// Reads the positions `start..` of one sequence back from its pages: `k` `[count, kv_heads, key_dim]`, `v`
+/// `[count, kv_heads, value_dim]`, f32, bf16 or f16. `keys` and `values` are its pages from position 0.
 ///
 /// # Safety
-/// The pages that hold positions `start .. start + count` are valid for writing while the task
-/// runs, [`PageShape::key_bytes`] and [`PageShape::value_bytes`] long and aligned to 64, and read
-/// or written by nobody else. (Pages of other positions are not touched and may be anything.)
-pub unsafe fn append_to_pages(
-    isa: Isa,
-    shape: PageShape,
-    keys: Vec<*mut u8>,
-    values: Vec<*mut u8>,
-    start: usize,
-    k: DynView,
-    v: DynView,
-) -> Result<Box<dyn Task>, KernelError> {
-    let name = "append_to_pages";
-    let count = check_rows(name, shape, [(&k.shape, k.dtype), (&v.shape, v.dtype)])?;
-    let table = PageTable::new(name, shape, keys, values, start + count)?;
-    let heads = |view: &DynView| {
-        let strides = [view.strides[1], view.strides[0], view.strides[2]];
-        Heads::new(view.pointer.cast_mut(), view.dtype, &strides)
-    };
-    Ok(Box::new(Append { isa, table, start, count, k: heads(&k), v: heads(&v), read: false }))
-}
-
-/// Reads the positions `start..` of one sequence back from its pages; the arrays as in
-/// [`append_to_pages`].
-///
-/// # Safety
-/// The pages that hold the positions are valid for reading while the task runs and were written
-/// by [`append_to_pages`].
+/// The pages that hold the positions are valid for reading while the task runs, are [`PageShape::key_bytes`] and
+/// [`PageShape::value_bytes`] long, and were written by [`super::paged_attention`].
 pub unsafe fn read_pages(
     isa: Isa,
     shape: PageShape,
@@ -156,43 +227,43 @@ pub unsafe fn read_pages(
     v: DynViewMut,
 ) -> Result<Box<dyn Task>, KernelError> {
     let name = "read_pages";
-    let count = check_rows(name, shape, [(&k.shape, k.dtype), (&v.shape, v.dtype)])?;
+    shape.check(name)?;
     check_output(name, &k)?;
     check_output(name, &v)?;
-    let mutable = |pages: Vec<*const u8>| pages.into_iter().map(<*const u8>::cast_mut).collect();
-    let table = PageTable::new(name, shape, mutable(keys), mutable(values), start + count)?;
-    let heads = |view: &DynViewMut| {
-        let strides = [view.strides[1], view.strides[0], view.strides[2]];
-        Heads::new(view.pointer, view.dtype, &strides)
+    let view = |out: DynViewMut| DynView {
+        pointer: out.pointer,
+        dtype: out.dtype,
+        shape: out.shape,
+        strides: out.strides,
     };
-    Ok(Box::new(Append { isa, table, start, count, k: heads(&k), v: heads(&v), read: true }))
+    let positions = Positions::new(name, shape, start, &view(k), &view(v))?;
+    check_pages(name, [keys.len(), values.len()], positions.end())?;
+    let pages = [keys, values].map(|pages| pages.into_iter().map(<*const u8>::cast_mut).collect());
+    Ok(Box::new(Move { isa, shape, pages, positions, read: true }))
 }
 
-struct Append {
-    isa: Isa,
-    table: PageTable,
-    start: usize,
-    count: usize,
-    k: Heads,
-    v: Heads,
-    /// The other direction.
-    read: bool,
+/// Appends positions to pages that hold those before, or reads them back.
+pub(super) struct Move {
+    pub isa: Isa,
+    pub shape: PageShape,
+    pub pages: Pages,
+    pub positions: Positions,
+    /// From the pages to the arrays.
+    pub read: bool,
 }
 
-impl Append {
-    /// Pages that are touched.
-    fn pages(&self) -> usize {
-        if self.count == 0 { 0 } else { (self.start + self.count).div_ceil(BLOCK) - self.start / BLOCK }
-    }
-}
+// SAFETY: the callers promise the memory; chunks touch different heads.
+unsafe impl Send for Move {}
+// SAFETY: as above.
+unsafe impl Sync for Move {}
 
-impl Task for Append {
+impl Task for Move {
     fn chunks(&self) -> usize {
-        self.pages() * self.table.shape.kv_heads
+        self.positions.pages().len() * self.shape.kv_heads
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        dispatch(self.isa, AppendChunk { task: self, chunk, scratch });
+        dispatch(self.isa, MoveChunk { task: self, chunk, scratch });
     }
 
     fn name(&self) -> &'static str {
@@ -200,66 +271,45 @@ impl Task for Append {
     }
 }
 
-struct AppendChunk<'a> {
-    task: &'a Append,
+struct MoveChunk<'a> {
+    task: &'a Move,
     chunk: usize,
     scratch: &'a Scratch,
 }
 
-impl Kernel for AppendChunk<'_> {
-    type Output = ();
-
+impl MoveChunk<'_> {
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        // SAFETY: the caller of `append_to_pages` promised the pages; this chunk has one head of
-        // one page for itself.
+    fn of<V: Vector, T: Stored>(self) {
+        let Move { shape, pages: [keys, values], positions, read, .. } = self.task;
+        let (page, head) = (self.chunk / shape.kv_heads, self.chunk % shape.kv_heads);
+        let (page, block) = (positions.pages().start + page, shape.block());
+        let keys = keys[page].cast::<T>().wrapping_add(head * block.key_len());
+        let values = values[page].cast::<T>().wrapping_add(head * block.value_len());
+        // SAFETY: the maker of the task promised the pages; this chunk has one head of one page for itself.
         unsafe {
-            match self.task.table.shape.dtype {
-                Dtype::BF16 => copy::<V, bf16>(self.task, self.chunk, self.scratch),
-                _ => copy::<V, f32>(self.task, self.chunk, self.scratch),
+            if *read {
+                positions.read::<V, T>(
+                    block,
+                    [keys.cast_const(), values.cast_const()],
+                    page,
+                    head,
+                    self.scratch,
+                )
+            } else {
+                positions.write::<V, T>(block, [keys, values], page, head, self.scratch)
             }
         }
     }
 }
 
-#[inline(always)]
-unsafe fn copy<V: Vector, T: Stored>(task: &Append, chunk: usize, scratch: &Scratch) {
-    let shape = task.table.shape;
-    let (page, head) = (task.start / BLOCK + chunk / shape.kv_heads, chunk % shape.kv_heads);
-    let (keys, values) = (task.table.keys::<T>(page, head), task.table.values::<T>(page, head));
-    let pairs = shape.block().key_pairs();
-    let key = scratch.take::<f32>(shape.key_dim);
-    let value = scratch.take::<f32>(shape.value_dim);
-    let from = task.start.max(page * BLOCK);
-    let to = (task.start + task.count).min((page + 1) * BLOCK);
-    for position in from..to {
-        let (row, at) = (position - task.start, position % BLOCK);
-        // SAFETY: promised by the caller; row and head are inside the arrays.
-        unsafe {
-            if task.read {
-                for (d, x) in key.iter_mut().enumerate() {
-                    *x = (*keys.add(panel_at::<T>(at, d, pairs))).to_f32();
-                }
-                for (d, x) in value.iter_mut().enumerate() {
-                    *x = (*values.add(panel_at::<T>(d, at, BLOCK / 2))).to_f32();
-                }
-                task.k.store::<V>(0, head, row, key);
-                task.v.store::<V>(0, head, row, value);
-            } else {
-                task.k.load::<V>(0, head, row, key);
-                task.v.load::<V>(0, head, row, value);
-                write_lane(keys, at, pairs, key);
-                write_step(values, at, BLOCK / 2, value);
-            }
-        }
-    }
-    // The rest of the last step is read, with weight zero, before it is written. Whoever begins a step
-    // clears it; rows that were written after that and taken back stay finite.
-    if !task.read && to / STEP * STEP >= from {
-        value.fill(0.0);
-        for at in to..to.next_multiple_of(STEP) {
-            // SAFETY: the place is in the page of `to`, whose size is a multiple of STEP.
-            unsafe { write_step(values, at % BLOCK, BLOCK / 2, value) };
+impl Kernel for MoveChunk<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        match self.task.shape.dtype {
+            Dtype::BF16 => self.of::<V, bf16>(),
+            _ => self.of::<V, f32>(),
         }
     }
 }

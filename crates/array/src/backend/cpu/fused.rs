@@ -1,8 +1,8 @@
 //! Fused ops: norms, rotary positions, attention, convolution.
 
 use mica_kernels::attention::{
-    AttentionArgs, AttentionBackwardArgs, PagedArgs, PagedSequence, Rule, append_to_pages, attention,
-    attention_backward, paged_attention,
+    AttentionArgs, AttentionBackwardArgs, PagedArgs, PagedSequence, Rule, attention, attention_backward,
+    paged_attention,
 };
 use mica_kernels::conv::{ShortConvArgs, ShortConvBackwardArgs, short_conv, short_conv_backward};
 use mica_kernels::gemm;
@@ -165,12 +165,11 @@ fn backward(step: &Step, spec: &AttentionSpec) -> Result<Lowered> {
 fn over_pages(step: &Step, paged: &PagedStep) -> Result<Lowered> {
     let (q, k, v, out) = (input(step, 0)?, input(step, 1)?, input(step, 2)?, output(step, 0)?);
     let (pages, length) = (paged.kv.page_shape(), q.shape[1]);
-    let mut appends: Vec<Box<dyn Task>> = Vec::with_capacity(2 * paged.sequences.len());
     let mut sequences = Vec::with_capacity(paged.sequences.len());
     for (row, (table, start)) in paged.sequences.iter().enumerate() {
         let pointers = table.iter().map(|page| page.layer(paged.layer)).collect::<Result<Vec<_>>>()?;
-        let (keys, values): (Vec<_>, Vec<_>) = pointers.into_iter().unzip();
-        let sequence = |view: &DynView| {
+        let (keys, values) = pointers.into_iter().unzip();
+        let of_row = |view: &DynView| {
             let offset = row as isize * view.strides[0] * view.dtype.size() as isize;
             DynView {
                 pointer: view.pointer.wrapping_offset(offset),
@@ -179,18 +178,8 @@ fn over_pages(step: &Step, paged: &PagedStep) -> Result<Lowered> {
                 strides: view.strides[1..].into(),
             }
         };
-        sequences.push(PagedSequence {
-            keys: keys.iter().map(|page| page.cast_const()).collect(),
-            values: values.iter().map(|page| page.cast_const()).collect(),
-            first: row * length,
-            length,
-            start: *start,
-        });
-        // SAFETY: the step's Arc keeps the pages alive; the token orders the steps that write
-        // them; sequences that share pages share only full ones, which are not written.
-        appends.push(unsafe {
-            append_to_pages(Isa::get(), pages, keys, values, *start, sequence(&k), sequence(&v))?
-        });
+        let (k, v) = (of_row(&k), of_row(&v));
+        sequences.push(PagedSequence { keys, values, k, v, first: row * length, start: *start });
     }
     let flat = |shape: &[usize], strides: &[isize]| {
         let shape = [shape[0] * shape[1], shape[2], shape[3]];
@@ -218,18 +207,9 @@ fn over_pages(step: &Step, paged: &PagedStep) -> Result<Lowered> {
         precision: if exact { gemm::Precision::Exact } else { precision(paged.spec.precision) },
         out: DynViewMut { shape: out_shape[..].into(), strides: out_strides[..].into(), ..out },
     };
-    // SAFETY: as above; the append tasks run first.
-    let plan = unsafe { paged_attention(Isa::get(), args)? };
-    let bytes = plan.workspace_bytes();
-    Ok(Lowered::WithWorkspace(
-        bytes,
-        Box::new(move |workspace: *mut u8, list: &mut Vec<Box<dyn Task>>| {
-            list.extend(appends);
-            // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
-            unsafe { plan.tasks(workspace, list) };
-            Ok(())
-        }),
-    ))
+    // SAFETY: the step's Arc keeps the pages alive; the token orders the steps that write them; sequences that share
+    // pages share only full ones, which are not written.
+    Ok(unsafe { paged_attention(Isa::get(), args)? }.into())
 }
 
 impl From<Plan> for Lowered {
