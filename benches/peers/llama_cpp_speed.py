@@ -1,8 +1,10 @@
 """llama.cpp's speed through its Python package, with the options and field names of `mica bench`; prints one JSON document.
 
-usage: llama_cpp_speed.py GGUF -p PROMPT -g TOKENS [--depth N] [--batch B] [--threads N] [-n RUNS]"""
-import argparse, json, statistics, time
+usage: llama_cpp_speed.py GGUF -p PROMPT -g TOKENS [--depth N] [--batch B] [--threads N] [-n RUNS]
+       llama_cpp_speed.py GGUF -p PROMPT --first-token [--threads N]      opens the file, reads the prompt and takes one token, once: what a process needs for its first answer"""
+import argparse, json, resource, statistics, time
 import llama_cpp as L
+import numpy as np
 
 parser = argparse.ArgumentParser()
 parser.add_argument("gguf")
@@ -12,9 +14,11 @@ parser.add_argument("-n", type=int, default=1)
 parser.add_argument("--depth", type=int)
 parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--threads", type=int, default=2)
+parser.add_argument("--first-token", action="store_true")
 options = parser.parse_args()
 
 UBATCH = 512
+began = time.perf_counter()
 L.llama_backend_init()
 model_options = L.llama_model_default_params()
 model_options.n_gpu_layers = 0
@@ -49,6 +53,16 @@ def prompt(length, sequence=0):
         decode([(token, start + i, sequence) for i, token in enumerate(tokens[start:start + UBATCH])])
 
 
+def results(**fields):
+    print(json.dumps(dict(fields, peak_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, version=L.__version__)))
+
+
+if options.first_token:
+    prompt(options.p)
+    size = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
+    token = np.ctypeslib.as_array(L.llama_get_logits_ith(context, -1), (size,)).argmax()
+    results(token=int(token), first_token_s=time.perf_counter() - began)
+    raise SystemExit
 prefill, generation = [], []
 for _ in range(options.n + 1):  # the first warms up
     L.llama_memory_clear(memory, True)
@@ -63,4 +77,4 @@ for _ in range(options.n + 1):  # the first warms up
     for i in range(options.g):
         decode([(100 + i + sequence, depth + i, sequence) for sequence in range(options.batch)])
     generation.append(options.g * options.batch / (time.perf_counter() - start))
-print(json.dumps(dict(prompt_tps=statistics.median(prefill[1:]), generation_tps=statistics.median(generation[1:]), version=L.__version__)))
+results(prompt_tps=statistics.median(prefill[1:]), generation_tps=statistics.median(generation[1:]))

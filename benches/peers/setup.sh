@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The programs that mica is measured against, and models of real shapes with random weights, in a folder of their own.
-# usage: benches/peers/setup.sh FOLDER [NAME…]      names as in make_model.py; qwen3-0.6b if none is given
-# Needs Python 3.10 or newer with venv, a C++ compiler, and about 15 GB with all shapes.
+# usage: benches/peers/setup.sh FOLDER [NAME…]      names as in make_model.py; qwen3-0.6b and tiny if none is given
+# Needs Python 3.10 or newer with venv, a C++ compiler, and about 16 GB with all shapes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:?usage: setup.sh FOLDER [NAME…]}
@@ -15,21 +15,30 @@ environment() {
 }
 environment torch torch transformers peft tokenizers safetensors gguf sentencepiece protobuf
 CMAKE_ARGS=-DGGML_NATIVE=ON environment llama llama-cpp-python numpy
+# optimum-intel wants an older transformers than torch's environment has; torch itself, 5 GB, is shared.
+if [ ! -x env/openvino/bin/python ]; then
+    python3 -m venv env/openvino
+    packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+    env/torch/bin/python -c "$packages" > "$(env/openvino/bin/python -c "$packages")/torch.pth"
+fi
+environment openvino 'optimum-intel[openvino]' nncf
 
 version=$(env/llama/bin/python -c 'import llama_cpp; print(llama_cpp.__version__)')
 if [ ! -d "src/llama_cpp_python-$version" ]; then
     env/llama/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest src "llama-cpp-python==$version"
     tar xzf "src/llama_cpp_python-$version.tar.gz" -C src
 fi
-for name in "${@:-qwen3-0.6b}"; do
+[ $# -gt 0 ] || set -- qwen3-0.6b tiny
+for name in "$@"; do
     model=models/$name
     [ -f "$model/config.json" ] || env/torch/bin/python "$here/make_model.py" models "$name"
-    case $name in lfm2*) continue ;; esac
+    case $name in lfm2* | tiny) continue ;; esac
     if [ ! -f "$model-q4_0.gguf" ]; then
         env/torch/bin/python "$here/make_gguf.py" "src/llama_cpp_python-$version/vendor/llama.cpp" "$model" "$model-bf16.gguf"
         env/llama/bin/python "$here/make_gguf.py" --quantize "$model-bf16.gguf" "$model-q4_0.gguf"
         rm "$model-bf16.gguf"
     fi
+    [ -f "$model-openvino/openvino_model.xml" ] || env/openvino/bin/python "$here/make_openvino.py" "$model" "$model-openvino"
 done
 # GCC before 13 does not see that llama.cpp's AMX code reads its tile configuration, and drops it: with such a build
 # the first product ends in a segmentation fault. Rebuild with a newer compiler, or with

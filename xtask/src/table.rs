@@ -1,7 +1,7 @@
 //! Results as a table for people and as JSON for programs, with the facts of the machine.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context;
@@ -19,6 +19,8 @@ pub struct Table {
     /// What the machine and the program are.
     facts: Vec<(String, String)>,
     pub rows: Vec<Row>,
+    /// What was to be measured and could not be, with the reason.
+    pub failures: Vec<String>,
 }
 
 /// One thing that was measured.
@@ -40,7 +42,7 @@ pub struct Row {
 pub struct Cell {
     pub program: String,
     pub figure: f64,
-    /// How many times as fast mica is.
+    /// How many times as fast mica is, or as small.
     pub ratio: f64,
 }
 
@@ -54,7 +56,8 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: mica {:.2} {}", self.name, self.mica, self.unit)?;
         for Cell { program, figure, ratio } in &self.peers {
-            write!(f, "; {program} {figure:.2}, mica is {ratio:.2} times as fast")?;
+            let better = if self.unit == "GB" { "small" } else { "fast" };
+            write!(f, "; {program} {figure:.2}, mica is {ratio:.2} times as {better}")?;
         }
         Ok(())
     }
@@ -86,7 +89,22 @@ impl Table {
             summary: Vec::new(),
             facts: facts.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect(),
             rows: Vec::new(),
+            failures: Vec::new(),
         })
+    }
+
+    /// A table without facts.
+    #[cfg(test)]
+    pub fn empty() -> Table {
+        Table {
+            date: "today".into(),
+            ending: "",
+            method: "",
+            summary: Vec::new(),
+            facts: Vec::new(),
+            rows: Vec::new(),
+            failures: Vec::new(),
+        }
     }
 
     /// The same under another file name and with its own words on the method.
@@ -99,19 +117,35 @@ impl Table {
         self.facts.push((name.to_string(), value.to_string()));
     }
 
-    /// Writes DATE.md and DATE.json, or DATE-ENDING.md and .json.
+    /// The same, unless a fact has that name.
+    pub fn fact_once(&mut self, name: &str, value: impl ToString) {
+        if self.facts.iter().all(|(known, _)| known != name) {
+            self.fact(name, value);
+        }
+    }
+
+    /// Writes DATE.md and DATE.json, or DATE-ENDING.md and .json, and prints where.
     pub fn write(&self, folder: &Path) -> anyhow::Result<()> {
-        std::fs::create_dir_all(folder)?;
-        for (ending, text) in [("md", self.markdown()), ("json", format!("{:#}\n", self.json()))] {
-            let dash = if self.ending.is_empty() { "" } else { "-" };
-            let path = folder.join(format!("{}{dash}{}.{ending}", self.date, self.ending));
-            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        for path in self.save(folder)? {
             println!("{}", path.display());
         }
         Ok(())
     }
 
-    fn markdown(&self) -> String {
+    /// Writes the files and says where they are; a later call takes their place.
+    pub fn save(&self, folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        std::fs::create_dir_all(folder)?;
+        let mut paths = Vec::new();
+        for (ending, text) in [("md", self.markdown()), ("json", format!("{:#}\n", self.json()))] {
+            let dash = if self.ending.is_empty() { "" } else { "-" };
+            let path = folder.join(format!("{}{dash}{}.{ending}", self.date, self.ending));
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            paths.push(path);
+        }
+        Ok(paths)
+    }
+
+    pub fn markdown(&self) -> String {
         let mut text = format!("# Side by side, {}\n\n", self.date);
         for (name, value) in &self.facts {
             text += &format!("- {name}: {value}\n");
@@ -124,7 +158,7 @@ impl Table {
             };
         }
         text += if self.summary.is_empty() { "" } else { "\n" };
-        text += "| | mica | read GB/s | of it used | peer | | mica is so many times as fast |\n|---|---|---|---|---|---|---|\n";
+        text += "| | mica | read GB/s | of it used | peer | | mica is so many times as fast (or as small) |\n|---|---|---|---|---|---|---|\n";
         for row in &self.rows {
             let bandwidth = row.bandwidth.map_or(String::new(), |gbs| format!("{gbs:.1}"));
             let used = row.used.map_or(String::new(), |part| format!("{:.0} %", 100.0 * part));
@@ -135,6 +169,12 @@ impl Table {
             for Cell { program, figure, ratio } in &row.peers {
                 text += &format!("{start}| {program} | {figure:.2} {} | {ratio:.2} |\n", row.unit);
             }
+        }
+        if !self.failures.is_empty() {
+            text += "\nWhat failed:\n\n";
+        }
+        for failure in &self.failures {
+            text += &format!("- {}\n", failure.replace('\n', " "));
         }
         text
     }
@@ -155,6 +195,9 @@ impl Table {
             document["summary"] = json!(self.summary.iter().cloned().collect::<serde_json::Map<_, _>>());
         }
         document["rows"] = json!(rows.collect::<Vec<_>>());
+        if !self.failures.is_empty() {
+            document["failures"] = json!(self.failures);
+        }
         document
     }
 }
@@ -188,7 +231,8 @@ mod tests {
         ];
         let summary = vec![("mean".to_string(), json!(2.5)), ("worst".to_string(), json!("decode"))];
         let facts = vec![("cores".into(), "2".into())];
-        let table = Table { date: "today".into(), ending: "", method: "By eye.", summary, facts, rows };
+        let failures = vec!["step: b: out of\nmemory".to_string()];
+        let table = Table { method: "By eye.", summary, facts, rows, failures, ..Table::empty() };
         let text = table.markdown();
         let lines: Vec<&str> =
             text.lines().filter(|line| line.starts_with("| decode") || line.starts_with("| step")).collect();
@@ -200,6 +244,8 @@ mod tests {
                 "| step | 7.00 s |  |  | | | |",
             ]
         );
+        assert!(text.ends_with("\nWhat failed:\n\n- step: b: out of memory\n"), "{text}");
+        assert_eq!(table.json()["failures"][0], "step: b: out of\nmemory");
         assert!(text.contains("By eye.\n\n- mean: 2.50\n- worst: decode\n"), "{text}");
         assert_eq!(table.json()["rows"][0]["peers"][1]["ratio"], 4.0);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);

@@ -78,7 +78,7 @@ fn documents_have_their_fields() {
         (
             "bench --train",
             &bench,
-            &["step_s", "tokens_per_s", "trainable", "peak_memory_gb", "loss_first", "loss_last"],
+            &["step_s", "tokens_per_s", "labelled", "trainable", "peak_memory_gb", "loss_first", "loss_last"],
         ),
         ("perplexity", &perplexity, &["perplexity", "nll", "tokens", "stderr"]),
         ("generate", &generate, &["prompt_tokens", "prompt_tps", "generation_tps", "peak_memory_gb"]),

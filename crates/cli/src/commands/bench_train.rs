@@ -1,7 +1,7 @@
 //! `mica bench --train`: the speed of training steps, through the step that `mica train` takes.
 //!
-//! One batch of random tokens, all of them targets, so that speed depends on no data; training on it again
-//! and again must bring its loss down.
+//! One batch of random tokens, so that speed depends on no data; training on it again and again must bring its
+//! loss down. All tokens are targets, or with `--labelled` the last part of each row, like answers behind prompts.
 
 use std::time::Instant;
 
@@ -38,6 +38,9 @@ pub struct Args {
     /// Tokens of a row
     #[arg(long, value_name = "N", default_value_t = 1024, requires = "train")]
     seq: usize,
+    /// The part of each row whose tokens are learnt, its last: the loss is that of these alone
+    #[arg(long, value_name = "R", default_value_t = 1.0, requires = "train", value_parser = parse_part)]
+    labelled: f64,
     /// Steps; the median is reported
     #[arg(long, value_name = "N", default_value_t = 5, requires = "train")]
     steps: usize,
@@ -67,6 +70,13 @@ fn parse_type(text: &str) -> Result<FineTune, String> {
         "dora" => Ok(FineTune::Dora),
         "full" => Ok(FineTune::Full),
         _ => Err("expected lora, dora or full".to_string()),
+    }
+}
+
+fn parse_part(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        _ => Err("expected a number above 0 and up to 1".to_string()),
     }
 }
 
@@ -119,7 +129,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
         |list: Vec<(String, mica_array::Array)>| list.iter().map(|(_, array)| array.size()).sum::<usize>();
     let (trainable, all) =
         (size(update.parameters(&*loaded.model)), size(parameters(loaded.model.as_module())));
-    let batch = batch(rows, args.seq, loaded.model.info().vocabulary);
+    let batch = batch(rows, args.seq, args.labelled, loaded.model.info().vocabulary);
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
     let window = std::slice::from_ref(&batch);
     for step in 0..args.steps {
@@ -148,6 +158,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
             "lora_rank": if full { None } else { Some(args.lora_rank) },
             "batch": rows,
             "seq": args.seq,
+            "labelled": batch.labelled,
             "steps": args.steps,
             "load_s": load_s,
             "step_s": step_s,
@@ -171,7 +182,11 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
         Isa::get()
     );
     say!("trained    {trainable} of {all} parameters");
-    say!("step       {step_s:.3} s for {rows} × {} tokens: {tokens_per_s:.1} tokens/s", args.seq);
+    let learnt = match batch.labelled {
+        labelled if labelled == rows * args.seq => String::new(),
+        labelled => format!(", {labelled} of them learnt"),
+    };
+    say!("step       {step_s:.3} s for {rows} × {} tokens{learnt}: {tokens_per_s:.1} tokens/s", args.seq);
     say!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
     say!("memory     peak {peak_memory_gb:.2} GB");
     say!("ceilings   {}", machine::line(&measured));
@@ -180,13 +195,14 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     Ok(())
 }
 
-/// Random rows of which every token is predicted.
-fn batch(rows: usize, seq: usize, vocabulary: usize) -> Batch {
+/// Random rows of which the last part is to be predicted, one token at least.
+fn batch(rows: usize, seq: usize, part: f64, vocabulary: usize) -> Batch {
+    let labelled = ((part * seq as f64).round() as usize).clamp(1, seq);
     let samples: Vec<Sample> = (0..rows as u64)
         .map(|row| {
             let mut rng = Rng::new(0, &[row]);
             let tokens = (0..=seq).map(|_| rng.below(vocabulary as u64) as u32).collect();
-            Sample { tokens, targets: (0..=seq).map(|i| i > 0).collect() }
+            Sample { tokens, targets: (0..=seq).map(|i| i > seq - labelled).collect() }
         })
         .collect();
     let rows: Vec<Vec<&Sample>> = samples.iter().map(|sample| vec![sample]).collect();
@@ -196,11 +212,19 @@ fn batch(rows: usize, seq: usize, vocabulary: usize) -> Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mica_tune::data::batch::IGNORE;
 
     #[test]
-    fn every_position_has_a_target() {
-        let batch = batch(3, 7, 11);
-        assert_eq!((batch.rows, batch.length, batch.labelled), (3, 7, 21));
-        assert!(batch.tokens.iter().all(|&token| token < 11));
+    fn the_last_part_of_every_row_has_targets() {
+        for (part, learnt) in [(1.0, 7), (0.4, 3), (0.5, 4), (0.01, 1)] {
+            let batch = batch(3, 7, part, 11);
+            assert_eq!((batch.rows, batch.length, batch.labelled), (3, 7, 3 * learnt), "{part}");
+            assert!(batch.tokens.iter().all(|&token| token < 11), "{part}");
+            for row in batch.targets.chunks(7) {
+                let (prompt, answer) = row.split_at(7 - learnt);
+                assert!(prompt.iter().all(|&target| target == IGNORE), "{part}: {row:?}");
+                assert!(answer.iter().all(|&target| target != IGNORE), "{part}: {row:?}");
+            }
+        }
     }
 }
