@@ -11,7 +11,7 @@ use mica_simd::{Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
 use super::block::{BLOCK, BlockShape, PAIR, STEP, Stored, TILE, panel_at, write_lane, write_step};
-use super::heads::Heads;
+use super::heads::{Heads, Part};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
@@ -134,11 +134,32 @@ impl Positions {
         head: usize,
         scratch: &Scratch,
     ) {
-        let positions = self.of(page);
+        let Range { start: from, end: to } = self.of(page);
         let pairs = shape.key_pairs();
+        // Tiles of 16 positions are turned as a whole.
+        let first = from.next_multiple_of(TILE).min(to);
+        let last = first.max(to / TILE * TILE);
+        // SAFETY: promised by the caller; the positions are inside the arrays.
+        unsafe {
+            let part = |heads, dim| Part {
+                heads,
+                base: 0,
+                head,
+                position: first - self.start,
+                count: last - first,
+                dim,
+            };
+            let (at, count) = (first % BLOCK, last - first);
+            if count > 0 {
+                let keys = keys.add(panel_at::<T>(at, 0, pairs));
+                part(&self.k, shape.key_dim).lanes::<V, T>(V::ISA, count, pairs, keys, scratch);
+                let values = values.add(panel_at::<T>(0, at, BLOCK / 2));
+                part(&self.v, shape.value_dim).steps::<V, T>(V::ISA, count, BLOCK / 2, values, scratch);
+            }
+        }
         let key = scratch.take::<f32>(shape.key_dim);
         let value = scratch.take::<f32>(shape.value_dim);
-        for position in positions.clone() {
+        for position in (from..first).chain(last..to) {
             let (row, at) = (position - self.start, position % BLOCK);
             // SAFETY: promised by the caller; row and head are inside the arrays.
             unsafe {
@@ -150,8 +171,7 @@ impl Positions {
         }
         // The rest of the last step is read, with weight zero, before it is written. Whoever begins a step
         // clears it; rows that were written after that and taken back stay finite.
-        let to = positions.end;
-        if to / STEP * STEP >= positions.start {
+        if to / STEP * STEP >= from {
             value.fill(0.0);
             for at in to..to.next_multiple_of(STEP) {
                 // SAFETY: the place is in this page, whose size is a multiple of STEP.
