@@ -47,6 +47,13 @@ pub fn exp<V: Vector>(x: V) -> V {
     (y + V::splat(1.0)).scale_exp2(n)
 }
 
+/// [`exp`] of numbers up to 0, with one operation less: the weights of a softmax.
+#[inline(always)]
+pub fn exp_to_one<V: Vector>(x: V) -> V {
+    let (n, y) = exp_parts(V::splat(-105.0).max(x));
+    (y + V::splat(1.0)).scale_exp2(n)
+}
+
 /// e^x - 1, accurate near zero.
 #[inline(always)]
 pub fn expm1<V: Vector>(x: V) -> V {

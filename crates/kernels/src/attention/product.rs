@@ -37,6 +37,15 @@ pub(crate) trait Products: Send + Sync + 'static {
     unsafe fn splat<V: Vector>(p: *const Self::Operand) -> Self::Splat<V>;
     /// `sum + b[0]·a[0] + b[1]·a[1]`, in that order.
     fn step<V: Vector>(sum: V, b: Self::Pair<V>, a: Self::Splat<V>) -> V;
+    /// Writes the weights of a row's keys. Subnormal ones may become zeros, as which products of bf16 take them.
+    ///
+    /// # Safety
+    /// `p` is valid for 16 values.
+    #[inline(always)]
+    unsafe fn store_weight<V: Vector>(weight: V, p: *mut Self::Operand) {
+        // SAFETY: promised by the caller.
+        unsafe { Self::Operand::store(weight, p) }
+    }
     /// Writes a pair: `low` is the first value of each lane.
     ///
     /// # Safety
@@ -130,6 +139,11 @@ impl Products for Halves {
     #[inline(always)]
     fn step<V: Vector>(sum: V, b: V::Int, a: V::Int) -> V {
         sum.dot_bf16(b, a)
+    }
+    #[inline(always)]
+    unsafe fn store_weight<V: Vector>(weight: V, p: *mut bf16) {
+        // SAFETY: promised by the caller.
+        unsafe { weight.store_bf16_normal(p) }
     }
     #[inline(always)]
     unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut bf16) {

@@ -5,15 +5,15 @@
 //! operations for every m, tier and cut, so a row has the same bits alone and in a batch.
 //!
 //! Up to [`GEMV_ROWS`] rows the tiles are streamed once and unpacked in registers; the cost is
-//! that of reading them. With more rows AVX-512 goes on doing so for eight rows at a time, over tiles that stay in
-//! the caches. Otherwise a panel of tiles is unpacked to bytes once per [`ROW_BLOCK`] rows, and either multiplied by
-//! the same lanes or by AMX tiles.
+//! that of reading them. With more rows AVX-512 takes them in twos ([`super::fast_wide`]). Otherwise a panel of tiles
+//! is unpacked to bytes once per [`ROW_BLOCK`] rows, and either multiplied by the same lanes or by AMX tiles.
 
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 #[cfg(target_arch = "x86_64")]
 use super::fast_amx::AmxBlock;
+use super::fast_wide::Wide;
 use super::lanes::Lanes;
 use super::sink::Sink;
 use super::stage::{ROW_LANES, Staged};
@@ -28,11 +28,15 @@ const GEMV_ROWS: usize = 8;
 const ROW_BLOCK: usize = 512;
 /// Tiles whose panel is unpacked at a time.
 const PANEL_TILES: usize = 3;
-/// Bytes of tiles, and of rows of x, that are multiplied by one another before the next rows are taken: together they
-/// stay in the L2 cache.
-const CACHED: usize = 256 << 10;
-/// The most tiles of such a chunk, so that there are enough of them.
-const DIRECT_TILES: usize = 4;
+/// Up to here [`Wide`] would be slower than passes of eight over one tile after the other: tiles come from memory.
+const STREAM_ROWS: usize = 16;
+/// Bytes of the rows of x that [`Wide`] multiplies by the tiles of a chunk before it goes on: with these they stay in
+/// the L2 cache.
+pub(super) const CACHED: usize = 256 << 10;
+/// Rows of x of its chunks, and tiles: two, so that threads end at nearly the same time, but four where the rows do not
+/// stay in the cache from one chunk to the next.
+const WIDE_ROWS: usize = 258;
+const WIDE_TILES: [usize; 2] = [2, 4];
 /// A chunk of the smaller product reads at least this much where the matrix is large…
 const CHUNK_BYTES: usize = 1 << 20;
 /// …and a matrix above this size is cut into at least this many chunks.
@@ -56,31 +60,33 @@ impl Task for FastTask<'_> {
         let layout = &self.weight.layout;
         match self.x.m {
             0 => 0,
-            1..=GEMV_ROWS => gemv_chunks(layout.tiles, layout.tile),
-            m => layout.tiles.div_ceil(self.tiles_per_chunk()) * m.div_ceil(ROW_BLOCK),
+            _ if self.few() => gemv_chunks(layout.tiles, layout.tile),
+            m => layout.tiles.div_ceil(self.tiles_per_chunk()) * m.div_ceil(self.rows_per_chunk()),
         }
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
         let (tiles, m) = (self.weight.layout.tiles, self.x.m);
-        let (range, rows) = if m <= GEMV_ROWS {
+        let (range, rows) = if self.few() {
             let chunks = self.chunks();
             ((tiles * chunk / chunks, tiles * (chunk + 1) / chunks), (0, m))
         } else {
             let per_chunk = self.tiles_per_chunk();
             let panels = tiles.div_ceil(per_chunk);
-            let (tile, block) = (chunk % panels * per_chunk, chunk / panels * ROW_BLOCK);
-            ((tile, (tile + per_chunk).min(tiles)), (block, (block + ROW_BLOCK).min(m)))
+            let (tile, row) = (chunk % panels * per_chunk, chunk / panels * self.rows_per_chunk());
+            ((tile, (tile + per_chunk).min(tiles)), (row, (row + self.rows_per_chunk()).min(m)))
         };
         // SAFETY: the tier, the shapes and the views were checked when the task was made; chunks
         // cover disjoint tiles or disjoint rows.
         unsafe {
             #[cfg(target_arch = "x86_64")]
-            if self.isa == Isa::Amx && m > GEMV_ROWS {
+            if self.isa == Isa::Amx && !self.few() {
                 return AmxBlock { task: self, tiles: range, rows, scratch }.run();
             }
-            if m <= GEMV_ROWS || self.direct() {
-                at_tier(self.isa, Gemv { task: self, range, rows });
+            if self.few() {
+                at_tier(self.isa, Gemv { task: self, range });
+            } else if self.wide() {
+                at_tier(self.isa, Wide { task: self, tiles: range, rows, scratch });
             } else {
                 at_tier(self.isa, Gemm { task: self, range, rows, scratch });
             }
@@ -93,15 +99,27 @@ impl Task for FastTask<'_> {
 }
 
 impl FastTask<'_> {
-    /// Whether any number of rows is multiplied in registers: with 32 of them unpacking costs less there than on the
-    /// way through memory.
-    fn direct(&self) -> bool {
+    /// Whether many rows are taken by [`Wide`].
+    fn wide(&self) -> bool {
         self.isa == Isa::Avx512
     }
 
-    /// Tiles of a chunk of the larger product.
+    /// Whether tiles are read as streams, for all rows.
+    fn few(&self) -> bool {
+        self.x.m <= if self.wide() { STREAM_ROWS } else { GEMV_ROWS }
+    }
+
+    /// Tiles and rows of a chunk of the larger product.
     fn tiles_per_chunk(&self) -> usize {
-        if self.direct() { (CACHED / self.weight.layout.tile).clamp(1, DIRECT_TILES) } else { PANEL_TILES }
+        if !self.wide() {
+            return PANEL_TILES;
+        }
+        let rows = WIDE_ROWS.min(self.x.m) * self.x.stride;
+        WIDE_TILES[usize::from(rows > 2 * CACHED)]
+    }
+
+    fn rows_per_chunk(&self) -> usize {
+        if self.wide() { WIDE_ROWS } else { ROW_BLOCK }
     }
 }
 
@@ -115,8 +133,6 @@ struct Gemv<'a> {
     task: &'a FastTask<'a>,
     /// Tiles.
     range: (usize, usize),
-    /// Rows of x, from a multiple of [`ROW_BLOCK`] on.
-    rows: (usize, usize),
 }
 
 impl PerTier for Gemv<'_> {
@@ -141,54 +157,43 @@ impl PerTier for Gemv<'_> {
 }
 
 impl Gemv<'_> {
-    /// Rows in passes over tiles that the first pass has brought into the caches.
+    /// All rows by all tiles.
     ///
-    /// Where there are 32 registers, a pass takes up to eight rows over one tile: what a thread reads is then one
+    /// Where there are 32 registers, up to eight rows pass over one tile: what a thread reads is then one
     /// stream, all that the prefetchers of AMD's cores follow (several streams side by side come at two thirds of
     /// the speed). Machines with AMX want the contrary: four streams for one row, two for more.
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
         let (mut tile, end) = self.range;
+        let stream = L::MANY && self.task.isa != Isa::Amx;
         // SAFETY: tiles below `end` exist.
         unsafe {
-            if L::MANY && self.task.isa != Isa::Amx {
-                // Whole passes of eight, but for the last of all.
-                let block = (CACHED / self.task.x.stride / 8 * 8).max(8);
-                let mut row = self.rows.0;
-                while row < self.rows.1 {
-                    let next = (row + block).min(self.rows.1);
-                    for tile in self.range.0..end {
-                        self.rows::<L, BITS, 1, true>(tile, (row, next));
-                    }
-                    row = next;
-                }
-                return;
-            }
-            if L::MANY && self.task.x.m == 1 {
+            if L::MANY && !stream && self.task.x.m == 1 {
                 while tile + 4 <= end {
                     self.block::<L, BITS, 4, 1, false>(tile, 0);
                     tile += 4;
                 }
-            } else if L::MANY && (BITS == 4 || BITS == 8) {
+            } else if L::MANY && !stream && (BITS == 4 || BITS == 8) {
                 while tile + 2 <= end {
-                    self.rows::<L, BITS, 2, false>(tile, self.rows);
+                    self.rows::<L, BITS, 2, false>(tile);
                     tile += 2;
                 }
             }
             while tile < end {
-                self.rows::<L, BITS, 1, false>(tile, self.rows);
+                if L::MANY && stream {
+                    self.rows::<L, BITS, 1, true>(tile);
+                } else {
+                    self.rows::<L, BITS, 1, false>(tile);
+                }
                 tile += 1;
             }
         }
     }
 
-    /// Rows of x over R tiles.
+    /// All rows of x by R tiles.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const STREAM: bool>(
-        &self,
-        tile: usize,
-        (mut row, end): (usize, usize),
-    ) {
+    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const STREAM: bool>(&self, tile: usize) {
+        let (mut row, end) = (0, self.task.x.m);
         // SAFETY: passed on.
         unsafe {
             while row < end {
@@ -289,7 +294,7 @@ impl Gemv<'_> {
 }
 
 #[inline(always)]
-unsafe fn dot<L: Lanes, const BITS: usize>(acc: L::I, q: L::I, a: *const i8) -> L::I {
+pub(super) unsafe fn dot<L: Lanes, const BITS: usize>(acc: L::I, q: L::I, a: *const i8) -> L::I {
     // SAFETY: passed on.
     unsafe { if BITS == 8 { L::dot::<true>(acc, q, a) } else { L::dot::<false>(acc, q, a) } }
 }

@@ -6,12 +6,13 @@
 //! [`QuantWeight::product`] per weight, side by side in [`Together`]).
 //!
 //! Files: `tile` is the memory layout, `pack` fills it, `lanes` the vector type all kernels are written in, `tier`
-//! their dispatch, `fast` and `fast_amx` the int8 product, `float` dequantizes into the panels of
+//! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
 //! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
 
 mod fast;
 #[cfg(target_arch = "x86_64")]
 mod fast_amx;
+mod fast_wide;
 mod float;
 mod gather;
 mod lanes;

@@ -213,3 +213,24 @@ fn f64_trigonometry_matches_the_platform() {
         assert!((s - x.sin()).abs() < 2e-15 && (c - x.cos()).abs() < 2e-15, "{x}");
     }
 }
+
+#[test]
+fn exponentials_up_to_one_are_those_of_exp() {
+    struct Both(Vec<f32>);
+    impl Kernel for Both {
+        type Output = Vec<[u32; 2]>;
+
+        fn run<V: Vector>(self) -> Vec<[u32; 2]> {
+            let one =
+                |&x: &f32| [exp(V::splat(x)), exp_to_one(V::splat(x))].map(|y| y.to_array()[0].to_bits());
+            self.0.iter().map(one).collect()
+        }
+    }
+    let mut x = sweep(-110.0, 0.0, 10_000);
+    x.extend([f32::NEG_INFINITY, f32::NAN, -0.0, 0.0, -1e30]);
+    for &isa in Isa::available() {
+        for (x, [all, to_one]) in x.iter().zip(dispatch(isa, Both(x.clone()))) {
+            assert_eq!(all, to_one, "{isa}: {x}");
+        }
+    }
+}

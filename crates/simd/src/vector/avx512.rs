@@ -147,6 +147,8 @@ impl Vector for F32x16 {
             F32x16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))));
         store_bf16(self: Self, p: *mut bf16) -> () =
             _mm256_storeu_si256(p.cast(), narrow(self));
+        store_bf16_normal(self: Self, p: *mut bf16) -> () =
+            _mm256_storeu_si256(p.cast(), transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0)));
         load_f16(p: *const f16) -> Self = F32x16(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast())));
         store_f16(self: Self, p: *mut f16) -> () =
             _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));

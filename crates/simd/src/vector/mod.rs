@@ -111,6 +111,15 @@ pub trait Vector:
     /// # Safety
     /// `p` is valid for writing 16 values.
     unsafe fn store_bf16(self, p: *mut bf16);
+    /// [`Vector::store_bf16`] where subnormal values may become zeros, which is cheaper on some tiers.
+    ///
+    /// # Safety
+    /// `p` is valid for writing 16 values.
+    #[inline(always)]
+    unsafe fn store_bf16_normal(self, p: *mut bf16) {
+        // SAFETY: promised by the caller.
+        unsafe { self.store_bf16(p) }
+    }
     /// Reads 16 f16 values, exactly widened (a signalling NaN is quieted).
     ///
     /// # Safety
