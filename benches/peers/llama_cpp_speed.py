@@ -69,12 +69,15 @@ for _ in range(options.n + 1):  # the first warms up
     start = time.perf_counter()
     prompt(options.p)
     prefill.append(options.p / (time.perf_counter() - start))
-    if depth != options.p or options.batch > 1:
-        L.llama_memory_clear(memory, True)
-        for sequence in range(options.batch):
-            prompt(depth, sequence)
+if depth != options.p or options.batch > 1:
+    L.llama_memory_clear(memory, True)
+    for sequence in range(options.batch):
+        prompt(depth, sequence)
+for _ in range(options.n + 1):
     start = time.perf_counter()
     for i in range(options.g):
         decode([(100 + i + sequence, depth + i, sequence) for sequence in range(options.batch)])
     generation.append(options.g * options.batch / (time.perf_counter() - start))
+    for sequence in range(options.batch):
+        assert L.llama_memory_seq_rm(memory, sequence, depth, -1)
 results(prompt_tps=statistics.median(prefill[1:]), generation_tps=statistics.median(generation[1:]))

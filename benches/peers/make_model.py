@@ -1,6 +1,6 @@
 """Folders with random weights in the shapes of real models, as Hugging Face saves them, with a tokenizer trained on Python's own sources.
 
-usage: make_model.py FOLDER NAME…      names: qwen3-0.6b, llama-1b, lfm2-1.2b, llama-8b, tiny"""
+usage: make_model.py FOLDER NAME…      names: qwen3-0.6b, llama-1b, lfm2-1.2b, tiny (llama-8b: see make_quantized.py)"""
 import glob, json, os, sys
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,7 +13,6 @@ CONFIGS = {
     "qwen3-0.6b": dict(COMMON, model_type="qwen3", hidden_size=1024, num_hidden_layers=28, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
                        rms_norm_eps=1e-6, vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6),
     "llama-1b": dict(LLAMA, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, head_dim=64),
-    "llama-8b": dict(LLAMA, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, head_dim=128, tie_word_embeddings=False),
     "tiny": dict(COMMON, model_type="llama", hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4, num_key_value_heads=4, head_dim=64,
                  rms_norm_eps=1e-5, vocab_size=8192, max_position_embeddings=2048, rope_theta=10000.0, mlp_bias=False),
     "lfm2-1.2b": dict(model_type="lfm2", vocab_size=65536, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=128000,

@@ -1,18 +1,22 @@
 //! How cost grows: decoding against depth, prompts against length, training steps against length and batch, opening
 //! against file size. Each is a plot with the measured points.
 //!
-//! A point can take minutes, and points may be measured on different occasions: those of earlier runs stay in
-//! growth.json until they are measured again, and the plots show all.
+//! A point can take minutes, and points may be measured on different occasions: each is saved as soon as it is
+//! there, with its date and the bandwidth that was measured beside it, and stays until it is measured again. The
+//! plots show all.
+
+mod curve;
+mod series;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
-use plotters::prelude::*;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::table::median;
+use curve::{Curve, Point};
+use series::{Models, Series};
 
 /// Measures how cost grows.
 #[derive(Args)]
@@ -29,260 +33,172 @@ pub struct Growth {
     /// The program
     #[arg(long, default_value = "target/release/mica")]
     mica: PathBuf,
-    /// Largest depth and prompt
-    #[arg(long, default_value_t = 32768)]
-    longest: usize,
-    /// Repetitions; medians are shown
-    #[arg(long, default_value_t = 3)]
-    runs: usize,
-    /// Only the plots whose file name contains one of these
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Only these depths, lengths or batches
-    #[arg(long, value_delimiter = ',', value_name = "N,N")]
+    /// Repetitions of each point behind a warm-up; medians are shown
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    runs: u64,
+    /// Only these series
+    #[arg(long, value_delimiter = ',', value_name = "SERIES", value_enum)]
+    only: Vec<Series>,
+    /// These depths, lengths or batches, in place of the series' own
+    #[arg(long, value_delimiter = ',', value_name = "N,N", requires = "only")]
     at: Vec<usize>,
     /// Measure nothing: draw the points of earlier runs
     #[arg(long)]
     draw: bool,
-    /// Where plots and points are written
+    /// Where plots and points are written; points that another machine or model has left there give way
     #[arg(long, value_name = "FOLDER", default_value = "docs/performance")]
     output: PathBuf,
 }
 
-/// A curve: what is on its axes, and its points.
-struct Curve {
-    file: String,
-    title: String,
-    x: String,
-    y: String,
-    points: Vec<(f64, f64)>,
-}
-
 impl Growth {
     pub fn run(self) -> anyhow::Result<()> {
-        ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
         std::fs::create_dir_all(&self.output)?;
-        let mut known = self.read()?;
-        let curves = if self.draw { Vec::new() } else { self.curves()? };
-        for mut curve in curves {
-            if let Some(earlier) = known.get(&curve.file) {
-                curve.keep(Curve::of(&curve.file, earlier)?.points);
-            }
-            known.insert(curve.file.clone(), curve.json());
-        }
-        for (file, curve) in &known {
-            let path = self.output.join(format!("{file}.svg"));
-            Curve::of(file, curve)?.draw(&path)?;
+        let mut curves = read(&self.output)?;
+        let failures = if self.draw { Vec::new() } else { self.measure(&mut curves)? };
+        for curve in &curves {
+            let path = self.output.join(format!("{}.svg", curve.file));
+            curve.draw(&path)?;
             println!("{}", path.display());
         }
-        let path = self.output.join("growth.json");
-        std::fs::write(&path, format!("{:#}\n", Value::Object(known)))?;
-        println!("{}", path.display());
+        println!("{}", write(&self.output, &curves)?.display());
+        ensure!(failures.is_empty(), "what failed:\n{}", failures.join("\n"));
         Ok(())
     }
 
-    /// The points of earlier runs, of which some plots may be made again.
-    fn read(&self) -> anyhow::Result<serde_json::Map<String, Value>> {
-        let path = self.output.join("growth.json");
-        if !path.exists() {
-            return Ok(serde_json::Map::new());
-        }
-        let text = std::fs::read_to_string(&path)?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("{} is not what this task writes", path.display()))
-    }
-
-    fn curves(&self) -> anyhow::Result<Vec<Curve>> {
-        let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().to_string();
-        let (small, large) = (name(&self.quantized), name(&self.float));
-        let doubling = |from: usize, to: usize| {
-            std::iter::successors(Some(from), |n| Some(n * 2))
-                .take_while(move |&n| n <= to)
-                .filter(|n| self.at.is_empty() || self.at.contains(n))
+    /// Puts new points into the curves, and says which failed.
+    fn measure(&self, curves: &mut Vec<Curve>) -> anyhow::Result<Vec<String>> {
+        ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
+        let models = Models {
+            mica: &self.mica,
+            quantized: &self.quantized,
+            float: &self.float,
+            open: &self.open,
+            runs: self.runs as usize,
         };
-        let mut curves = Vec::new();
-        let wanted = |file: &str| self.only.is_empty() || self.only.iter().any(|part| file.contains(part));
-        if wanted("decode") {
-            let point = |depth: usize| {
-                let said = self.median(
-                    &format!("bench -p 1 --depth {depth} -g 16 -n 1 --json --model"),
-                    &self.quantized,
-                    "generation_tps",
-                )?;
-                Ok((depth as f64, 1e3 / said))
-            };
-            let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
-            curves.push(Curve {
-                file: "decode".into(),
-                title: format!("{small}: time of a token"),
-                x: "tokens before it".into(),
-                y: "ms".into(),
-                points,
-            });
+        let chosen = if self.only.is_empty() { &Series::ALL } else { self.only.as_slice() };
+        let without = chosen.iter().find(|series| series.places().is_none());
+        if let (Some(series), false) = (without, self.at.is_empty()) {
+            bail!("--at has no meaning for {}: --open chooses models", series.file());
         }
-        if wanted("prefill") {
-            let point = |length: usize| {
-                let said = self.median(
-                    &format!("bench -p {length} -g 1 -n 1 --json --model"),
-                    &self.quantized,
-                    "ttft_s",
-                )?;
-                Ok((length as f64, said))
+        let mut failures = Vec::new();
+        for &series in chosen {
+            let places = match series.places() {
+                Some(places) if self.at.is_empty() => places.to_vec(),
+                Some(_) => self.at.clone(),
+                None => (0..models.to_open().len()).collect(),
             };
-            let points = doubling(128, self.longest).map(point).collect::<anyhow::Result<_>>()?;
-            curves.push(Curve {
-                file: "prefill".into(),
-                title: format!("{small}: time to read a prompt"),
-                x: "tokens".into(),
-                y: "s".into(),
-                points,
-            });
-        }
-        let train =
-            "bench --train --fine-tune-type lora --num-layers 16 --lora-keys q_proj,v_proj --steps 2 --json";
-        if wanted("train-length") {
-            let point = |length: usize| {
-                Ok((
-                    length as f64,
-                    self.median(&format!("{train} --seq {length} --model"), &self.float, "step_s")?,
-                ))
-            };
-            let points = doubling(128, 2048.min(self.longest)).map(point).collect::<anyhow::Result<_>>()?;
-            curves.push(Curve {
-                file: "train-length".into(),
-                title: format!("{large}: LoRA step of one row"),
-                x: "tokens of the row".into(),
-                y: "s".into(),
-                points,
-            });
-        }
-        if wanted("train-batch") {
-            let point = |batch: usize| {
-                Ok((
-                    batch as f64,
-                    self.median(
-                        &format!("{train} --seq 128 --batch {batch} --model"),
-                        &self.float,
-                        "step_s",
-                    )?,
-                ))
-            };
-            let points = doubling(1, 16).map(point).collect::<anyhow::Result<_>>()?;
-            curves.push(Curve {
-                file: "train-batch".into(),
-                title: format!("{large}: LoRA step of rows of 128 tokens"),
-                x: "rows".into(),
-                y: "s".into(),
-                points,
-            });
-        }
-        if wanted("load") {
-            let mut points = Vec::new();
-            for model in [&self.quantized, &self.float].into_iter().chain(&self.open) {
-                let bytes: u64 = std::fs::read_dir(model)?
-                    .filter_map(|entry| entry.ok())
-                    .filter(|entry| entry.path().extension().is_some_and(|ending| ending == "safetensors"))
-                    .filter_map(|entry| std::fs::metadata(entry.path()).ok())
-                    .map(|data| data.len())
-                    .sum();
-                points.push((
-                    bytes as f64 / 1e9,
-                    self.median("bench -p 1 -g 1 -n 1 --json --model", model, "load_s")?,
-                ));
+            for place in places {
+                let begun = Instant::now();
+                let measured = models.measure(series, place);
+                let seconds = begun.elapsed().as_secs_f64();
+                match measured {
+                    Ok((machine, point)) => {
+                        let Point { at, figure, .. } = point;
+                        let read = point.read_gbs.unwrap_or(f64::NAN);
+                        let curve = series.curve(&models, machine);
+                        let (file, unit) = (curve.file.clone(), curve.y.clone());
+                        eprintln!(
+                            "{file} at {at}: {figure:.4} {unit}, {read:.1} GB/s read, took {seconds:.0} s"
+                        );
+                        merge(curves, curve, point);
+                        write(&self.output, curves)?;
+                    }
+                    Err(error) => {
+                        let failure = format!("{} at {place}: {error:#}", series.file());
+                        eprintln!("{failure}");
+                        failures.push(failure);
+                    }
+                }
             }
-            points.sort_by(|a, b| a.0.total_cmp(&b.0));
-            curves.push(Curve {
-                file: "load".into(),
-                title: "Time to open a model (file in the system's cache)".into(),
-                x: "GB".into(),
-                y: "s".into(),
-                points,
-            });
         }
-        Ok(curves)
-    }
-
-    /// The median of a field over runs of the program.
-    fn median(&self, words: &str, model: &Path, field: &str) -> anyhow::Result<f64> {
-        let mut figures = Vec::new();
-        for _ in 0..self.runs {
-            let output = Command::new(&self.mica).args(words.split_whitespace()).arg(model).output()?;
-            ensure!(
-                output.status.success(),
-                "mica {words} {}: {}",
-                model.display(),
-                String::from_utf8_lossy(&output.stderr)
-            );
-            let said: Value = serde_json::from_slice(&output.stdout)?;
-            figures.push(said[field].as_f64().with_context(|| format!("no {field} in {said}"))?);
-        }
-        let figure = median(figures);
-        eprintln!("mica {words} {}: {field} {figure:.4}", model.display());
-        Ok(figure)
+        Ok(failures)
     }
 }
 
-impl Curve {
-    /// As growth.json has it.
-    fn of(file: &str, value: &Value) -> anyhow::Result<Curve> {
-        let text = |field: &str| {
-            let text = value[field].as_str().map(str::to_string);
-            text.with_context(|| format!("growth.json: {file} has no {field}"))
-        };
-        let points = serde_json::from_value(value["points"].clone())
-            .with_context(|| format!("growth.json: points of {file}"))?;
-        Ok(Curve { file: file.into(), title: text("title")?, x: text("x")?, y: text("y")?, points })
-    }
+/// Puts a point into its curve. One that tells of another machine or model starts anew: its points would make a
+/// line with those of this one that says nothing.
+fn merge(curves: &mut Vec<Curve>, empty: Curve, point: Point) {
+    let at = match curves.iter().position(|curve| curve.file == empty.file) {
+        Some(at) if curves[at].machine == empty.machine && curves[at].title == empty.title => at,
+        Some(at) => {
+            eprintln!("{}: the points of {}, {}, give way", empty.file, curves[at].title, curves[at].machine);
+            curves[at] = empty;
+            at
+        }
+        None => {
+            curves.push(empty);
+            curves.len() - 1
+        }
+    };
+    curves[at].put(point);
+}
 
-    fn json(&self) -> Value {
-        json!({"title": self.title, "x": self.x, "y": self.y, "points": self.points})
-    }
+fn points_file(folder: &Path) -> PathBuf {
+    folder.join("growth.json")
+}
 
-    /// Takes the points of earlier runs where there is no new one.
-    fn keep(&mut self, earlier: Vec<(f64, f64)>) {
-        let new = std::mem::take(&mut self.points);
-        self.points = earlier.into_iter().filter(|old| new.iter().all(|point| point.0 != old.0)).collect();
-        self.points.extend(new);
-        self.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+/// The curves of earlier runs.
+fn read(folder: &Path) -> anyhow::Result<Vec<Curve>> {
+    let path = points_file(folder);
+    if !path.exists() {
+        return Ok(Vec::new());
     }
+    let text = std::fs::read_to_string(&path)?;
+    let known: serde_json::Map<String, Value> = serde_json::from_str(&text)?;
+    let curves = known.iter().map(|(file, value)| Curve::of(file, value));
+    curves
+        .collect::<anyhow::Result<_>>()
+        .with_context(|| format!("{} is not what this task writes", path.display()))
+}
 
-    /// A line through the points, both axes from zero.
-    fn draw(&self, path: &Path) -> anyhow::Result<()> {
-        let largest = |of: fn(&(f64, f64)) -> f64| self.points.iter().map(of).fold(0.0, f64::max) * 1.05;
-        let area = SVGBackend::new(path, (720, 400)).into_drawing_area();
-        area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(&self.title, ("sans-serif", 18))
-            .margin(16)
-            .x_label_area_size(40)
-            .y_label_area_size(60)
-            .build_cartesian_2d(0.0..largest(|point| point.0), 0.0..largest(|point| point.1))?;
-        chart
-            .configure_mesh()
-            .x_desc(self.x.as_str())
-            .y_desc(self.y.as_str())
-            .light_line_style(TRANSPARENT)
-            .draw()?;
-        chart.draw_series(LineSeries::new(self.points.iter().copied(), &BLUE))?;
-        chart.draw_series(self.points.iter().map(|&point| Circle::new(point, 3, BLUE.filled())))?;
-        area.present()?;
-        Ok(())
-    }
+fn write(folder: &Path, curves: &[Curve]) -> anyhow::Result<PathBuf> {
+    let path = points_file(folder);
+    let known: serde_json::Map<String, Value> =
+        curves.iter().map(|curve| (curve.file.clone(), curve.json())).collect();
+    std::fs::write(&path, format!("{:#}\n", Value::Object(known)))?;
+    Ok(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn curve(machine: &str, title: &str) -> Curve {
+        let [file, x, y] = ["a", "tokens", "s"].map(String::from);
+        Curve { file, title: title.into(), x, y, machine: machine.into(), points: Vec::new() }
+    }
+
+    fn point(at: f64, figure: f64) -> Point {
+        Point { at, figure, runs: 1, date: "today".into(), read_gbs: Some(25.0) }
+    }
+
     #[test]
-    fn new_points_replace_those_of_the_same_place() {
-        let points = vec![(2.0, 5.0), (8.0, 9.0)];
-        let (title, x, y) = ("t".to_string(), "tokens".to_string(), "s".to_string());
-        let mut curve = Curve { file: "a".into(), title, x, y, points };
-        curve.keep(vec![(1.0, 1.0), (2.0, 2.0), (4.0, 4.0)]);
-        assert_eq!(curve.points, [(1.0, 1.0), (2.0, 5.0), (4.0, 4.0), (8.0, 9.0)]);
-        let again = Curve::of("a", &curve.json()).unwrap();
-        assert_eq!((again.points, again.x), (curve.points, curve.x));
-        assert!(Curve::of("a", &json!({"title": "t", "x": "", "y": ""})).is_err());
+    fn new_points_replace_those_of_the_same_place_machine_and_model() {
+        let mut curves = Vec::new();
+        for (at, figure) in [(8.0, 9.0), (1.0, 1.0), (2.0, 2.0), (2.0, 5.0)] {
+            merge(&mut curves, curve("m", "t"), point(at, figure));
+        }
+        assert_eq!(curves.len(), 1);
+        assert_eq!(curves[0].points, [point(1.0, 1.0), point(2.0, 5.0), point(8.0, 9.0)]);
+        for (machine, title) in [("n", "t"), ("n", "u")] {
+            merge(&mut curves, curve(machine, title), point(4.0, 4.0));
+            assert_eq!(curves[0].points, [point(4.0, 4.0)], "{machine} {title}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = std::env::temp_dir().join(format!("growth-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        assert_eq!(read(&folder).unwrap(), []);
+        let mut curves = Vec::new();
+        merge(&mut curves, curve("m", "t"), point(2.5, 4.0));
+        merge(&mut curves, curve("m", "t"), Point { read_gbs: None, ..point(3.0, 5.0) });
+        let path = write(&folder, &curves).unwrap();
+        assert_eq!(read(&folder).unwrap(), curves);
+        std::fs::write(&path, r#"{"a": {"title": "t", "x": "", "y": "", "machine": "m"}}"#).unwrap();
+        let error = format!("{:#}", read(&folder).unwrap_err());
+        assert!(error.contains("a has no points"), "{error}");
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -52,6 +52,20 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// What a program prints, if anything.
+fn said(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_string()).filter(|text| !text.is_empty())
+}
+
+/// What the system calls the processor.
+pub fn processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name"));
+    let name = name.map(|name| name.trim_matches([' ', '\t', ':']).to_string());
+    name.or_else(|| said("sysctl", &["-n", "machdep.cpu.brand_string"]))
+}
+
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: mica {:.2} {}", self.name, self.mica, self.unit)?;
@@ -66,17 +80,8 @@ impl fmt::Display for Row {
 impl Table {
     /// An empty table with the facts of this machine.
     pub fn new(mica: &Path, threads: usize) -> anyhow::Result<Table> {
-        let said = |program: &str, arguments: &[&str]| -> Option<String> {
-            let output = Command::new(program).args(arguments).output().ok()?;
-            Some(String::from_utf8_lossy(&output.stdout).trim().to_string()).filter(|text| !text.is_empty())
-        };
-        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let cpu = cpu
-            .lines()
-            .find_map(|line| line.strip_prefix("model name"))
-            .map(|name| name.trim_matches([' ', '\t', ':']).to_string());
         let facts = [
-            ("processor", cpu.or_else(|| said("sysctl", &["-n", "machdep.cpu.brand_string"]))),
+            ("processor", processor()),
             ("cores", std::thread::available_parallelism().ok().map(|n| n.to_string())),
             ("threads used", Some(threads.to_string())),
             ("commit", said("git", &["rev-parse", "--short", "HEAD"])),
