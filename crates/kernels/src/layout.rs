@@ -124,17 +124,31 @@ macro_rules! by_size {
 }
 pub(crate) use by_size;
 
-/// Asks for bytes to be brought near; any address is fine.
+/// Asks for bytes to be brought into the second-level cache; any address is fine.
 #[inline(always)]
 pub(crate) fn prefetch(from: *const u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
     for at in (0..bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        prefetch_line::<false>(from.wrapping_add(at));
+    }
+}
+
+/// The same for one line, into the first-level cache if `NEAR`.
+#[inline(always)]
+pub(crate) fn prefetch_line<const NEAR: bool>(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
         // SAFETY: a prefetch touches nothing and cannot fault.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(at).cast()) };
+        unsafe {
+            if NEAR {
+                _mm_prefetch::<_MM_HINT_T0>(at.cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at.cast());
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, bytes);
+    let _ = at;
 }
 
 /// Copies elements `start .. start + count` of `linear` at `source` to `target`, densely.

@@ -20,6 +20,7 @@ use super::stage::{ROW_LANES, Staged};
 use super::tier::{PerTier, at_tier};
 use super::tile::{SUB, SUB_BYTES, TILE_ROWS, each_unit, unit, unpack_any};
 use super::weight::QuantWeight;
+use crate::layout::prefetch_line;
 
 /// The most rows that are multiplied in registers, without unpacking to memory: up to here also faster than AMX (by
 /// 1.2 to 1.4 times at 7 and 8 rows).
@@ -233,7 +234,7 @@ impl Gemv<'_> {
             let ahead = if STREAM { AHEAD } else { R * layout.tile };
             let ask = |from: *const u8| {
                 if row == 0 {
-                    L::prefetch::<STREAM>(from.wrapping_add(ahead));
+                    prefetch_line::<STREAM>(from.wrapping_add(ahead));
                 }
             };
             // Sums of few rows would be chains as long as their latency: they are cut in up to four.

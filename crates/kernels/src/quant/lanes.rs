@@ -29,10 +29,6 @@ pub(super) trait Lanes: Copy + 'static {
     /// 16 f32.
     type F: Copy;
 
-    /// Asks for what is there to be brought into the first-level cache (`NEAR`) or the second; any address will do.
-    #[inline(always)]
-    fn prefetch<const NEAR: bool>(_: *const u8) {}
-
     /// Reads 64 bytes.
     unsafe fn load(from: *const u8) -> Self::I;
     /// Writes 64 bytes.

@@ -76,17 +76,6 @@ impl Lanes for Avx2 {
     const MANY: bool = false;
 
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(at: *const u8) {
-        // SAFETY: a prefetch touches nothing and cannot fault.
-        unsafe {
-            if NEAR {
-                _mm_prefetch::<_MM_HINT_T0>(at.cast());
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(at.cast());
-            }
-        }
-    }
-    #[inline(always)]
     unsafe fn load(from: *const u8) -> I {
         // SAFETY: as above.
         unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }

@@ -29,17 +29,6 @@ impl Lanes for Avx512 {
     const MANY: bool = true;
 
     #[inline(always)]
-    fn prefetch<const NEAR: bool>(at: *const u8) {
-        // SAFETY: a prefetch touches nothing and cannot fault.
-        unsafe {
-            if NEAR {
-                _mm_prefetch::<_MM_HINT_T0>(at.cast());
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(at.cast());
-            }
-        }
-    }
-    #[inline(always)]
     unsafe fn load(from: *const u8) -> __m512i {
         // SAFETY: as above.
         unsafe { _mm512_loadu_si512(from.cast()) }
