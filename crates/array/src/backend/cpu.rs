@@ -22,7 +22,7 @@ use mica_threads::{Pool, Task};
 use super::{Backend, HostView, Operand, Step, StepRef};
 use crate::op::Op;
 use crate::storage::Buffer;
-use crate::{Error, Result, memory, profile};
+use crate::{Dtype, Error, Result, memory, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
@@ -312,4 +312,10 @@ fn wanted(step: &Step, index: usize) -> Option<mica_kernels::DynViewMut> {
         Operand::Host(view) => Some(view.view_mut()),
         _ => None,
     }
+}
+
+/// A dense view of memory that is not an operand.
+fn dense(pointer: *mut u8, shape: &[usize], dtype: Dtype) -> HostView {
+    let strides = mica_kernels::view::contiguous_strides(shape);
+    HostView { pointer, shape: shape.into(), strides: strides.as_slice().into(), dtype }
 }

@@ -128,12 +128,12 @@ impl Product {
         let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
         let b_limit = if micro.tile_rows.is_some() { B_LIMIT_TILES } else { B_LIMIT };
         let mut cut = Cut::new(&micro, in_place, strided, fine, batches, m, n, k);
-        if strided && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
+        if !in_place && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
             cut.across(&micro, batches, m, n);
         }
         Product {
             a_shared: m > FEW_ROWS && n > cut.nc,
-            b_shared: strided && m > cut.mc && b_bytes <= b_limit,
+            b_shared: !in_place && m > cut.mc && b_bytes <= b_limit,
             store: storer(isa),
             pack_a: PackA::new(isa, &a, micro.line, round),
             pack_b: PackB::new(isa, &b, panels_line, round),
@@ -190,6 +190,14 @@ impl Product {
         match &self.b {
             BSource::Strided(b) if b.batch.iter().any(|&stride| stride != 0) => self.batches(),
             _ => 1,
+        }
+    }
+
+    /// Where the matrix of a batch entry is; packed weights know it themselves.
+    fn b_base(&self, entry: usize) -> *const u8 {
+        match &self.b {
+            BSource::Strided(b) => b.at(entry, &self.batch),
+            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
         }
     }
 
@@ -314,10 +322,7 @@ impl Product {
             true => scratch.take::<u8>(panels * micro.line.panel_bytes(kc)).as_mut_ptr(),
             false => std::ptr::null_mut(),
         };
-        let b_base = match &self.b {
-            BSource::Strided(b) => b.at(entry, &self.batch) as *const u8,
-            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
-        };
+        let b_base = self.b_base(entry);
         let panels_in_place: *const u8 = match &self.b {
             BSource::Weight { tiles, .. } if self.in_place => {
                 tiles.pointer.wrapping_add(tiles.offset(n0 / 16, 0))
@@ -644,10 +649,7 @@ impl Task for Stage {
                 let groups = product.b_panels().div_ceil(most);
                 let (entry, first) = (chunk / groups, chunk % groups * most);
                 let panels = most.min(product.b_panels() - first);
-                let BSource::Strided(b) = &product.b else {
-                    unreachable!("only strided operands are packed by a task")
-                };
-                let base = b.at(entry, &product.batch);
+                let base = product.b_base(entry);
                 for k0 in (0..product.k).step_by(product.cut.kc) {
                     let k = product.cut.kc.min(product.k - k0);
                     let (at, stride) = product.b_place(entry, first, (k0, k));

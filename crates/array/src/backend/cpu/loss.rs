@@ -10,7 +10,7 @@ use mica_kernels::{DynViewMut, copy};
 use mica_simd::Isa;
 use mica_threads::Task;
 
-use super::Lowered;
+use super::{Lowered, dense};
 use super::products::{linear, product};
 use crate::backend::{HostView, Operand, Step};
 use crate::op::{CrossEntropySpec, Precision};
@@ -142,11 +142,6 @@ impl Head {
         }
         Ok(())
     }
-}
-
-fn dense(pointer: *mut u8, shape: &[usize], dtype: Dtype) -> HostView {
-    let strides = mica_kernels::view::contiguous_strides(shape);
-    HostView { pointer, shape: shape.into(), strides: strides.as_slice().into(), dtype }
 }
 
 /// Some rows of a view.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mica_kernels::gemm::{self, FloatView, FloatViewMut, FloatWeight, Gemm, GemmSpec};
 use mica_kernels::quant::{self, Floats, QuantWeight};
-use mica_kernels::{View, ViewMut};
+use mica_kernels::{View, ViewMut, copy, index};
 use mica_simd::Isa;
 use mica_threads::{FnTask, Scratch, Task};
 
@@ -26,6 +26,7 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         }
         (Op::LinearCrossEntropy(spec), _) => super::loss::lower(step, spec),
         (Op::Matmul { precision }, _) => matmul(step, *precision),
+        (Op::Embedding, None) => plain_rows(step),
         (Op::Embedding, weight) if is(step.inputs[1].host()?, &[Dtype::U32, Dtype::I32]) => {
             let (ids, out) = (step.inputs[1].host()?, step.outputs[0].host()?);
             match weight {
@@ -293,6 +294,25 @@ fn product_f64(a: &HostView, b: &HostView, out: &HostView) -> Result<Lowered> {
         tasks.push(Box::new(gemm::MatmulTask::<f64>::new(a, b, o)?));
     }
     Ok(Lowered::Tasks(tasks))
+}
+
+/// Rows of a plain weight: taken as they are, then made what the output is.
+fn plain_rows(step: &Step) -> Result<Lowered> {
+    let (weight, ids, out) = (step.inputs[0].host()?, step.inputs[1].host()?, step.outputs[0].host()?);
+    if weight.dtype == out.dtype {
+        return Ok(index::take(weight.view(), 0, ids.view(), out.view_mut())?.into());
+    }
+    let [count, width] = rows(out);
+    let (weight, ids, out) = (weight.clone(), ids.clone(), out.clone());
+    Ok(Lowered::WithWorkspace(
+        count * width * weight.dtype.size(),
+        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
+            let taken = super::dense(workspace, &out.shape, weight.dtype);
+            list.push(index::take(weight.view(), 0, ids.view(), taken.view_mut())?);
+            list.push(copy::copy(taken.view(), out.view_mut())?);
+            Ok(())
+        }),
+    ))
 }
 
 /// Rows of a packed weight by ids that are known only when the task runs.
