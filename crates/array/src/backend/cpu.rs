@@ -14,6 +14,7 @@ mod loss;
 mod products;
 mod strided;
 
+use std::ops::Range;
 use std::time::Instant;
 
 use mica_kernels::elementwise::Dense;
@@ -318,4 +319,13 @@ fn wanted(step: &Step, index: usize) -> Option<mica_kernels::DynViewMut> {
 fn dense(pointer: *mut u8, shape: &[usize], dtype: Dtype) -> HostView {
     let strides = mica_kernels::view::contiguous_strides(shape);
     HostView { pointer, shape: shape.into(), strides: strides.as_slice().into(), dtype }
+}
+
+/// Some rows of a view.
+fn rows_of(view: &HostView, rows: Range<usize>) -> HostView {
+    let mut part = view.clone();
+    part.pointer =
+        view.pointer.wrapping_offset(rows.start as isize * view.strides[0] * view.dtype.size() as isize);
+    part.shape[0] = rows.len();
+    part
 }

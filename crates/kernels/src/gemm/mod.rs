@@ -42,6 +42,7 @@ pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};
 
 pub(crate) use self::pack::{PanelForm, PanelRange, PanelSource};
+pub(crate) use self::weight::check_part;
 
 use self::pack::BSource;
 use self::product::{Product, Request};
