@@ -131,12 +131,7 @@ struct Labels {
 }
 
 impl Labels {
-    fn new(
-        name: &'static str,
-        targets: Targets,
-        rows: usize,
-        size: usize,
-    ) -> Result<Labels, KernelError> {
+    fn new(name: &'static str, targets: Targets, rows: usize, size: usize) -> Result<Labels, KernelError> {
         let view = targets.labels;
         check_shape(name, "labels", &view.shape, &[rows])?;
         if !matches!(view.dtype, Dtype::I32 | Dtype::U32 | Dtype::I64) {
@@ -271,7 +266,8 @@ impl Kernel for Chunk<'_> {
                     for at in (0..width).step_by(VOCABULARY_TILE) {
                         let tile = &mut buffer[..VOCABULARY_TILE.min(width - at)];
                         task.logits.load_from::<V>(row, at, tile);
-                        state = state.fold::<V>(&task.labels, tile, label.map(|label| label.wrapping_sub(at)));
+                        state =
+                            state.fold::<V>(&task.labels, tile, label.map(|label| label.wrapping_sub(at)));
                     }
                 }
                 let total = state.finish::<V>(row, label, &task.loss, &task.lse);

@@ -22,6 +22,7 @@ pub(crate) mod block;
 mod generic;
 mod micro;
 mod pack;
+mod pairs;
 mod product;
 mod read;
 mod scalar;

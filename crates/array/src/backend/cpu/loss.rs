@@ -9,9 +9,7 @@
 //! place; dh = dlogits · w; dw += dlogitsᵀ · h. Rows do not depend on the cut, nor losses on the way.
 
 use mica_kernels::cross_entropy::stream::{self, FinishArgs, FoldArgs, FoldGradient, STATE};
-use mica_kernels::cross_entropy::{
-    CrossEntropyArgs, GradientScale, Targets, VOCABULARY_TILE, cross_entropy,
-};
+use mica_kernels::cross_entropy::{CrossEntropyArgs, GradientScale, Targets, VOCABULARY_TILE, cross_entropy};
 use mica_kernels::elementwise::{UnaryOp, unary};
 use mica_kernels::reduce::{ReduceOp, reduce};
 use mica_kernels::{DynViewMut, copy};
@@ -198,10 +196,8 @@ impl Head {
             let logits = dense(places.logits, &[count, entries.len()], Dtype::F32);
             add(linear_part(&hidden, tile.clone(), &logits, self.precision, false, false)?)?;
             let factors = self.in_place(&logits);
-            let gradient = sums.as_ref().map(|sums| FoldGradient {
-                factors: factors.view_mut(),
-                sums: sums.view_mut(),
-            });
+            let gradient =
+                sums.as_ref().map(|sums| FoldGradient { factors: factors.view_mut(), sums: sums.view_mut() });
             let args = FoldArgs {
                 logits: logits.view(),
                 first: entry,
