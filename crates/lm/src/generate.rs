@@ -307,5 +307,9 @@ pub fn advance(
     cache.advance(tokens.len());
     let last = hidden.narrow(1, tokens.len() - 1, tokens.len())?;
     let logits = last.linear(model.head(), None, precision)?;
+    // The cache first: what a layer attended goes with it, in the order of the layers.
+    let mut roots = cache.pending();
+    roots.push(logits.clone());
+    eval(&roots)?;
     Ok(logits.to_vec::<f32>()?)
 }
