@@ -171,7 +171,9 @@ impl Backend for Cpu {
         match op {
             Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
             Op::Fused(region) => region.may_alias(input, output),
-            Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
+            Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax | Op::PagedAttention(_) => {
+                input == 0 && output == 0
+            }
             Op::SliceUpdate { .. } | Op::Scatter { .. } | Op::ScatterAlong { .. } => {
                 input == 0 && output == 0
             }
