@@ -84,7 +84,7 @@ struct Head {
 struct Places {
     /// `[rows]`.
     losses: HostView,
-    /// Room for `block_rows` by `entries`.
+    /// Room for `block_rows` rows.
     logits: *mut u8,
     /// `[block rows, 3]`, if tiles pass by.
     state: *mut u8,
@@ -132,7 +132,7 @@ impl Head {
             start
         };
         let losses = dense(take(self.rows()), &[self.rows()], Dtype::F32);
-        let logits = take(block * self.entries());
+        let logits = take(block * self.row_step());
         let state = take(if self.streams() { block * STATE } else { 0 });
         let learns = self.streams() && self.dhidden.is_some();
         let of_labels = take(if learns { block * self.width() } else { 0 });
@@ -167,6 +167,18 @@ impl Head {
         Targets { labels, ignore: i64::MIN, soft_cap: self.softcap }
     }
 
+    /// From one row of logits to the next: an odd number of cache lines, so that a column of a block does not fall into
+    /// one set of a cache.
+    fn row_step(&self) -> usize {
+        self.entries().next_multiple_of(32) + 16
+    }
+
+    fn logits(&self, places: &Places, rows: usize, entries: usize) -> HostView {
+        let mut logits = dense(places.logits, &[rows, entries], Dtype::F32);
+        logits.strides[0] = self.row_step() as isize;
+        logits
+    }
+
     /// What logits become for the next product: its operand, in their own place.
     fn in_place(&self, logits: &HostView) -> HostView {
         if self.precision == Precision::Exact {
@@ -193,7 +205,7 @@ impl Head {
         for entry in (0..self.vocabulary).step_by(VOCABULARY_TILE) {
             let entries = entry..self.vocabulary.min(entry + VOCABULARY_TILE);
             let tile = (&self.weight, entries.clone());
-            let logits = dense(places.logits, &[count, entries.len()], Dtype::F32);
+            let logits = self.logits(places, count, entries.len());
             add(linear_part(&hidden, tile.clone(), &logits, self.precision, false, false)?)?;
             let factors = self.in_place(&logits);
             let gradient =
@@ -236,7 +248,7 @@ impl Head {
         add: &mut impl FnMut(Lowered) -> Result<()>,
     ) -> Result<()> {
         let hidden = rows_of(&self.hidden, first..first + count);
-        let logits = dense(places.logits, &[count, self.vocabulary], Dtype::F32);
+        let logits = self.logits(places, count, self.vocabulary);
         let all = (&self.weight, 0..self.vocabulary);
         add(linear_part(&hidden, all.clone(), &logits, self.precision, false, false)?)?;
         let gradient = self.in_place(&logits);
