@@ -205,7 +205,8 @@ fn heads(bench: &Bench) {
                     let head = head.as_ref().unwrap_or_else(|| &x[1]);
                     Ok(vec![x[0].linear_cross_entropy(head, targets, spec)?.0])
                 };
-                let (_, gradients) = vjp(loss, learnt, &[Array::full(&[], 1.0, Dtype::F32)]).expect("gradients");
+                let (_, gradients) =
+                    vjp(loss, learnt, &[Array::full(&[], 1.0, Dtype::F32)]).expect("gradients");
                 eval(&gradients).expect("the inputs are right");
             },
         );
@@ -225,21 +226,29 @@ fn attention(bench: &Bench) {
         key_start: false,
         precision: Precision::Bf16,
     };
-    let inputs = |length: usize| {
-        let kv = || normal(&[1, length, KV_HEADS, WIDTH], Dtype::F32);
-        [normal(&[1, length, HEADS, WIDTH], Dtype::F32), kv(), kv()]
+    let inputs = |batch: usize, length: usize, [heads, kv_heads, width]: [usize; 3]| {
+        let kv = || normal(&[batch, length, kv_heads, width], Dtype::F32);
+        [normal(&[batch, length, heads, width], Dtype::F32), kv(), kv()]
     };
-    for length in [512, 2048, 4096] {
+    const LARGE: [usize; 3] = [HEADS, KV_HEADS, WIDTH];
+    // The last is that of a tiny model.
+    for (batch, length, heads) in
+        [(1, 512, LARGE), (1, 1024, LARGE), (1, 2048, LARGE), (1, 4096, LARGE), (16, 512, [4, 4, 64])]
+    {
+        let name = match heads {
+            LARGE => format!("attention over {length}"),
+            _ => format!("attention over {length}, {batch} rows, {heads:?}"),
+        };
         bench.line(
-            &format!("attention over {length}"),
+            &name,
             "attention",
-            || inputs(length),
+            || inputs(batch, length, heads),
             |[q, k, v]| evaluate(q.attention(k, v, None, spec.clone())),
         );
         bench.line(
-            &format!("attention over {length}, backward"),
+            &format!("{name}, backward"),
             "attention_vjp",
-            || inputs(length),
+            || inputs(batch, length, heads),
             |inputs| {
                 let seed = inputs[0].clone();
                 let function = |x: &[Array]| Ok(vec![x[0].attention(&x[1], &x[2], None, spec.clone())?]);

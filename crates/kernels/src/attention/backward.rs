@@ -3,15 +3,16 @@
 //! With P = exp(S - lse), D = rowsum(dO∘O) and dS = P∘(dO·Vᵀ - D)·scale:
 //! dV = Pᵀ·dO, dK = dSᵀ·Q, dQ = dS·K (Dao 2023, algorithm 2).
 //!
-//! One chunk is one KV head of one sequence with all heads of its group inside, so sums over
-//! queries need no atomics and have one order: blocks of [`ROWS`] (query, head) rows ascending; in
-//! each, key blocks ascending. dK and dV are summed transposed (dimensions × keys), because then
+//! One chunk is one KV head of one sequence with all heads of its group inside, so sums need no
+//! atomics and have one order: a key's over blocks of [`ROWS`] (query, head) rows ascending, a
+//! query's over key blocks ascending. A key block stays in the second-level cache, panels and sums,
+//! while the rows pass by. dK and dV are summed transposed (dimensions × keys), because then
 //! P and dS are written as panels with pairs along rows, straight from the registers in which they
 //! were computed, and nothing large is transposed.
 
 use std::marker::PhantomData;
 
-use mica_simd::{Element, Isa, Kernel, Vector, dispatch, math};
+use mica_simd::{Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
 use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles};
@@ -25,8 +26,8 @@ use crate::error::KernelError;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
 
-/// Rows that go through the key blocks together: their products with a block stay in the second
-/// cache beside the block (measured on 2 MB; 1 MB holds them too).
+/// Rows that meet a key block together: their products with it stay in the second-level cache beside
+/// the block (measured on 2 MB; 1 MB holds them too).
 const ROWS: usize = 64;
 /// Values between rows of products: see the forward pass.
 const STRIDE: usize = BLOCK + TILE;
@@ -221,17 +222,65 @@ struct Unit<'a, P> {
     kind: PhantomData<P>,
 }
 
-/// The keys and values of a unit as panels, and the sums of their gradients.
-struct Blocks<'a, P: Products> {
-    /// Per block: keys as lanes, pairs along dimensions.
+/// What belongs to the rows of a unit, (query, head) by (query, head).
+struct Rows<'a, P: Products> {
+    total: usize,
+    /// As operands, 2 · pairs values a row.
+    q: &'a mut [P::Operand],
+    dout: &'a mut [P::Operand],
+    lse: &'a mut [f32],
+    /// rowsum(dO∘O).
+    dsum: &'a mut [f32],
+    /// The keys that a row sees: first and past the last.
+    ranges: &'a mut [usize],
+    /// The sums of the gradients of the queries.
+    dq: &'a mut [f32],
+}
+
+/// The keys and values of a block as panels, and the sums of their gradients.
+struct Keys<'a, P: Products> {
+    /// Keys as lanes, pairs along dimensions.
     keys: &'a mut [P::Stored],
-    /// Per block: values the same way.
+    /// Values the same way.
     values: &'a mut [P::Stored],
-    /// Per block: dimensions as lanes, pairs along keys.
+    /// Dimensions as lanes, pairs along keys.
     across: &'a mut [P::Stored],
-    /// Per block: dimensions × [`STRIDE`] keys.
+    /// Dimensions × [`STRIDE`] keys.
     dk: &'a mut [f32],
     dv: &'a mut [f32],
+}
+
+/// What [`ROWS`] rows and a block make of each other.
+struct Meeting<'a, P: Products> {
+    q_turned: &'a mut [P::Operand],
+    dout_turned: &'a mut [P::Operand],
+    scores: &'a mut [f32],
+    dweights: &'a mut [f32],
+    slopes: &'a mut [f32],
+    ds: &'a mut [P::Operand],
+    weight_panels: &'a mut [P::Stored],
+    ds_panels: &'a mut [P::Stored],
+}
+
+/// Sizes that follow from those of a head.
+#[derive(Clone, Copy)]
+struct Widths {
+    keys: BlockShape,
+    /// Values have the shape of keys of their own dimension, and the other way round.
+    values: BlockShape,
+    /// Values of a row of queries, and of gradients of the output, as operands.
+    q: usize,
+    dout: usize,
+    /// Of a row of gradients of the queries.
+    dq: usize,
+}
+
+impl Widths {
+    fn new(keys: BlockShape) -> Widths {
+        let values = BlockShape { key_dim: keys.value_dim, value_dim: keys.key_dim };
+        let (q, dout) = (2 * keys.key_pairs(), 2 * values.key_pairs());
+        Widths { keys, values, q, dout, dq: keys.key_dim.next_multiple_of(TILE) }
+    }
 }
 
 impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
@@ -242,240 +291,48 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
         let (task, scratch) = (self.task, self.scratch);
         let (batch, kv_head) = (self.chunk / task.kv_heads, self.chunk % task.kv_heads);
         let BlockShape { key_dim, value_dim } = task.shape;
+        let widths = Widths::new(task.shape);
         let group = task.heads / task.kv_heads;
-        let blocks = task.keys.div_ceil(BLOCK);
-        // Values have the shape of keys of their own dimension, and the other way round.
-        let turned = BlockShape { key_dim: value_dim, value_dim: key_dim };
-        let (key_len, value_len) = (task.shape.key_len(), turned.key_len());
-        let across_len = turned.value_len();
-        let mut panels = Blocks::<P> {
-            keys: take::<P::Stored>(scratch, blocks * key_len),
-            values: take::<P::Stored>(scratch, blocks * value_len),
-            across: take::<P::Stored>(scratch, blocks * across_len),
-            dk: scratch.take::<f32>(blocks * key_dim * STRIDE),
-            dv: scratch.take::<f32>(blocks * value_dim * STRIDE),
-        };
-        panels.dk.fill(0.0);
-        panels.dv.fill(0.0);
-        pack::<V, P>(task, batch, kv_head, &mut panels, scratch);
-
-        let (key_pairs, value_pairs) = (task.shape.key_pairs(), turned.key_pairs());
-        let dq_width = key_dim.next_multiple_of(TILE);
-        // A block of rows: as operands, and transposed as operands.
-        let q = take::<P::Operand>(scratch, ROWS * 2 * key_pairs);
-        let dout = take::<P::Operand>(scratch, ROWS * 2 * value_pairs);
-        let q_turned = take::<P::Operand>(scratch, key_dim * ROWS);
-        let dout_turned = take::<P::Operand>(scratch, value_dim * ROWS);
-        let scores = scratch.take::<f32>(ROWS * STRIDE);
-        let dweights = scratch.take::<f32>(ROWS * STRIDE);
-        let slopes = scratch.take::<f32>(2 * BLOCK);
-        let ds = take::<P::Operand>(scratch, ROWS * OPERANDS);
-        let weight_panels = take::<P::Stored>(scratch, ROWS * BLOCK);
-        let ds_panels = take::<P::Stored>(scratch, ROWS * BLOCK);
-        let dq = scratch.take::<f32>(ROWS * dq_width);
-        let row = scratch.take::<f32>(2 * key_pairs.max(value_pairs));
-        let other = scratch.take::<f32>(value_dim);
         let dsinks = scratch.take::<f32>(group);
-        dsinks.fill(0.0);
-
-        let total = task.length * group;
-        for first in (0..total).step_by(ROWS) {
-            let count = ROWS.min(total - first);
-            let place = |i: usize| ((first + i) / group, kv_head * group + (first + i) % group);
-            let (mut ranges, mut lse, mut dsum) = ([(0, 0); ROWS], [0f32; ROWS], [0f32; ROWS]);
-            dq.fill(0.0);
-            for i in 0..count {
-                let (l, head) = place(i);
-                // SAFETY: places are inside the checked shapes; operands have their sizes.
-                unsafe {
-                    row.fill(0.0);
-                    task.q.load::<V>(batch, head, l, &mut row[..key_dim]);
-                    let to = q.as_mut_ptr().add(i * 2 * key_pairs);
-                    store_run::<V, P::Operand>(to, 1, &row[..2 * key_pairs]);
-                    row.fill(0.0);
-                    task.dout.load::<V>(batch, head, l, &mut row[..value_dim]);
-                    let to = dout.as_mut_ptr().add(i * 2 * value_pairs);
-                    store_run::<V, P::Operand>(to, 1, &row[..2 * value_pairs]);
-                    task.out.load::<V>(batch, head, l, other);
-                    task.lse.load::<V>(batch, head, l, &mut lse[i..i + 1]);
-                }
-                let mut sum = V::zero();
-                for (a, b) in row[..value_dim].chunks(TILE).zip(other.chunks(TILE)) {
-                    sum = V::from_slice(a, 0.0).mul_add(V::from_slice(b, 0.0), sum);
-                }
-                dsum[i] = sum.sum();
-                let position = task.keys as isize - task.length as isize + l as isize;
-                ranges[i] = task.rule.range(batch, l, position, task.keys);
-                if let Some(sink) = task.rule.sink(head) {
-                    let weight = math::exp(V::splat(sink - lse[i])).to_array()[0];
-                    let slot = &mut dsinks[(first + i) % group];
-                    *slot = (-weight).mul_add(dsum[i], *slot);
-                }
-            }
-            // SAFETY: the operands of `count` rows were just written; both turned sides have ROWS columns.
-            unsafe {
-                let (isa, q, dout) = (task.isa, q.as_ptr(), dout.as_ptr());
-                turn(isa, q, 2 * key_pairs, (count, key_dim), q_turned.as_mut_ptr(), ROWS);
-                turn(isa, dout, 2 * value_pairs, (count, value_dim), dout_turned.as_mut_ptr(), ROWS);
-            }
-            for block in 0..blocks {
-                let base = block * BLOCK;
-                let within = |(low, high): (usize, usize)| {
-                    (low.clamp(base, base + BLOCK) - base, high.clamp(base, base + BLOCK) - base)
-                };
-                let (mut low, mut high) = (BLOCK, 0);
-                for &range in &ranges[..count] {
-                    let (from, to) = within(range);
-                    if from < to {
-                        (low, high) = (low.min(from), high.max(to));
-                    }
-                }
-                if low >= high {
-                    continue;
-                }
-                let tiles = step_tiles(low, high);
-                // SAFETY: sizes as declared above; the tiles lie inside the block.
-                unsafe {
-                    product::<P>(
-                        task.isa,
-                        q.as_ptr(),
-                        2 * key_pairs,
-                        count,
-                        panels.keys.as_ptr().add(block * key_len),
-                        key_pairs * PAIR,
-                        tiles.clone(),
-                        0..key_pairs,
-                        scores.as_mut_ptr(),
-                        STRIDE,
-                        false,
-                    );
-                    product::<P>(
-                        task.isa,
-                        dout.as_ptr(),
-                        2 * value_pairs,
-                        count,
-                        panels.values.as_ptr().add(block * value_len),
-                        value_pairs * PAIR,
-                        tiles.clone(),
-                        0..value_pairs,
-                        dweights.as_mut_ptr(),
-                        STRIDE,
-                        false,
-                    );
-                }
-                for i in (0..count).step_by(2) {
-                    for j in i..(i + 2).min(count) {
-                        let (l, head) = place(j);
-                        let scores = &mut scores[j * STRIDE..][..BLOCK];
-                        if let Some(cap) = task.rule.soft_cap {
-                            let slopes = &mut slopes[(j - i) * BLOCK..][..BLOCK];
-                            for tile in tiles.clone() {
-                                let part = tile * TILE..(tile + 1) * TILE;
-                                let x = V::from_slice(&scores[part.clone()], 0.0) * V::splat(task.rule.scale);
-                                let t = math::tanh(x / V::splat(cap));
-                                t.neg_mul_add(t, V::splat(1.0)).to_slice(&mut slopes[part]);
-                            }
-                        }
-                        task.rule.scores::<V>(
-                            scores,
-                            tiles.clone(),
-                            within(ranges[j]),
-                            [batch, head, l, block],
-                        );
-                    }
-                    for tile in tiles.clone() {
-                        let at = tile * TILE;
-                        let (mut weight, mut gradient) = ([V::zero(); 2], [V::zero(); 2]);
-                        for j in 0..2.min(count - i) {
-                            let row = i + j;
-                            if lse[row] == f32::NEG_INFINITY {
-                                // SAFETY: the row has a place for each key of the block.
-                                unsafe {
-                                    P::Operand::store(V::zero(), ds.as_mut_ptr().add(row * OPERANDS + at))
-                                };
-                                continue;
-                            }
-                            let score = V::from_slice(&scores[row * STRIDE + at..][..TILE], 0.0);
-                            let up = V::from_slice(&dweights[row * STRIDE + at..][..TILE], 0.0);
-                            weight[j] = math::exp(score - V::splat(lse[row]));
-                            let mut value =
-                                weight[j] * (up - V::splat(dsum[row])) * V::splat(task.rule.scale);
-                            if task.rule.soft_cap.is_some() {
-                                value = value * V::from_slice(&slopes[j * BLOCK + at..][..TILE], 0.0);
-                            }
-                            gradient[j] = value;
-                            // SAFETY: as above.
-                            unsafe { P::Operand::store(value, ds.as_mut_ptr().add(row * OPERANDS + at)) };
-                        }
-                        // SAFETY: panels of ROWS / 2 pairs for 16 tiles.
-                        unsafe {
-                            let to = (tile * (ROWS / 2) + i / 2) * PAIR;
-                            P::store_pair(weight[0], weight[1], weight_panels.as_mut_ptr().add(to));
-                            P::store_pair(gradient[0], gradient[1], ds_panels.as_mut_ptr().add(to));
-                        }
-                    }
-                }
-                // SAFETY: sizes as declared above; panels and ds were written for the tiles and
-                // rows that are read.
-                unsafe {
-                    let pairs = 0..count.div_ceil(2);
-                    product::<P>(
-                        task.isa,
-                        dout_turned.as_ptr(),
-                        ROWS,
-                        value_dim,
-                        weight_panels.as_ptr(),
-                        ROWS / 2 * PAIR,
-                        tiles.clone(),
-                        pairs.clone(),
-                        panels.dv.as_mut_ptr().add(block * value_dim * STRIDE),
-                        STRIDE,
-                        true,
-                    );
-                    product::<P>(
-                        task.isa,
-                        q_turned.as_ptr(),
-                        ROWS,
-                        key_dim,
-                        ds_panels.as_ptr(),
-                        ROWS / 2 * PAIR,
-                        tiles.clone(),
-                        pairs,
-                        panels.dk.as_mut_ptr().add(block * key_dim * STRIDE),
-                        STRIDE,
-                        true,
-                    );
-                    product::<P>(
-                        task.isa,
-                        ds.as_ptr(),
-                        OPERANDS,
-                        count,
-                        panels.across.as_ptr().add(block * across_len),
-                        BLOCK * TILE,
-                        0..dq_width / TILE,
-                        tiles.start * TILE / 2..tiles.end * TILE / 2,
-                        dq.as_mut_ptr(),
-                        dq_width,
-                        true,
-                    );
-                }
-            }
-            for i in 0..count {
-                let (l, head) = place(i);
-                if let Some(to) = &task.dq {
-                    // SAFETY: the rows of this unit are written by this chunk alone.
-                    unsafe { to.store::<V>(batch, head, l, &dq[i * dq_width..][..key_dim]) };
-                }
-            }
-        }
-        for block in 0..blocks {
+        let mut rows = read_rows::<V, P>(task, (batch, kv_head), scratch, dsinks);
+        let mut keys = Keys::<P> {
+            keys: take::<P::Stored>(scratch, widths.keys.key_len()),
+            values: take::<P::Stored>(scratch, widths.values.key_len()),
+            across: take::<P::Stored>(scratch, widths.values.value_len()),
+            dk: scratch.take::<f32>(key_dim * STRIDE),
+            dv: scratch.take::<f32>(value_dim * STRIDE),
+        };
+        let mut meeting = Meeting::<P> {
+            q_turned: take::<P::Operand>(scratch, key_dim * ROWS),
+            dout_turned: take::<P::Operand>(scratch, value_dim * ROWS),
+            scores: scratch.take::<f32>(ROWS * STRIDE),
+            dweights: scratch.take::<f32>(ROWS * STRIDE),
+            slopes: scratch.take::<f32>(2 * BLOCK),
+            ds: take::<P::Operand>(scratch, ROWS * OPERANDS),
+            weight_panels: take::<P::Stored>(scratch, ROWS * BLOCK),
+            ds_panels: take::<P::Stored>(scratch, ROWS * BLOCK),
+        };
+        let turned = scratch.take::<f32>(TILE * key_dim.max(value_dim).next_multiple_of(TILE));
+        for block in 0..task.keys.div_ceil(BLOCK) {
             let positions = (block * BLOCK, (task.keys - block * BLOCK).min(BLOCK));
-            for (sums, to, dim) in [(&*panels.dk, &task.dk, key_dim), (&*panels.dv, &task.dv, value_dim)] {
+            keys.dk.fill(0.0);
+            keys.dv.fill(0.0);
+            pack::<V, P>(task, (batch, kv_head), positions, &mut keys, scratch);
+            for first in (0..rows.total).step_by(ROWS) {
+                meet::<V, P>(task, (batch, kv_head), block, first, &mut rows, &mut keys, &mut meeting);
+            }
+            for (sums, to, dim) in [(&*keys.dk, &task.dk, key_dim), (&*keys.dv, &task.dv, value_dim)] {
                 let Some(to) = to else { continue };
                 let part = to.part(batch, kv_head, positions, dim);
-                let sums = sums[block * dim * STRIDE..].as_ptr();
-                // SAFETY: as above; a block has `dim` rows of sums.
-                unsafe { Heads::store_turned::<V>(part, sums, STRIDE, task.isa, scratch) };
+                // SAFETY: the heads of this unit are written by this chunk alone; there are `dim` rows of sums.
+                unsafe { Heads::store_turned::<V>(part, sums.as_ptr(), STRIDE, task.isa, turned) };
+            }
+        }
+        if let Some(to) = &task.dq {
+            for (row, sums) in rows.dq.chunks(widths.dq).enumerate() {
+                let (l, head) = (row / group, kv_head * group + row % group);
+                // SAFETY: the rows of this unit are written by this chunk alone.
+                unsafe { to.store::<V>(batch, head, l, &sums[..key_dim]) };
             }
         }
         if let Some(workspace) = task.sinks {
@@ -487,30 +344,249 @@ impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
     }
 }
 
-/// Brings the keys and values of a unit into panels; keys past the end are zeros.
+/// How many rows ahead memory is asked for.
+const AHEAD: usize = 8;
+
+/// Brings the rows of a unit into the order in which they are used.
+#[inline(always)]
+fn read_rows<'a, V: Vector, P: Products>(
+    task: &Backward,
+    (batch, kv_head): (usize, usize),
+    scratch: &'a Scratch,
+    dsinks: &mut [f32],
+) -> Rows<'a, P> {
+    let BlockShape { key_dim, value_dim } = task.shape;
+    let widths = Widths::new(task.shape);
+    let group = task.heads / task.kv_heads;
+    let total = task.length * group;
+    let rows = Rows::<P> {
+        total,
+        q: take::<P::Operand>(scratch, total * widths.q),
+        dout: take::<P::Operand>(scratch, total * widths.dout),
+        lse: scratch.take::<f32>(total),
+        dsum: scratch.take::<f32>(total),
+        ranges: scratch.take::<usize>(2 * total),
+        dq: scratch.take::<f32>(total * widths.dq),
+    };
+    rows.dq.fill(0.0);
+    dsinks.fill(0.0);
+    let row = scratch.take::<f32>(widths.q.max(widths.dout));
+    let other = scratch.take::<f32>(value_dim);
+    let place = |row: usize| (row / group, kv_head * group + row % group);
+    for i in 0..total {
+        let (l, head) = place(i);
+        let (next, next_head) = place((i + AHEAD).min(total - 1));
+        for (array, dim) in [(&task.q, key_dim), (&task.dout, value_dim), (&task.out, value_dim)] {
+            array.heads.prefetch(batch as isize * array.batch, next_head, next, dim);
+        }
+        // SAFETY: places are inside the checked shapes; operands have their sizes.
+        unsafe {
+            row.fill(0.0);
+            task.q.load::<V>(batch, head, l, &mut row[..key_dim]);
+            store_run::<V, P::Operand>(rows.q.as_mut_ptr().add(i * widths.q), 1, &row[..widths.q]);
+            row.fill(0.0);
+            task.dout.load::<V>(batch, head, l, &mut row[..value_dim]);
+            store_run::<V, P::Operand>(rows.dout.as_mut_ptr().add(i * widths.dout), 1, &row[..widths.dout]);
+            task.out.load::<V>(batch, head, l, other);
+            task.lse.load::<V>(batch, head, l, &mut rows.lse[i..i + 1]);
+        }
+        let mut sum = V::zero();
+        for (a, b) in row[..value_dim].chunks(TILE).zip(other.chunks(TILE)) {
+            sum = V::from_slice(a, 0.0).mul_add(V::from_slice(b, 0.0), sum);
+        }
+        rows.dsum[i] = sum.sum();
+        let position = task.keys as isize - task.length as isize + l as isize;
+        let (low, high) = task.rule.range(batch, l, position, task.keys);
+        rows.ranges[2 * i..2 * i + 2].copy_from_slice(&[low, high]);
+        if let Some(sink) = task.rule.sink(head) {
+            let weight = math::exp(V::splat(sink - rows.lse[i])).to_array()[0];
+            let slot = &mut dsinks[i % group];
+            *slot = (-weight).mul_add(rows.dsum[i], *slot);
+        }
+    }
+    rows
+}
+
+/// Adds what [`ROWS`] rows from `first` on and the keys of a block are to each other's gradients.
+#[inline(always)]
+fn meet<V: Vector, P: Products<Operand = <P as Products>::Stored>>(
+    task: &Backward,
+    (batch, kv_head): (usize, usize),
+    block: usize,
+    first: usize,
+    rows: &mut Rows<P>,
+    keys: &mut Keys<P>,
+    meeting: &mut Meeting<P>,
+) {
+    let BlockShape { key_dim, value_dim } = task.shape;
+    let widths = Widths::new(task.shape);
+    let group = task.heads / task.kv_heads;
+    let count = ROWS.min(rows.total - first);
+    let base = block * BLOCK;
+    let ranges = &rows.ranges[2 * first..2 * (first + count)];
+    let within = |i: usize| {
+        let clamped = |key: usize| key.clamp(base, base + BLOCK) - base;
+        (clamped(ranges[2 * i]), clamped(ranges[2 * i + 1]))
+    };
+    let (mut low, mut high) = (BLOCK, 0);
+    for (from, to) in (0..count).map(within) {
+        if from < to {
+            (low, high) = (low.min(from), high.max(to));
+        }
+    }
+    if low >= high {
+        return;
+    }
+    let tiles = step_tiles(low, high);
+    let Meeting { q_turned, dout_turned, scores, dweights, slopes, ds, weight_panels, ds_panels } = meeting;
+    let (q, dout) = (rows.q[first * widths.q..].as_ptr(), rows.dout[first * widths.dout..].as_ptr());
+    // SAFETY: the operands of `count` rows are there; both turned sides have ROWS columns; the tiles lie inside the
+    // block.
+    unsafe {
+        turn(task.isa, q, widths.q, (count, key_dim), q_turned.as_mut_ptr(), ROWS);
+        turn(task.isa, dout, widths.dout, (count, value_dim), dout_turned.as_mut_ptr(), ROWS);
+        product::<P>(
+            task.isa,
+            q,
+            widths.q,
+            count,
+            keys.keys.as_ptr(),
+            widths.q / 2 * PAIR,
+            tiles.clone(),
+            0..widths.q / 2,
+            scores.as_mut_ptr(),
+            STRIDE,
+            false,
+        );
+        product::<P>(
+            task.isa,
+            dout,
+            widths.dout,
+            count,
+            keys.values.as_ptr(),
+            widths.dout / 2 * PAIR,
+            tiles.clone(),
+            0..widths.dout / 2,
+            dweights.as_mut_ptr(),
+            STRIDE,
+            false,
+        );
+    }
+    let (lse, dsum) = (&rows.lse[first..][..count], &rows.dsum[first..][..count]);
+    for i in (0..count).step_by(2) {
+        for j in i..(i + 2).min(count) {
+            let (l, head) = ((first + j) / group, kv_head * group + (first + j) % group);
+            let scores = &mut scores[j * STRIDE..][..BLOCK];
+            if let Some(cap) = task.rule.soft_cap {
+                let slopes = &mut slopes[(j - i) * BLOCK..][..BLOCK];
+                for tile in tiles.clone() {
+                    let part = tile * TILE..(tile + 1) * TILE;
+                    let x = V::from_slice(&scores[part.clone()], 0.0) * V::splat(task.rule.scale);
+                    let t = math::tanh(x / V::splat(cap));
+                    t.neg_mul_add(t, V::splat(1.0)).to_slice(&mut slopes[part]);
+                }
+            }
+            task.rule.scores::<V>(scores, tiles.clone(), within(j), [batch, head, l, block]);
+        }
+        let two = i + 1 < count;
+        let row = |j: usize| {
+            let row = i + if two { j } else { 0 };
+            // A row that sees nothing has scores of -∞, whose weights are zero beside any number.
+            let lse = if lse[row] == f32::NEG_INFINITY { 0.0 } else { lse[row] };
+            (row, V::splat(lse), V::splat(dsum[row]))
+        };
+        let rows = [row(0), row(1)];
+        let scale = V::splat(task.rule.scale);
+        for tile in tiles.clone() {
+            let at = tile * TILE;
+            let (mut weight, mut gradient) = ([V::zero(); 2], [V::zero(); 2]);
+            for (j, (row, lse, dsum)) in rows.into_iter().enumerate() {
+                if j == 1 && !two {
+                    continue;
+                }
+                // SAFETY: rows have a place for each key of the block.
+                unsafe {
+                    let place = row * STRIDE + at;
+                    let (score, up) =
+                        (V::load(scores.as_ptr().add(place)), V::load(dweights.as_ptr().add(place)));
+                    weight[j] = math::exp_to_one(score - lse);
+                    gradient[j] = weight[j] * (up - dsum) * scale;
+                    if task.rule.soft_cap.is_some() {
+                        gradient[j] = gradient[j] * V::load(slopes.as_ptr().add(j * BLOCK + at));
+                    }
+                    P::store_weight(gradient[j], ds.as_mut_ptr().add(row * OPERANDS + at));
+                }
+            }
+            // SAFETY: panels of ROWS / 2 pairs for 16 tiles.
+            unsafe {
+                let to = (tile * (ROWS / 2) + i / 2) * PAIR;
+                P::store_pair(weight[0], weight[1], weight_panels.as_mut_ptr().add(to));
+                P::store_pair(gradient[0], gradient[1], ds_panels.as_mut_ptr().add(to));
+            }
+        }
+    }
+    // SAFETY: panels and ds were written for the tiles and rows that are read; sums have their sizes.
+    unsafe {
+        let pairs = 0..count.div_ceil(2);
+        product::<P>(
+            task.isa,
+            dout_turned.as_ptr(),
+            ROWS,
+            value_dim,
+            weight_panels.as_ptr(),
+            ROWS / 2 * PAIR,
+            tiles.clone(),
+            pairs.clone(),
+            keys.dv.as_mut_ptr(),
+            STRIDE,
+            true,
+        );
+        product::<P>(
+            task.isa,
+            q_turned.as_ptr(),
+            ROWS,
+            key_dim,
+            ds_panels.as_ptr(),
+            ROWS / 2 * PAIR,
+            tiles.clone(),
+            pairs,
+            keys.dk.as_mut_ptr(),
+            STRIDE,
+            true,
+        );
+        product::<P>(
+            task.isa,
+            ds.as_ptr(),
+            OPERANDS,
+            count,
+            keys.across.as_ptr(),
+            BLOCK * TILE,
+            0..widths.dq / TILE,
+            tiles.start * TILE / 2..tiles.end * TILE / 2,
+            rows.dq[first * widths.dq..].as_mut_ptr(),
+            widths.dq,
+            true,
+        );
+    }
+}
+
+/// Brings the keys and values of a block into panels; keys past the end are zeros.
 #[inline(always)]
 fn pack<V: Vector, P: Products>(
     task: &Backward,
-    batch: usize,
-    kv_head: usize,
-    panels: &mut Blocks<P>,
+    (batch, kv_head): (usize, usize),
+    positions: (usize, usize),
+    panels: &mut Keys<P>,
     scratch: &Scratch,
 ) {
-    let BlockShape { key_dim, value_dim } = task.shape;
-    let turned = BlockShape { key_dim: value_dim, value_dim: key_dim };
-    for first in (0..task.keys).step_by(BLOCK) {
-        let (block, positions) = (first / BLOCK, (first, (task.keys - first).min(BLOCK)));
-        let keys = task.k.part(batch, kv_head, positions, key_dim);
-        let values = task.v.part(batch, kv_head, positions, value_dim);
-        // SAFETY: the positions are inside the arrays; panels have room for whole blocks.
-        unsafe {
-            let to = panels.keys.as_mut_ptr().add(block * task.shape.key_len());
-            keys.lanes::<V, P::Stored>(task.isa, BLOCK, task.shape.key_pairs(), to, scratch);
-            let to = panels.across.as_mut_ptr().add(block * turned.value_len());
-            keys.steps::<V, P::Stored>(task.isa, BLOCK, BLOCK / 2, to, scratch);
-            let to = panels.values.as_mut_ptr().add(block * turned.key_len());
-            values.lanes::<V, P::Stored>(task.isa, BLOCK, turned.key_pairs(), to, scratch);
-        }
+    let widths = Widths::new(task.shape);
+    let keys = task.k.part(batch, kv_head, positions, task.shape.key_dim);
+    let values = task.v.part(batch, kv_head, positions, task.shape.value_dim);
+    // SAFETY: the positions are inside the arrays; panels have room for a whole block.
+    unsafe {
+        keys.lanes::<V, P::Stored>(task.isa, BLOCK, widths.q / 2, panels.keys.as_mut_ptr(), scratch);
+        keys.steps::<V, P::Stored>(task.isa, BLOCK, BLOCK / 2, panels.across.as_mut_ptr(), scratch);
+        values.lanes::<V, P::Stored>(task.isa, BLOCK, widths.dout / 2, panels.values.as_mut_ptr(), scratch);
     }
 }
 

@@ -75,7 +75,8 @@ impl Heads {
         unsafe { store_any(V::ISA, self.dtype, self.pointer, at, self.strides[2], values) }
     }
 
-    /// Writes sums that lie turned: `sums[d * stride + position]` is value d of a position.
+    /// Writes sums that lie turned: `sums[d * stride + position]` is value d of a position. `rows` is
+    /// room for 16 rows of whole tiles.
     ///
     /// # Safety
     /// As for `store`, for `part`'s positions; the sums are there.
@@ -85,12 +86,11 @@ impl Heads {
         sums: *const f32,
         stride: usize,
         isa: Isa,
-        scratch: &Scratch,
+        rows: &mut [f32],
     ) {
         let Part { heads, base, head, position, count, dim } = part;
         let mover = block::mover(isa, block::From::F32, true, block::Into::F32);
         let width = dim.next_multiple_of(TILE);
-        let rows = scratch.take::<f32>(TILE * width);
         for first in (0..count).step_by(TILE) {
             let here = (count - first).min(TILE);
             for d in (0..dim).step_by(TILE) {

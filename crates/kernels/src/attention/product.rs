@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use mica_simd::{Element, Isa, Kernel, Vector, bf16_bits, dispatch};
+use mica_simd::{Element, Isa, Kernel, Vector, dispatch};
 
 use super::block::{PAIR, Stored};
 #[cfg(target_arch = "x86_64")]
@@ -37,7 +37,7 @@ pub(crate) trait Products: Send + Sync + 'static {
     unsafe fn splat<V: Vector>(p: *const Self::Operand) -> Self::Splat<V>;
     /// `sum + b[0]·a[0] + b[1]·a[1]`, in that order.
     fn step<V: Vector>(sum: V, b: Self::Pair<V>, a: Self::Splat<V>) -> V;
-    /// Writes the weights of a row's keys. Subnormal ones may become zeros, as which products of bf16 take them.
+    /// Writes what a row's keys count. Subnormal values may become zeros, as which products of bf16 take them.
     ///
     /// # Safety
     /// `p` is valid for 16 values.
@@ -46,7 +46,7 @@ pub(crate) trait Products: Send + Sync + 'static {
         // SAFETY: promised by the caller.
         unsafe { Self::Operand::store(weight, p) }
     }
-    /// Writes a pair: `low` is the first value of each lane.
+    /// Writes a pair: `low` is the first value of each lane. Subnormal values may become zeros.
     ///
     /// # Safety
     /// `p` is valid for 32 values.
@@ -147,9 +147,8 @@ impl Products for Halves {
     }
     #[inline(always)]
     unsafe fn store_pair<V: Vector>(low: V, high: V, p: *mut bf16) {
-        let pair = V::int_or(bf16_bits(low), V::int_shl(bf16_bits(high), 16));
         // SAFETY: promised by the caller.
-        unsafe { V::int_store(pair, p.cast()) }
+        unsafe { V::int_store(low.bf16_pairs_normal(high), p.cast()) }
     }
 }
 
@@ -260,6 +259,8 @@ impl<P: Products> Kernel for Body<P> {
                         r += rows;
                     } else if big && left >= 6 {
                         run!(6)
+                    } else if big && left >= 4 {
+                        run!(4)
                     } else if left >= 2 {
                         run!(2)
                     } else {

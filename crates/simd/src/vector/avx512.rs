@@ -92,6 +92,20 @@ fn narrow(x: F32x16) -> __m256i {
     }
 }
 
+/// Two vectors as one of pairs of bf16, subnormal numbers as zeros.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn pairs(low: F32x16, high: F32x16) -> __m512i {
+    #[rustfmt::skip]
+    let order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
+    );
+    // SAFETY: 32 values of 16 bits in either type.
+    let both = unsafe { transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high.0, low.0)) };
+    _mm512_permutexvar_epi16(order, both)
+}
+
 impl Vector for F32x16 {
     type Mask = __mmask16;
     type Int = __m512i;
@@ -110,6 +124,7 @@ impl Vector for F32x16 {
         floor(self: Self) -> Self = F32x16(_mm512_roundscale_ps::<0x09>(self.0));
         trunc(self: Self) -> Self = F32x16(_mm512_roundscale_ps::<0x0b>(self.0));
         bf16_bits(self: Self) -> Self::Int = _mm512_cvtepu16_epi32(narrow(self));
+        bf16_pairs_normal(self: Self, high: Self) -> Self::Int = pairs(self, high);
         scale_exp2(self: Self, n: Self) -> Self = F32x16(_mm512_scalef_ps(self.0, n.0));
         lt(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0);
         le(self: Self, other: Self) -> Self::Mask = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, other.0);

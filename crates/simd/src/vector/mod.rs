@@ -152,6 +152,12 @@ pub trait Vector:
     fn bf16_bits(self) -> Self::Int {
         bf16_bits_by_integers(self)
     }
+    /// Pairs of bf16: `self` in the lower halves of the lanes, `high` in the upper ones. Subnormal values may become
+    /// zeros, which is cheaper on some tiers.
+    #[inline(always)]
+    fn bf16_pairs_normal(self, high: Self) -> Self::Int {
+        Self::int_or(self.bf16_bits(), Self::int_shl(high.bf16_bits(), 16))
+    }
     /// `self * 2^n` rounded once (subnormals too), for integral `n` in [-252, 254].
     fn scale_exp2(self, n: Self) -> Self;
 
