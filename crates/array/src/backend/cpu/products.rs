@@ -135,20 +135,11 @@ fn quantized_linear(
         Precision::Fast => quant::Precision::Fast,
     };
     let weight = keep(weight);
-    let plan = if transposed {
+    Ok(Lowered::Product(if transposed {
         weight.plan_transposed(x, out, precision, quant::Epilogue::none(), Isa::get())?
     } else {
         weight.plan_forward(x, out, precision, quant::Epilogue::none(), Isa::get())?
-    };
-    let bytes = plan.workspace_bytes();
-    Ok(Lowered::WithWorkspace(
-        bytes,
-        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
-            // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
-            unsafe { plan.tasks(workspace, list) }?;
-            Ok(())
-        }),
-    ))
+    }))
 }
 
 /// A strided view of any float type that the products read.
