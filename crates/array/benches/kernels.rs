@@ -9,7 +9,7 @@
 use std::time::{Duration, Instant};
 
 use mica_array::kv::{KvCache, KvSpec, PagedSpec};
-use mica_array::op::{AttentionSpec, RopeSpec};
+use mica_array::op::{AttentionSpec, CrossEntropySpec, RopeSpec};
 use mica_array::profile::{self, Row};
 use mica_array::transforms::{compile, vjp};
 use mica_array::{Array, Dtype, PackedWeight, Precision, Quantized, eval, random};
@@ -107,6 +107,7 @@ fn main() {
     let bench = Bench { words, ceilings: Ceilings::new(mica_array::threads(), BLOCK) };
     println!("{} threads, {}", mica_array::threads(), Isa::get());
     products(&bench);
+    heads(&bench);
     attention(&bench);
     rows(&bench);
 }
@@ -174,6 +175,40 @@ fn products(bench: &Bench) {
             "matmul",
             || (normal(&[n, n], Dtype::BF16), normal(&[n, n], Dtype::BF16)),
             |(a, b)| evaluate(a.matmul(b)),
+        );
+    }
+}
+
+/// The output head with its loss and gradients: of a frozen head (Qwen3-0.6B) and of one that is trained (a tiny model).
+fn heads(bench: &Bench) {
+    let inputs = |rows: usize, [vocabulary, width]: [usize; 2], frozen: bool| {
+        let hidden = normal(&[rows, width], Dtype::F32);
+        let weight = normal(&[vocabulary, width], Dtype::BF16);
+        let targets: Vec<i32> = (0..rows).map(|row| (row * 7919 % vocabulary) as i32).collect();
+        let targets = Array::from_slice(&targets, &[rows]).expect("targets");
+        if !frozen {
+            return (vec![hidden, weight], None, targets);
+        }
+        let weight = PackedWeight::from_float(&weight).expect("a matrix");
+        (vec![hidden], Some(Array::from_packed(weight)), targets)
+    };
+    for (rows, shape, frozen) in [(1024, [151_936, 1024], true), (8192, [8192, 256], false)] {
+        let [vocabulary, width] = shape;
+        let what = if frozen { "frozen" } else { "trained" };
+        bench.line(
+            &format!("loss of {rows} rows of {width} over {vocabulary}, {what}"),
+            "linear_cross_entropy",
+            || inputs(rows, shape, frozen),
+            |(learnt, head, targets)| {
+                let spec = CrossEntropySpec { precision: Precision::Bf16, softcap: None };
+                let loss = |x: &[Array]| {
+                    let head = head.as_ref().unwrap_or_else(|| &x[1]);
+                    Ok(vec![x[0].linear_cross_entropy(head, targets, spec)?.0])
+                };
+                let (_, gradients) =
+                    vjp(loss, learnt, &[Array::full(&[], 1.0, Dtype::F32)]).expect("gradients");
+                eval(&gradients).expect("the inputs are right");
+            },
         );
     }
 }

@@ -238,7 +238,8 @@ impl KvCache {
         inputs.extend(self.tokens[layer].take());
         let specs = vec![Spec::new(q.shape(), dtype), Spec::new(&[0][..], Dtype::U8)];
         let out = Array::lazy_many(Op::PagedAttention(Arc::new(step)), inputs, specs);
-        self.tokens[layer] = Some(out.sibling(1));
+        // A view of it, which lets go of the call once that is planned: the token is kept, what was attended is not.
+        self.tokens[layer] = Some(out.sibling(1).stop_gradient()?);
         Ok(out)
     }
 

@@ -29,8 +29,10 @@ use shelves::{Address, Shelves, bucket};
 const SMALL_ALIGN: usize = shelves::SMALLEST;
 const HUGE: usize = 2 << 20;
 
-/// Over about so many plans what one of them needed is forgotten.
+/// Over about so many plans of half its size what one of them needed is forgotten.
 const DEMAND_PLANS: usize = 256;
+/// Over about so many small ones: a training step is one large plan and as many small ones as there are parameters.
+const SMALL_PLANS: usize = 65_536;
 
 struct State {
     real: Blocks,
@@ -60,6 +62,8 @@ struct Blocks {
     need: usize,
     /// What recent plans needed: the largest `need`, forgotten slowly.
     demand: usize,
+    /// Bytes that were in use when the last plan ended.
+    before: usize,
     /// Counts blocks that died.
     clock: u64,
     release: fn(NonNull<u8>, usize),
@@ -338,6 +342,7 @@ impl Blocks {
             limbo_bytes: 0,
             need: 0,
             demand: 0,
+            before: 0,
             clock: 0,
             release,
         }
@@ -382,8 +387,10 @@ impl Blocks {
     fn leave_limbo(&mut self, limit: usize) {
         self.free.append(&mut self.limbo);
         self.limbo_bytes = 0;
-        self.demand = self.need.max(self.demand - self.demand / DEMAND_PLANS);
-        self.need = self.active;
+        let own = self.need.saturating_sub(self.before);
+        let forgotten = own / DEMAND_PLANS + self.demand / SMALL_PLANS;
+        self.demand = self.need.max(self.demand.saturating_sub(forgotten));
+        (self.need, self.before) = (self.active, self.active);
         self.trim(limit.min(self.demand.saturating_sub(self.active)));
     }
 }

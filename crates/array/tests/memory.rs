@@ -1,6 +1,7 @@
 //! Limits and rehearsals. One test, because both are of the whole process.
 
-use mica_array::{Array, Dtype, Error, eval, memory};
+use mica_array::kv::{KvCache, KvSpec, PagedSpec};
+use mica_array::{Array, Dtype, Error, Precision, eval, memory};
 
 /// A chain of products of growing sizes, of which every intermediate dies.
 fn chain() -> mica_array::Result<Array> {
@@ -11,6 +12,20 @@ fn chain() -> mica_array::Result<Array> {
         x = x.matmul(&ones)?.tanh()?;
     }
     Ok(x)
+}
+
+/// A prompt through eight layers that attend over pages, with 1 MiB of queries each.
+fn attending() -> mica_array::Result<()> {
+    let kv = KvSpec { layers: 8, kv_heads: 1, head_dim: 64, dtype: Dtype::F32 };
+    let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Exact };
+    let mut cache = KvCache::new(kv, 1);
+    cache.reserve(256)?;
+    let mut x = Array::zeros(&[1, 256, 16, 64], Dtype::F32).add(1.0)?;
+    for layer in 0..8 {
+        let kv = x.narrow(2, 0, 1)?;
+        x = cache.attend(layer, &x, &kv, &kv, spec)?.add(1.0)?;
+    }
+    eval(&cache.pending())
 }
 
 #[test]
@@ -44,6 +59,11 @@ fn limits_are_kept_and_rehearsals_are_right() {
     );
     assert_eq!(array.to_vec::<f32>().unwrap(), expected, "the real thing is not disturbed");
     drop(array);
+
+    // What a layer attended is given back when the next has read it, though its token is kept.
+    let (result, prompt) = memory::rehearse(attending);
+    result.unwrap();
+    assert!(prompt.bytes < 4 << 20, "{prompt:?}");
 
     // With less memory than that everything is computed as well, in more plans.
     memory::clear_cache();

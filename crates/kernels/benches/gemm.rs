@@ -37,6 +37,18 @@ fn main() {
             }
         }
     }
+    for &isa in Isa::available().iter().filter(|&&isa| isa > Isa::Scalar) {
+        for (rows, inputs, outputs) in
+            [(8192, 256, 256), (8192, 256, 768), (8192, 768, 256), (1024, 1024, 3072)]
+        {
+            for kind in ["forward", "backward", "gradient"] {
+                let name = format!("{isa} Bf16 training {rows} rows {inputs} to {outputs} {kind}");
+                if is_asked_for(&name, &words) {
+                    training(&pool, &name, isa, (rows, inputs, outputs), kind);
+                }
+            }
+        }
+    }
     let mut memory = None;
     for &isa in Isa::available().iter().filter(|&&isa| isa > Isa::Scalar) {
         for precision in [Precision::Exact, Precision::Bf16] {
@@ -100,6 +112,71 @@ fn large(
     }
     let best = rates.iter().copied().fold(0.0, f64::max);
     println!("{name:55} {:8.1} GFLOP/s {:5.1} %, best {best:8.1}", median(rates), 100.0 * median(shares));
+}
+
+/// Zeros on pages such as arrays have.
+fn on_huge_pages(count: usize) -> Vec<f32> {
+    let values = vec![0f32; count];
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = (values.as_ptr() as usize).next_multiple_of(PAGE);
+        let end = (values.as_ptr() as usize + 4 * count) / PAGE * PAGE;
+        // SAFETY: advice on whole pages of the vector; it changes no contents.
+        unsafe { libc::madvise(start as *mut libc::c_void, end.saturating_sub(start), libc::MADV_HUGEPAGE) };
+    }
+    values
+}
+
+/// One of the three products of a layer that is trained, on activations that no cache holds any more.
+fn training(pool: &Pool, name: &str, isa: Isa, (rows, inputs, outputs): (usize, usize, usize), kind: &str) {
+    const SETS: usize = 6;
+    let weight: Vec<bf16> = operand(inputs * outputs).iter().map(|&x| bf16::from_f32(x)).collect();
+    let filled = |count: usize| {
+        let mut values = on_huge_pages(count);
+        values.copy_from_slice(&operand(count));
+        values
+    };
+    let xs: Vec<Vec<f32>> = (0..SETS).map(|_| filled(rows * inputs)).collect();
+    let mut ys: Vec<Vec<f32>> = (0..SETS).map(|_| filled(rows * outputs)).collect();
+    let mut outs: Vec<Vec<f32>> =
+        (0..SETS).map(|_| on_huge_pages((rows * inputs).max(inputs * outputs))).collect();
+    let mut plans = Vec::new();
+    for ((x, y), out) in xs.iter().zip(&mut ys).zip(&mut outs) {
+        let x = View::new(x, &[rows, inputs]).unwrap();
+        let mut spec = match kind {
+            "forward" => {
+                let strides = [1, inputs as isize];
+                let weight = View::strided(&weight, 0, &[inputs, outputs], &strides).unwrap();
+                GemmSpec::new(x, weight, ViewMut::new(y, &[rows, outputs]).unwrap())
+            }
+            "backward" => {
+                let weight = View::new(&weight, &[outputs, inputs]).unwrap();
+                let out = ViewMut::new(&mut out[..rows * inputs], &[rows, inputs]).unwrap();
+                GemmSpec::new(View::new(y, &[rows, outputs]).unwrap(), weight, out)
+            }
+            _ => {
+                let turned = View::strided(y, 0, &[outputs, rows], &[1, outputs as isize]).unwrap();
+                let out = ViewMut::new(&mut out[..inputs * outputs], &[outputs, inputs]).unwrap();
+                GemmSpec::new(turned, x, out)
+            }
+        };
+        (spec.precision, spec.isa) = (Precision::Bf16, isa);
+        plans.push(Gemm::plan(&spec).unwrap());
+    }
+    let mut workspace = WorkspaceBuf::new(plans[0].workspace_bytes());
+    let mut list = Vec::new();
+    // SAFETY: the workspace outlives the list, and is used by one product at a time.
+    plans.iter().for_each(|plan| unsafe { plan.tasks(workspace.pointer(), &mut list) });
+    let flops = 2.0 * (rows * inputs * outputs * SETS) as f64;
+    let (mut rates, mut shares) = (Vec::new(), Vec::new());
+    for _ in 0..15 {
+        let peak = peak(pool, isa, Precision::Bf16);
+        let rate = flops / seconds(|| pool.run(&list).unwrap()) / 1e9;
+        rates.push(rate);
+        shares.push(if peak.is_nan() { 0.0 } else { rate / peak });
+    }
+    println!("{name:55} {:8.1} GFLOP/s {:5.1} %", median(rates), 100.0 * median(shares));
 }
 
 fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: &str, block: &Block) {

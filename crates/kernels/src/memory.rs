@@ -36,8 +36,9 @@ unsafe impl Send for WeightBytes {}
 // SAFETY: as above.
 unsafe impl Sync for WeightBytes {}
 
-/// The slab that small blocks are cut from, and how much of it is taken.
-static SHARED: Mutex<(Weak<Slab>, usize)> = Mutex::new((Weak::new(), 0));
+/// Slabs that small blocks are cut from, and how much of each is taken. A block that does not fit leaves the slab to
+/// smaller ones: the rest of its last huge page is there whether a weight has it or not.
+static SHARED: Mutex<Vec<(Weak<Slab>, usize)>> = Mutex::new(Vec::new());
 
 impl WeightBytes {
     /// So many bytes (at least one), or an error instead of an abort.
@@ -48,11 +49,21 @@ impl WeightBytes {
             return Ok(WeightBytes { pointer: slab.pointer, bytes, _slab: slab });
         }
         let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-        let (slab, start) = match shared.0.upgrade() {
-            Some(slab) if shared.1 + bytes <= SLAB => (slab, shared.1),
-            _ => (Arc::new(Slab::new(SLAB)?), 0),
+        shared.retain(|(slab, taken)| slab.strong_count() > 0 && taken + SMALL <= SLAB);
+        let found = shared.iter_mut().find(|(_, taken)| taken + bytes <= SLAB);
+        let fitting = found.and_then(|(slab, taken)| Some((slab.upgrade()?, taken)));
+        let (slab, start) = match fitting {
+            Some((slab, taken)) => {
+                let start = *taken;
+                *taken += bytes.next_multiple_of(ALIGN);
+                (slab, start)
+            }
+            None => {
+                let slab = Arc::new(Slab::new(SLAB)?);
+                shared.push((Arc::downgrade(&slab), bytes.next_multiple_of(ALIGN)));
+                (slab, 0)
+            }
         };
-        *shared = (Arc::downgrade(&slab), start + bytes.next_multiple_of(ALIGN));
         // SAFETY: inside the slab.
         let pointer = unsafe { slab.pointer.add(start) };
         Ok(WeightBytes { pointer, bytes, _slab: slab })

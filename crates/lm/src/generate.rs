@@ -302,10 +302,12 @@ pub fn advance(
 ) -> Result<Vec<f32>> {
     let context = Context::new(precision);
     cache.reserve(tokens.len())?;
-    let input = Input::new(&[tokens], &[cache.length()])?;
-    let hidden = model.hidden(&input, Some(cache), &context)?;
+    let input = Input { last_only: true, ..Input::new(&[tokens], &[cache.length()])? };
+    let logits = model.logits(&input, Some(cache), &context)?;
     cache.advance(tokens.len());
-    let last = hidden.narrow(1, tokens.len() - 1, tokens.len())?;
-    let logits = last.linear(model.head(), None, precision)?;
+    // The cache first: what a layer attended goes with it, in the order of the layers.
+    let mut roots = cache.pending();
+    roots.push(logits.clone());
+    eval(&roots)?;
     Ok(logits.to_vec::<f32>()?)
 }

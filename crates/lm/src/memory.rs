@@ -67,9 +67,8 @@ pub fn forward(
     mica_array::eval(&all)?;
     let tokens = vec![0; length];
     let (result, rehearsal) = memory::rehearse(|| -> Result<()> {
-        let hidden = model.hidden(&Input::new(&[&tokens], &[0])?, None, &Context::new(precision))?;
-        let read = if all_logits { hidden } else { hidden.narrow(1, length - 1, length)? };
-        Ok(read.linear(model.head(), None, precision)?.eval()?)
+        let input = Input { last_only: !all_logits, ..Input::new(&[&tokens], &[0])? };
+        Ok(model.logits(&input, None, &Context::new(precision))?.eval()?)
     });
     result?;
     Ok(rehearsal.bytes)

@@ -108,6 +108,30 @@ fn quantized_logits_equal_mlx_lm_in_exact_mode() {
     }
 }
 
+/// What is asked for of the last position alone are the bits of a pass that gives all of them.
+#[test]
+fn the_last_position_alone_has_the_same_bits() {
+    for name in FLOAT.into_iter().chain(QUANTIZED) {
+        for precision in [Precision::Exact, Precision::Bf16, Precision::Fast] {
+            let case = open(name, Packing::Frozen);
+            let (model, context) = (&case.loaded.model, Context::new(precision));
+            let logits = |last_only: bool| {
+                let input = Input { last_only, ..case.input(0, case.length()) };
+                let mut cache = model.new_cache(case.rows.len(), Dtype::F32);
+                cache.reserve(case.length()).unwrap();
+                [None, Some(&mut cache)].map(|cache| model.logits(&input, cache, &context).unwrap())
+            };
+            let last = |all: &Array| all.narrow(1, case.length() - 1, case.length()).unwrap();
+            for (some, all) in logits(true).iter().zip(&logits(false)) {
+                assert_eq!(some.shape(), [case.rows.len(), 1, case.vocabulary], "{name}");
+                let [some, all] = [some, &last(all)].map(|array| array.to_vec::<f32>().unwrap());
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&some), bits(&all), "{name}, {precision:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn both_dialects_of_the_configuration_open() {
     for name in FLOAT {

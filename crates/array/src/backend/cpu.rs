@@ -14,6 +14,7 @@ mod loss;
 mod products;
 mod strided;
 
+use std::ops::Range;
 use std::time::Instant;
 
 use mica_kernels::elementwise::Dense;
@@ -23,7 +24,7 @@ use mica_threads::{Pool, Task};
 use super::{Backend, HostView, Operand, Step, StepRef};
 use crate::op::Op;
 use crate::storage::Buffer;
-use crate::{Error, Result, memory, profile};
+use crate::{Dtype, Error, Result, memory, profile};
 
 /// Tasks of a step, or a promise of tasks once there is a workspace.
 pub(crate) enum Lowered {
@@ -243,7 +244,9 @@ impl Backend for Cpu {
         match op {
             Op::Unary(_) | Op::Binary(_) | Op::Select => output == 0,
             Op::Fused(region) => region.may_alias(input, output),
-            Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax => input == 0 && output == 0,
+            Op::RmsNorm { .. } | Op::Rope(_) | Op::Softmax | Op::PagedAttention(_) => {
+                input == 0 && output == 0
+            }
             Op::SliceUpdate { .. } | Op::Scatter { .. } | Op::ScatterAlong { .. } => {
                 input == 0 && output == 0
             }
@@ -385,4 +388,19 @@ fn wanted(step: &Step, index: usize) -> Option<mica_kernels::DynViewMut> {
         Operand::Host(view) => Some(view.view_mut()),
         _ => None,
     }
+}
+
+/// A dense view of memory that is not an operand.
+fn dense(pointer: *mut u8, shape: &[usize], dtype: Dtype) -> HostView {
+    let strides = mica_kernels::view::contiguous_strides(shape);
+    HostView { pointer, shape: shape.into(), strides: strides.as_slice().into(), dtype }
+}
+
+/// Some rows of a view.
+fn rows_of(view: &HostView, rows: Range<usize>) -> HostView {
+    let mut part = view.clone();
+    part.pointer =
+        view.pointer.wrapping_offset(rows.start as isize * view.strides[0] * view.dtype.size() as isize);
+    part.shape[0] = rows.len();
+    part
 }

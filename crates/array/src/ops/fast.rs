@@ -183,7 +183,7 @@ impl Array {
             Spec::new(self.shape(), Dtype::F32),
             Spec::new(weight.shape(), Dtype::F32),
         ];
-        let inputs = smallvec![self.astype(Dtype::F32)?.dense()?, weight.clone(), targets.clone()];
+        let inputs = smallvec![self.astype(Dtype::F32)?.dense()?, weight.clone(), targets.dense()?];
         let sum = Array::lazy_many(Op::LinearCrossEntropy(spec), inputs, specs);
         let rows = sum.sibling(1);
         Ok((sum, rows))

@@ -383,10 +383,15 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                                 }
                             }
                             let q = Laid::new(dtype, &[tokens, h, d], Layout::Padded, &rows);
-                            let mut out = Laid::poisoned(Dtype::F32, &[tokens, h, dv], Layout::Padded);
+                            // Into memory of its own, or over the queries.
+                            let over = dtype == Dtype::F32 && d == dv && window.is_some();
+                            let mut out = match over {
+                                true => Laid::new(dtype, &[tokens, h, d], Layout::Padded, &rows),
+                                false => Laid::poisoned(Dtype::F32, &[tokens, h, dv], Layout::Padded),
+                            };
                             let firsts = [sequences[0].first, sequences[1].first];
                             let args = PagedArgs {
-                                q: q.view(),
+                                q: if over { out.view() } else { q.view() },
                                 pages: shape,
                                 sequences,
                                 rule: Rule { scale: cases[0].rule.scale, window, ..Rule::default() },

@@ -43,7 +43,8 @@ pub struct PagedArgs {
     pub rule: Rule,
     /// How products are formed. bf16 needs bf16 pages.
     pub precision: Precision,
-    /// `[tokens, heads, value_dim]`. May not alias `q`.
+    /// `[tokens, heads, value_dim]`. May be `q` itself, element for element: a chunk reads its queries before it writes
+    /// their results, and where several share queries, the last of them writes.
     pub out: DynViewMut,
 }
 

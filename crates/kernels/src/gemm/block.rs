@@ -183,7 +183,7 @@ unsafe fn portable<const S: u8, const T: bool, const D: u8>(job: &Job) {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod avx512 {
+pub(super) mod avx512 {
     use std::arch::x86_64::*;
 
     use super::{From, Into, Job};
@@ -311,20 +311,13 @@ mod avx512 {
         // SAFETY: promised by the caller.
         unsafe {
             if D == Into::Pairs as u8 {
-                #[rustfmt::skip]
-                let interleave = _mm512_set_epi16(
-                    31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                    23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
-                );
                 for pair in 0..count.div_ceil(2) {
                     let (even, odd) = (lines[2 * pair], lines[2 * pair + 1]);
                     let line = if exact {
                         let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
                         _mm512_or_si512(low, _mm512_and_si512(_mm512_castps_si512(odd), high_half))
                     } else {
-                        let both = _mm512_cvtne2ps_pbh(odd, even);
-                        let both = std::mem::transmute::<__m512bh, __m512i>(both);
-                        _mm512_permutexvar_epi16(interleave, both)
+                        interleave(even, odd)
                     };
                     _mm512_storeu_si512(job.into.add(pair * job.into_step).cast(), line);
                 }
@@ -351,10 +344,24 @@ mod avx512 {
         }
     }
 
+    /// Two lines as one of pairs of bf16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub(in crate::gemm) fn interleave(even: __m512, odd: __m512) -> __m512i {
+        #[rustfmt::skip]
+        let order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
+        );
+        // SAFETY: the same bits under another name.
+        let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even)) };
+        _mm512_permutexvar_epi16(order, both)
+    }
+
     /// Turns 16 lines of 16 around: pairs, quadruples, then 128-bit lanes.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn transpose(r: &mut [__m512; 16]) {
+    pub(in crate::gemm) fn transpose(r: &mut [__m512; 16]) {
         let mut t = [_mm512_setzero_ps(); 16];
         for i in 0..8 {
             t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);

@@ -22,6 +22,7 @@ pub(crate) mod block;
 mod generic;
 mod micro;
 mod pack;
+mod pairs;
 mod product;
 mod read;
 mod scalar;
@@ -42,6 +43,7 @@ pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};
 
 pub(crate) use self::pack::{PanelForm, PanelRange, PanelSource};
+pub(crate) use self::weight::check_part;
 
 use self::pack::BSource;
 use self::product::{Product, Request};

@@ -8,6 +8,7 @@ use mica_simd::Isa;
 
 use super::block::{self, BlockFn, Job};
 use super::micro::Line;
+use super::pairs::Blocks;
 use super::types::{FloatType, Matrix};
 use super::weight::Tiles;
 
@@ -180,6 +181,8 @@ impl Reader {
 pub(super) struct PackA {
     reader: Reader,
     pairs: bool,
+    /// For whole blocks.
+    blocks: Option<Blocks>,
 }
 
 impl PackA {
@@ -190,7 +193,8 @@ impl PackA {
             (false, true) => block::Into::Rounded,
             (false, false) => block::Into::F32,
         };
-        PackA { reader: Reader::new(isa, a.float, a.column, a.row, How::LinesAlongOther, into), pairs }
+        let reader = Reader::new(isa, a.float, a.column, a.row, How::LinesAlongOther, into);
+        PackA { reader, pairs, blocks: if pairs { Blocks::get(isa, a.float) } else { None } }
     }
 
     /// Bytes per row for `k` elements.
@@ -199,13 +203,115 @@ impl PackA {
         k.div_ceil(block) * 64
     }
 
-    /// Packs one panel: `rows` rows (stored as `padded`) by `k` elements, from `from`.
+    /// Packs rows in panels of `panel` rows each, one after another: `rows` rows by `k` elements, from
+    /// `from`. `padded` says how many rows a panel of so many rows is stored as.
     ///
     /// # Safety
-    /// The elements are readable, `padded * row_bytes(k)` bytes from `into` writable.
-    pub unsafe fn panel(&self, from: *const u8, rows: usize, padded: usize, k: usize, into: *mut u8) {
+    /// The elements are readable, `row_bytes(k)` bytes for each padded row from `into` writable.
+    pub unsafe fn rows(
+        &self,
+        from: *const u8,
+        (rows, panel): (usize, usize),
+        padded: impl Fn(usize) -> usize,
+        k: usize,
+        into: *mut u8,
+    ) {
+        let line = if self.pairs { Line::Pairs } else { Line::F32 };
+        let row_bytes = PackA::row_bytes(line, k);
+        let mut row = 0;
+        while row < rows {
+            let from = from.wrapping_offset(row as isize * self.reader.along_other);
+            // SAFETY: the rows are inside A; panels follow each other.
+            unsafe {
+                let into = into.add(row * row_bytes);
+                match self.blocks {
+                    Some(blocks) if self.turns() && panel == 8 && rows - row >= 16 => {
+                        let whole = k / 32;
+                        self.turned(blocks, from, whole, [into, into.add(8 * row_bytes)], 8);
+                        for half in 0..2 {
+                            let from = from.wrapping_offset(8 * half as isize * self.reader.along_other);
+                            self.blocks_of_16(from, (8, 8), (32 * whole, k), into.add(8 * half * row_bytes));
+                        }
+                        row += 16;
+                    }
+                    _ => {
+                        let here = panel.min(rows - row);
+                        self.panel(from, here, padded(here), k, into);
+                        row += panel;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether rows have to be turned around.
+    fn turns(&self) -> bool {
+        self.reader.how == How::LinesAlongOther
+    }
+
+    /// `whole` blocks of 16 rows that have to be turned around, eight to each of two places in panels of `padded` rows.
+    ///
+    /// # Safety
+    /// As [`PackA::rows`].
+    unsafe fn turned(
+        &self,
+        blocks: Blocks,
+        from: *const u8,
+        whole: usize,
+        into: [*mut u8; 2],
+        padded: usize,
+    ) {
+        for block in 0..whole {
+            let from = from.wrapping_offset(32 * block as isize * self.reader.along_k);
+            // SAFETY: promised by the caller.
+            unsafe {
+                let into = into.map(|into| into.add(block * padded * 64));
+                (blocks.turned)(from, self.reader.along_k, into);
+            }
+        }
+    }
+
+    /// One panel: `rows` rows (stored as `padded`) by `k` elements.
+    ///
+    /// # Safety
+    /// As [`PackA::rows`].
+    unsafe fn panel(&self, from: *const u8, rows: usize, padded: usize, k: usize, into: *mut u8) {
+        let whole = k / 32;
+        // SAFETY: promised by the caller; the rows are all there.
+        let done = unsafe {
+            match (self.blocks, self.reader.how) {
+                (Some(blocks), How::LinesAlongK) if rows == padded => {
+                    (blocks.along)(from, self.reader.along_other, rows, whole, into, padded * 64);
+                    whole
+                }
+                (Some(blocks), How::LinesAlongOther) if rows == padded && rows.is_multiple_of(16) => {
+                    for row in (0..rows).step_by(16) {
+                        let from = from.wrapping_offset(row as isize * self.reader.along_other);
+                        let into = into.add(row * 64);
+                        self.turned(blocks, from, whole, [into, into.add(8 * 64)], padded);
+                    }
+                    whole
+                }
+                _ => 0,
+            }
+        };
+        // SAFETY: promised by the caller.
+        unsafe { self.blocks_of_16(from, (rows, padded), (32 * done, k), into) }
+    }
+
+    /// What is left of a panel from `k0` (a multiple of 32) on.
+    ///
+    /// # Safety
+    /// As [`PackA::rows`].
+    unsafe fn blocks_of_16(
+        &self,
+        from: *const u8,
+        (rows, padded): (usize, usize),
+        (k0, k): (usize, usize),
+        into: *mut u8,
+    ) {
         let k_padded = if self.pairs { k.next_multiple_of(32) } else { k.next_multiple_of(16) };
-        for k0 in (0..k_padded).step_by(16) {
+        for k0 in (k0..k_padded).step_by(16) {
             let ks = k.saturating_sub(k0).min(16);
             let (block, half) = if self.pairs { (k0 / 32, k0 / 16 % 2 * 32) } else { (k0 / 16, 0) };
             for row in (0..padded).step_by(16) {

@@ -128,12 +128,12 @@ impl Product {
         let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
         let b_limit = if micro.tile_rows.is_some() { B_LIMIT_TILES } else { B_LIMIT };
         let mut cut = Cut::new(&micro, in_place, strided, fine, batches, m, n, k);
-        if strided && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
+        if !in_place && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
             cut.across(&micro, batches, m, n);
         }
         Product {
             a_shared: m > FEW_ROWS && n > cut.nc,
-            b_shared: strided && m > cut.mc && b_bytes <= b_limit,
+            b_shared: !in_place && m > cut.mc && b_bytes <= b_limit,
             store: storer(isa),
             pack_a: PackA::new(isa, &a, micro.line, round),
             pack_b: PackB::new(isa, &b, panels_line, round),
@@ -190,6 +190,14 @@ impl Product {
         match &self.b {
             BSource::Strided(b) if b.batch.iter().any(|&stride| stride != 0) => self.batches(),
             _ => 1,
+        }
+    }
+
+    /// Where the matrix of a batch entry is; packed weights know it themselves.
+    fn b_base(&self, entry: usize) -> *const u8 {
+        match &self.b {
+            BSource::Strided(b) => b.at(entry, &self.batch),
+            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
         }
     }
 
@@ -254,20 +262,33 @@ impl Product {
     /// # Safety
     /// `into` has room for a block.
     unsafe fn pack_rows(&self, block: usize, (k0, k): (usize, usize), into: *mut u8) {
-        let row_bytes = PackA::row_bytes(self.micro.line, k);
         let (entry, block) = (block / self.row_blocks(), block % self.row_blocks());
-        let base = self.a.at(entry, &self.batch);
         let first = block * self.cut.mc;
         let rows = self.cut.mc.min(self.m - first);
-        for row in (0..rows).step_by(self.micro.rows) {
-            let here = self.micro.rows.min(rows - row);
-            let offset = (first + row) as isize * self.a.row + k0 as isize * self.a.column;
-            // SAFETY: the rows are inside A; panels follow each other in the block.
-            unsafe {
-                let into = into.add(row * row_bytes);
-                let from = base.wrapping_offset(offset);
-                self.pack_a.panel(from, here, self.micro.padded(here, rows), k, into);
-            }
+        let offset = first as isize * self.a.row + k0 as isize * self.a.column;
+        let from = self.a.at(entry, &self.batch).wrapping_offset(offset);
+        let padded = |here: usize| self.micro.padded(here, rows);
+        // SAFETY: the rows are inside A; the caller promises the room.
+        unsafe { self.pack_a.rows(from, (rows, self.micro.rows), padded, k, into) }
+    }
+
+    /// Asks for part `part.0` of `part.1` of the elements of A that [`Product::pack_rows`] would read.
+    fn ask_for_rows(&self, block: usize, (k0, k): (usize, usize), part: (usize, usize)) {
+        let (entry, block) = (block / self.row_blocks(), block % self.row_blocks());
+        let first = block * self.cut.mc;
+        let rows = self.cut.mc.min(self.m - first);
+        let size = self.a.float.size();
+        let (runs, length, step) = if self.a.column == size as isize {
+            (rows, k, self.a.row)
+        } else if self.a.row == size as isize {
+            (k, rows, self.a.column)
+        } else {
+            return;
+        };
+        let offset = first as isize * self.a.row + k0 as isize * self.a.column;
+        let from = self.a.at(entry, &self.batch).wrapping_offset(offset);
+        for run in runs * part.0 / part.1..runs * (part.0 + 1) / part.1 {
+            prefetch(from.wrapping_offset(run as isize * step), length * size);
         }
     }
 
@@ -314,10 +335,7 @@ impl Product {
             true => scratch.take::<u8>(panels * micro.line.panel_bytes(kc)).as_mut_ptr(),
             false => std::ptr::null_mut(),
         };
-        let b_base = match &self.b {
-            BSource::Strided(b) => b.at(entry, &self.batch) as *const u8,
-            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
-        };
+        let b_base = self.b_base(entry);
         let panels_in_place: *const u8 = match &self.b {
             BSource::Weight { tiles, .. } if self.in_place => {
                 tiles.pointer.wrapping_add(tiles.offset(n0 / 16, 0))
@@ -340,10 +358,21 @@ impl Product {
                     Some(block) => block.wrapping_add(self.slab(k0)),
                     None => own_a as *const u8,
                 };
+                let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
                 if packed_a.is_none() {
-                    let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
                     self.pack_rows(block, (k0, k), own_a);
                 }
+                // What will be packed next comes from memory while this slab is multiplied.
+                let next = if packed_a.is_some() || straight {
+                    None
+                } else if k_block + 1 < k_blocks {
+                    Some((block, (k0 + kc, kc.min(self.k - k0 - kc))))
+                } else if row_block + 1 < self.row_blocks() {
+                    Some((block + 1, (0, kc.min(self.k))))
+                } else {
+                    None
+                };
+                let calls = panels.div_ceil(wide) * row_panels;
                 let (b, b_stride) = if own_b {
                     let (range, stride) = ((n0, self.n, panels), micro.line.panel_bytes(kc));
                     self.pack_b.panels(b_base, range, (k0, k), b_scratch, stride);
@@ -372,6 +401,17 @@ impl Product {
                                 let next = b.wrapping_add((panel + wide + p) * b_stride + row_panel * bytes);
                                 prefetch(next, bytes);
                             }
+                        }
+                        if let Some((block, range)) = next {
+                            self.ask_for_rows(
+                                block,
+                                range,
+                                (
+                                    panel / self.micro.panels_for(rows.min(self.micro.rows)) * row_panels
+                                        + row_panel,
+                                    calls,
+                                ),
+                            );
                         }
                         micro.get(here, wide)(&Call {
                             steps,
@@ -644,10 +684,7 @@ impl Task for Stage {
                 let groups = product.b_panels().div_ceil(most);
                 let (entry, first) = (chunk / groups, chunk % groups * most);
                 let panels = most.min(product.b_panels() - first);
-                let BSource::Strided(b) = &product.b else {
-                    unreachable!("only strided operands are packed by a task")
-                };
-                let base = b.at(entry, &product.batch);
+                let base = product.b_base(entry);
                 for k0 in (0..product.k).step_by(product.cut.kc) {
                     let k = product.cut.kc.min(product.k - k0);
                     let (at, stride) = product.b_place(entry, first, (k0, k));

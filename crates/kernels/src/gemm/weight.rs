@@ -6,6 +6,7 @@
 //! bits. `out` is padded to 16 and `in` to 16 (f32) or 32 with zeros.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -200,8 +201,27 @@ impl FloatWeight {
         epilogue: Epilogue<'a>,
         isa: Isa,
     ) -> Result<Gemm<'a>, KernelError> {
-        let (k, n) = if transposed { (self.out, self.inputs()) } else { (self.inputs(), self.out) };
-        let b = BSource::Weight { tiles: self.tiles.clone(), transposed };
+        self.plan_part(0..self.out, x, out, transposed, precision, epilogue, isa)
+    }
+
+    /// Either product with some of the outputs alone, from a multiple of 16 on: those of a tile of
+    /// a vocabulary, for instance.
+    pub fn plan_part<'a>(
+        &'a self,
+        outputs: Range<usize>,
+        x: FloatView<'a>,
+        out: FloatViewMut<'a>,
+        transposed: bool,
+        precision: Precision,
+        epilogue: Epilogue<'a>,
+        isa: Isa,
+    ) -> Result<Gemm<'a>, KernelError> {
+        check_part("linear", &outputs, self.out)?;
+        let count = outputs.len();
+        let (k, n) = if transposed { (count, self.inputs()) } else { (self.inputs(), count) };
+        let mut tiles = self.tiles.clone();
+        tiles.pointer = tiles.pointer.wrapping_add(tiles.offset(outputs.start / PANEL, 0));
+        let b = BSource::Weight { tiles, transposed };
         let as_matrix = |shape: &[usize]| match shape {
             [one] => vec![1, *one],
             more => more.to_vec(),
@@ -211,10 +231,9 @@ impl FloatWeight {
         // A scalar has no last dimension.
         if rank == 0 || x_shape.len() != rank || x_shape[..rank - 1] != out_shape[..rank - 1] {
             let message = format!(
-                "x {:?} and output {:?} of a [{}, {}] weight differ before the last dimension",
+                "x {:?} and output {:?} of a [{count}, {}] weight differ before the last dimension",
                 x.shape(),
                 out.shape(),
-                self.out,
                 self.inputs()
             );
             return Err(KernelError::new("linear", message));
@@ -312,6 +331,22 @@ impl FloatWeight {
         let row_bytes = out.strides()[0] * self.tiles.float.size() as isize;
         Ok(Box::new(Move { weight: self, unpack: true, rows: out.bytes(), row: row_bytes, column: 0 }))
     }
+}
+
+/// Outputs of a panel.
+const PANEL: usize = 16;
+
+/// Refuses outputs that a weight does not have, or that do not begin with a panel of its packed copy.
+pub(crate) fn check_part(
+    kernel: &'static str,
+    outputs: &Range<usize>,
+    out: usize,
+) -> Result<(), KernelError> {
+    if outputs.start <= outputs.end && outputs.end <= out && outputs.start.is_multiple_of(PANEL) {
+        return Ok(());
+    }
+    let message = format!("outputs {outputs:?} of {out}: expected a range from a multiple of {PANEL} on");
+    Err(KernelError::new(kernel, message))
 }
 
 fn not_a_matrix(shape: &[usize]) -> KernelError {

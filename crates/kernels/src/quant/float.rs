@@ -9,6 +9,8 @@
 //! a tile and a lane one of its rows; transposed, it is 16 columns of a group, and k runs over the
 //! rows of the weight.
 
+use std::ops::Range;
+
 use mica_simd::Isa;
 
 use super::lanes::Lanes;
@@ -32,9 +34,12 @@ unsafe impl Send for Dequantized {}
 unsafe impl Sync for Dequantized {}
 
 impl Dequantized {
-    /// Reads `weight`, which must outlive it.
-    pub fn new(weight: &QuantWeight, transposed: bool) -> Dequantized {
-        Dequantized { tiles: weight.tiles.pointer(), layout: weight.layout, transposed }
+    /// Reads the rows `outputs` of `weight` (from a whole tile on), which must outlive it.
+    pub fn new(weight: &QuantWeight, outputs: Range<usize>, transposed: bool) -> Dequantized {
+        let mut layout = weight.layout;
+        let first = outputs.start / TILE_ROWS;
+        layout.tiles = outputs.end.div_ceil(TILE_ROWS) - first;
+        Dequantized { tiles: weight.tiles.pointer().wrapping_add(first * layout.tile), layout, transposed }
     }
 
     /// The block of group `g` of a tile.

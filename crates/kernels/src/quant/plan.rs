@@ -1,5 +1,6 @@
 //! Products as tasks: which kernels a precision needs, and the checks before anything runs.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use mica_simd::Isa;
@@ -12,7 +13,7 @@ use super::sink::{Epilogue, Sink};
 use super::stage::{Stage, Staged};
 use super::tier;
 use super::weight::QuantWeight;
-use crate::gemm::{self, FloatView, Gemm};
+use crate::gemm::{self, FloatView, Gemm, check_part};
 use crate::{KernelError, ViewMut};
 
 const FORWARD: &str = "quantized product";
@@ -75,7 +76,7 @@ impl QuantWeight {
     ) -> Result<ProductPlan<'a>, KernelError> {
         let x = x.into();
         if precision != Precision::Fast {
-            return self.plan_float(x, out, false, precision, epilogue, isa);
+            return self.plan_part(0..self.out, x, out, false, precision, epilogue, isa);
         }
         let stage = Stage::new(x, self.spec().group_size(), isa)?;
         let sink = self.sink(stage.shape(), out, epilogue)?;
@@ -92,11 +93,14 @@ impl QuantWeight {
         epilogue: Epilogue<'a>,
         isa: Isa,
     ) -> Result<ProductPlan<'a>, KernelError> {
-        self.plan_float(dy.into(), dx, true, precision, epilogue, isa)
+        self.plan_part(0..self.out, dy.into(), dx, true, precision, epilogue, isa)
     }
 
-    fn plan_float<'a>(
+    /// Either product, in bf16 or exact, with some of the outputs alone, from a multiple of 16 on:
+    /// those of a tile of a vocabulary, for instance.
+    pub fn plan_part<'a>(
         &'a self,
+        outputs: Range<usize>,
         x: FloatView<'a>,
         out: ViewMut<'a, f32>,
         transposed: bool,
@@ -114,7 +118,8 @@ impl QuantWeight {
                 return Err(KernelError::new(kernel, message));
             }
         };
-        let [rows, columns] = self.shape();
+        check_part(kernel, &outputs, self.out)?;
+        let (rows, columns) = (outputs.len(), self.inner);
         let (k, n) = if transposed { (rows, columns) } else { (columns, rows) };
         let &[m, width] = x.shape() else {
             return Err(KernelError::new(kernel, format!("expected rows [m, {k}], got {:?}", x.shape())));
@@ -131,7 +136,7 @@ impl QuantWeight {
             residual: epilogue.residual.map(FloatView::F32),
             accumulate: false,
         };
-        let source = Arc::new(Dequantized::new(self, transposed));
+        let source = Arc::new(Dequantized::new(self, outputs, transposed));
         let gemm = Gemm::with_panels(x, (source, k), out.into(), precision, &epilogue, isa)?;
         Ok(ProductPlan(Plan::Float(gemm)))
     }

@@ -129,7 +129,7 @@ impl Attention {
         ]
     }
 
-    /// x [batch, length, hidden] → the same shape.
+    /// x [batch, length, hidden] → the same shape, or the positions that are asked for.
     pub fn forward(
         &self,
         x: &Array,
@@ -169,7 +169,7 @@ impl Attention {
                 q.attention(&k, &v, input.key_start.as_ref(), spec)?
             }
         };
-        self.output.forward(&out.flatten_axes(2, 3)?, context)
+        self.output.forward(&input.asked(&out)?.flatten_axes(2, 3)?, context)
     }
 }
 

@@ -114,7 +114,7 @@ impl Block {
         context: &Context,
     ) -> Result<Array> {
         let normed = self.input_layernorm.forward(x, context)?;
-        let h = x.add(self.self_attn.forward(&normed, input, cache, context)?)?;
+        let h = input.asked(x)?.add(self.self_attn.forward(&normed, input, cache, context)?)?;
         h.add(self.mlp.forward(&self.post_attention_layernorm.forward(&h, context)?, context)?)
     }
 }
@@ -126,7 +126,9 @@ impl LanguageModel for Decoder {
 
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, context: &Context) -> Result<Array> {
         let mut x = self.model.embed_tokens.rows(&input.tokens, Dtype::F32)?;
-        for layer in &self.model.layers {
+        let (layers, all) = (&self.model.layers, input.of_all());
+        for (index, layer) in layers.iter().enumerate() {
+            let input = if index + 1 < layers.len() { &all } else { input };
             x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
         }
         self.model.norm.forward(&x, context)

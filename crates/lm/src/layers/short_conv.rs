@@ -59,7 +59,7 @@ impl ShortConv {
         [("in_proj", &mut self.in_proj), ("out_proj", &mut self.out_proj)]
     }
 
-    /// x [batch, length, hidden] → the same shape.
+    /// x [batch, length, hidden] → the same shape, or the positions that are asked for.
     pub fn forward(
         &self,
         x: &Array,
@@ -83,6 +83,6 @@ impl ShortConv {
             Some(bias) => y.add(bias.astype(y.dtype())?)?,
             None => y,
         };
-        self.out_proj.forward(&parts[1].multiply(y)?, context)
+        self.out_proj.forward(&input.asked(&parts[1])?.multiply(input.asked(&y)?)?, context)
     }
 }

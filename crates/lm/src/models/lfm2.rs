@@ -174,7 +174,7 @@ impl Block {
             (None, Some(conv)) => conv.forward(&normed, input, cache, context)?,
             (None, None) => unreachable!("`build` gives every block an operator"),
         };
-        let h = x.add(mixed)?;
+        let h = input.asked(x)?.add(mixed)?;
         h.add(self.feed_forward.forward(&self.ffn_norm.forward(&h, context)?, context)?)
     }
 }
@@ -191,7 +191,9 @@ impl LanguageModel for Lfm2 {
         context: &Context,
     ) -> mica_array::Result<Array> {
         let mut x = self.model.embed_tokens.rows(&input.tokens, Dtype::F32)?;
-        for layer in &self.model.layers {
+        let (layers, all) = (&self.model.layers, input.of_all());
+        for (index, layer) in layers.iter().enumerate() {
+            let input = if index + 1 < layers.len() { &all } else { input };
             x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
         }
         self.model.embedding_norm.forward(&x, context)

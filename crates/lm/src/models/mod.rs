@@ -21,7 +21,8 @@ pub trait LanguageModel: Send + Sync + std::fmt::Debug {
     /// Its sizes.
     fn info(&self) -> &ModelInfo;
 
-    /// The normed states before the output head: [batch, length, hidden] f32.
+    /// The normed states before the output head: [batch, length, hidden] f32, or [batch, 1, hidden] if the input asks
+    /// for the last position alone.
     fn hidden(
         &self,
         input: &Input,
@@ -90,6 +91,9 @@ pub struct Input {
     pub key_start: Option<Array>,
     /// Compute each block again in the backward pass instead of keeping what it needs.
     pub checkpoint: bool,
+    /// Of the states after the last block, only those of the last position are asked for: that block then computes no
+    /// more of them than it must.
+    pub last_only: bool,
 }
 
 impl Input {
@@ -112,7 +116,21 @@ impl Input {
             positions: Array::from_slice(&positions, &shape)?,
             key_start: None,
             checkpoint: false,
+            last_only: false,
         })
+    }
+
+    /// The same with all positions asked for: what blocks before the last one take.
+    pub(crate) fn of_all(&self) -> Input {
+        Input { last_only: false, ..self.clone() }
+    }
+
+    /// Of states [batch, length, ..], those that are asked for.
+    pub(crate) fn asked(&self, states: &Array) -> mica_array::Result<Array> {
+        match states.dim(1) {
+            length @ 2.. if self.last_only => states.narrow(1, length - 1, length),
+            _ => Ok(states.clone()),
+        }
     }
 
     /// Runs a block, checkpointed if asked for.

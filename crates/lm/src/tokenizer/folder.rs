@@ -47,6 +47,9 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer> {
     };
     set_post_processor(&config_path, &config, &named, &mut tokenizer)?;
     let eos_ids = model_eos_ids(dir)?;
+    // What parsing needed for a moment is of no use to what follows.
+    drop(json);
+    mica_array::memory::clear_cache();
     Tokenizer::from_parts(path, tokenizer, named, eos_ids)
 }
 

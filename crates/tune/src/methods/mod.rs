@@ -37,6 +37,7 @@ pub fn input(batch: &Batch, recompute: bool) -> mica_array::Result<Input> {
         positions: Array::from_slice(&i32s(&batch.positions), &shape)?,
         key_start,
         checkpoint: recompute,
+        last_only: false,
     })
 }
 

@@ -1,10 +1,12 @@
 //! Products and the output head.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use mica_kernels::elementwise::cast;
 use mica_kernels::gemm::{self, FloatView, FloatViewMut, FloatWeight, Gemm, GemmSpec};
 use mica_kernels::quant::{self, Floats, QuantWeight};
-use mica_kernels::{View, ViewMut};
+use mica_kernels::{View, ViewMut, index};
 use mica_simd::Isa;
 use mica_threads::{FnTask, Scratch, Task};
 
@@ -26,20 +28,13 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         }
         (Op::LinearCrossEntropy(spec), _) => super::loss::lower(step, spec),
         (Op::Matmul { precision }, _) => matmul(step, *precision),
-        (Op::Embedding, weight) if is(step.inputs[1].host()?, &[Dtype::U32, Dtype::I32]) => {
+        (Op::Embedding, weight) => {
             let (ids, out) = (step.inputs[1].host()?, step.outputs[0].host()?);
-            match weight {
-                Some(PackedWeight::Quant(weight)) => {
-                    // SAFETY: token ids are checked where they enter, so i32 reads as u32; the
-                    // evaluator keeps the memory alive and ordered.
-                    let ids = unsafe { View::from_raw(ids.pointer.cast(), &[size(ids)], &[1]) };
-                    Ok(keep(weight).gather_rows(ids, floats(out)?)?.into())
-                }
-                Some(PackedWeight::Float(weight)) if out.dtype == Dtype::F32 => {
-                    Ok(gather(keep(weight), ids, out))
-                }
-                _ => Ok(by_reference(step)),
+            let rounds = matches!(weight, Some(PackedWeight::Float(_))) && out.dtype != Dtype::F32;
+            if weight.is_some() && (rounds || !is(ids, &[Dtype::U32, Dtype::I32])) {
+                return Ok(by_reference(step));
             }
+            lookup(&step.inputs[0], ids, out)
         }
         (Op::Dequantize, Some(PackedWeight::Quant(weight))) => {
             Ok(keep(weight).dequantize(floats(step.outputs[0].host()?)?)?.into())
@@ -129,11 +124,7 @@ fn quantized_linear(
             ViewMut::<f32>::from_raw(out.pointer.cast(), &[m, n], &[n as isize, 1]),
         )
     };
-    let precision = match precision {
-        Precision::Exact => quant::Precision::Exact,
-        Precision::Bf16 => quant::Precision::Bf16,
-        Precision::Fast => quant::Precision::Fast,
-    };
+    let precision = quantized_precision(precision);
     let weight = keep(weight);
     Ok(Lowered::Product(if transposed {
         weight.plan_transposed(x, out, precision, quant::Epilogue::none(), Isa::get())?
@@ -167,6 +158,14 @@ pub(super) fn write(view: &HostView) -> Result<FloatViewMut<'static>> {
             other => return Err(crate::Error::dtype("matmul", "a float dtype of at most 32 bits", other)),
         }
     })
+}
+
+fn quantized_precision(precision: Precision) -> quant::Precision {
+    match precision {
+        Precision::Exact => quant::Precision::Exact,
+        Precision::Bf16 => quant::Precision::Bf16,
+        Precision::Fast => quant::Precision::Fast,
+    }
 }
 
 fn float_precision(precision: Precision) -> gemm::Precision {
@@ -220,6 +219,63 @@ fn plain_linear(
         right.strides.reverse();
     }
     product(&matrix(x), &right, &matrix(out), precision, false)
+}
+
+/// x · wᵀ, or x · w when `transposed`, in bf16 or exact, with the rows `outputs` of w alone (from a
+/// multiple of 16 on), added to what `out`, f32, holds if asked for.
+pub(super) fn linear_part(
+    x: &HostView,
+    (weight, outputs): (&Operand, Range<usize>),
+    out: &HostView,
+    precision: Precision,
+    transposed: bool,
+    accumulate: bool,
+) -> Result<Lowered> {
+    let Operand::Packed(packed) = weight else {
+        let mut right = super::rows_of(weight.host()?, outputs);
+        if !transposed {
+            right.shape.reverse();
+            right.strides.reverse();
+        }
+        return product(x, &right, out, precision, accumulate);
+    };
+    match packed.as_ref() {
+        PackedWeight::Float(weight) => {
+            let epilogue = gemm::Epilogue { accumulate, ..gemm::Epilogue::none() };
+            let precision = float_precision(precision);
+            let plan = keep(weight).plan_part(
+                outputs,
+                read(x)?,
+                write(out)?,
+                transposed,
+                precision,
+                epilogue,
+                Isa::get(),
+            )?;
+            Ok(lowered(plan))
+        }
+        PackedWeight::Quant(weight) => {
+            let (shape, strides) = (out.shape.as_slice(), out.strides.as_slice());
+            // SAFETY: as in `write`.
+            let (into, before) = unsafe {
+                let pointer = out.pointer.cast::<f32>();
+                (ViewMut::from_raw(pointer, shape, strides), View::from_raw(pointer, shape, strides))
+            };
+            let epilogue =
+                if accumulate { quant::Epilogue::residual(before) } else { quant::Epilogue::none() };
+            let precision = quantized_precision(precision);
+            let plan = keep(weight).plan_part(
+                outputs,
+                read(x)?,
+                into,
+                transposed,
+                precision,
+                epilogue,
+                Isa::get(),
+            )?;
+            Ok(Lowered::Product(plan))
+        }
+    }
 }
 
 fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
@@ -284,6 +340,37 @@ fn product_f64(a: &HostView, b: &HostView, out: &HostView) -> Result<Lowered> {
         tasks.push(Box::new(gemm::MatmulTask::<f64>::new(a, b, o)?));
     }
     Ok(Lowered::Tasks(tasks))
+}
+
+/// Rows of a weight. Ids of a packed one are contiguous and of 32 bits, and a packed float one gives f32.
+pub(super) fn lookup(weight: &Operand, ids: &HostView, out: &HostView) -> Result<Lowered> {
+    let Operand::Packed(packed) = weight else { return plain_rows(weight.host()?, ids, out) };
+    match packed.as_ref() {
+        PackedWeight::Quant(weight) => {
+            // SAFETY: token ids are checked where they enter, so i32 reads as u32; the
+            // evaluator keeps the memory alive and ordered.
+            let ids = unsafe { View::from_raw(ids.pointer.cast(), &[size(ids)], &[1]) };
+            Ok(keep(weight).gather_rows(ids, floats(out)?)?.into())
+        }
+        PackedWeight::Float(weight) => Ok(gather(keep(weight), ids, out)),
+    }
+}
+
+/// Rows of a plain weight: taken as they are, then made what the output is.
+fn plain_rows(weight: &HostView, ids: &HostView, out: &HostView) -> Result<Lowered> {
+    if weight.dtype == out.dtype {
+        return Ok(index::take(weight.view(), 0, ids.view(), out.view_mut())?.into());
+    }
+    let (weight, ids, out) = (weight.clone(), ids.clone(), out.clone());
+    Ok(Lowered::WithWorkspace(
+        size(&out) * weight.dtype.size(),
+        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
+            let taken = super::dense(workspace, &out.shape, weight.dtype);
+            list.push(index::take(weight.view(), 0, ids.view(), taken.view_mut())?);
+            list.push(cast(taken.view(), out.view_mut())?);
+            Ok(())
+        }),
+    ))
 }
 
 /// Rows of a packed weight by ids that are known only when the task runs.

@@ -36,7 +36,7 @@ fn targets(labels: &Laid, soft_cap: Option<f32>) -> Targets {
 }
 
 #[test]
-fn agrees_with_f64_and_tiles_have_the_bits_of_the_whole() {
+fn agrees_with_f64_on_every_tier() {
     let mut rng = Rng::new(1);
     for (rows, width) in [(1, 1), (5, 37), (3, 4096), (4, 9001), (70, 130), (0, 10)] {
         for (dtype, label_type) in
@@ -77,60 +77,126 @@ fn agrees_with_f64_and_tiles_have_the_bits_of_the_whole() {
                     for i in 0..3 {
                         assert_bits_eq(&format!("{name} tiers"), &got[i], &first[i]);
                     }
-
-                    // The same in ranges of one or two tiles.
-                    let mut state = Laid::poisoned(Dtype::F32, &[rows, STATE], Layout::Padded);
-                    let (mut loss, mut lse) = (vector(), vector());
-                    let mut parts = Laid::poisoned(Dtype::F32, &[rows, width], Layout::Padded);
-                    let part = |view: DynView, from: usize, to: usize| {
-                        let skip = from as isize * view.strides[1] * view.dtype.size() as isize;
-                        let mut view = view;
-                        view.pointer = view.pointer.wrapping_offset(skip);
-                        view.shape[1] = to - from;
-                        view
-                    };
-                    let ranges: Vec<(usize, usize)> =
-                        if width > 8192 { vec![(0, 8192), (8192, width)] } else { vec![(0, width)] };
-                    let mut tasks = Vec::new();
-                    for &(from, to) in &ranges {
-                        let logits = part(logits.view(), from, to);
-                        let targets = targets(&labels_laid, soft_cap);
-                        let state = state.view_mut();
-                        tasks.push(cross_entropy_tile(isa, logits, from, width, targets, state).unwrap());
-                    }
-                    let (l, s) = (Some(loss.view_mut()), Some(lse.view_mut()));
-                    let all = targets(&labels_laid, soft_cap);
-                    tasks.push(cross_entropy_finish(isa, state.view(), width, all, l, s).unwrap());
-                    for &(from, to) in &ranges {
-                        let all = parts.view_mut();
-                        let cut = part(parts.view(), from, to);
-                        let out = DynViewMut {
-                            pointer: cut.pointer.cast_mut(),
-                            dtype: all.dtype,
-                            shape: cut.shape,
-                            strides: cut.strides,
-                        };
-                        let logits = part(logits.view(), from, to);
-                        let targets = targets(&labels_laid, soft_cap);
-                        let task = cross_entropy_gradient(
-                            isa,
-                            logits,
-                            from,
-                            width,
-                            targets,
-                            lse.view(),
-                            scale(),
-                            out,
-                        );
-                        tasks.push(task.unwrap());
-                    }
-                    Pool::new(3).run(&tasks).unwrap();
-                    assert_bits_eq(&format!("{name} loss by tiles"), &single(&loss), &got[0]);
-                    assert_bits_eq(&format!("{name} lse by tiles"), &single(&lse), &got[1]);
-                    assert_bits_eq(&format!("{name} gradient by tiles"), &single(&parts), &got[2]);
                 }
             }
         }
+    }
+}
+
+/// Tiles that pass by give the losses of the whole, bit for bit, and the gradient of the hidden rows that
+/// a product with the whole gradient gives.
+#[test]
+fn a_vocabulary_that_passes_by_agrees_with_the_whole() {
+    let mut rng = Rng::new(4);
+    for (rows, vocabulary, width) in [(1, 1, 3), (5, 37, 20), (3, 4096, 16), (9, 9001, 33), (0, 10, 4)] {
+        for (soft_cap, scale) in [(None, 1.0), (Some(2.0), 1.0), (None, 30.0)] {
+            let name = format!("{rows}x{vocabulary}x{width} {soft_cap:?} {scale}");
+            let mut logits = Laid::random(Dtype::F32, &[rows, vocabulary], Layout::Contiguous, &mut rng);
+            let mut values: Vec<f64> = logits.values().iter().map(|x| x * scale).collect();
+            // One label that is almost certain.
+            let mut labels: Vec<f64> = (0..rows)
+                .map(|_| if rng.chance(0.2) { -100.0 } else { rng.range(0..vocabulary) as f64 })
+                .collect();
+            if let Some(first) = labels.first_mut() {
+                *first = (vocabulary - 1) as f64;
+                values[vocabulary - 1] += 25.0;
+            }
+            logits = Laid::new(Dtype::F32, &logits.shape, Layout::Contiguous, &values);
+            let weights = Laid::random(Dtype::F32, &[vocabulary, width], Layout::Contiguous, &mut rng);
+            let weight = weights.values();
+            let labels_laid = Laid::new(Dtype::I32, &[rows], Layout::Padded, &labels);
+            let [_, _, gradient] = naive(&logits, &labels, soft_cap, &vec![1.0; rows]);
+            let expected: Vec<f32> = (0..rows * width)
+                .map(|i| {
+                    let row = &gradient[i / width * vocabulary..][..vocabulary];
+                    row.iter().enumerate().map(|(v, g)| g * weight[v * width + i % width]).sum::<f64>() as f32
+                })
+                .collect();
+            let vector = || Laid::poisoned(Dtype::F32, &[rows], Layout::Padded);
+            let mut bits: Option<Vec<f32>> = None;
+            for &isa in Isa::available() {
+                let (mut whole_loss, mut loss, mut lse) = (vector(), vector(), vector());
+                let args = CrossEntropyArgs {
+                    logits: logits.view(),
+                    targets: targets(&labels_laid, soft_cap),
+                    loss: Some(whole_loss.view_mut()),
+                    lse: None,
+                    gradient: None,
+                };
+                Pool::new(2).run(&[cross_entropy(isa, args).unwrap()]).unwrap();
+                let mut state = Laid::poisoned(Dtype::F32, &[rows, stream::STATE], Layout::Padded);
+                let mut sums = Laid::poisoned(Dtype::F32, &[rows, width], Layout::Padded);
+                for first in (0..vocabulary).step_by(VOCABULARY_TILE) {
+                    let end = vocabulary.min(first + VOCABULARY_TILE);
+                    let part: Vec<f64> =
+                        (0..rows).flat_map(|row| values[row * vocabulary..][first..end].to_vec()).collect();
+                    let shape = [rows, end - first];
+                    let part = Laid::new(Dtype::F32, &shape, Layout::Contiguous, &part);
+                    let mut factors = Laid::poisoned(Dtype::F32, &shape, Layout::Contiguous);
+                    let args = stream::FoldArgs {
+                        logits: part.view(),
+                        first,
+                        vocabulary,
+                        targets: targets(&labels_laid, soft_cap),
+                        state: state.view_mut(),
+                        gradient: Some(stream::FoldGradient {
+                            factors: factors.view_mut(),
+                            sums: sums.view_mut(),
+                        }),
+                    };
+                    Pool::new(3).run(&[stream::fold(isa, args).unwrap()]).unwrap();
+                    let (factors, mut next) = (factors.values(), sums.values());
+                    for (i, sum) in next.iter_mut().enumerate() {
+                        let (row, column) = (i / width, i % width);
+                        let product: f64 = (first..end)
+                            .map(|v| factors[row * (end - first) + v - first] * weight[v * width + column])
+                            .sum();
+                        *sum = product + if first > 0 { *sum } else { 0.0 };
+                    }
+                    sums = Laid::new(Dtype::F32, &[rows, width], Layout::Padded, &next);
+                }
+                let of_labels: Vec<f64> = (0..rows * width)
+                    .map(|i| weight[labels[i / width].max(0.0) as usize * width + i % width])
+                    .collect();
+                let of_labels = Laid::new(Dtype::F32, &[rows, width], Layout::Padded, &of_labels);
+                let args = stream::FinishArgs {
+                    state: state.view(),
+                    vocabulary,
+                    targets: targets(&labels_laid, soft_cap),
+                    loss: Some(loss.view_mut()),
+                    lse: Some(lse.view_mut()),
+                    gradient: Some((sums.view_mut(), of_labels.view())),
+                };
+                Pool::new(2).run(&[stream::finish(isa, args).unwrap()]).unwrap();
+                for laid in [&loss, &lse, &sums, &state] {
+                    laid.check_untouched_outside();
+                }
+                assert_bits_eq(&format!("{isa} {name} losses"), &single(&loss), &single(&whole_loss));
+                let got = single(&sums);
+                assert_close(&format!("{isa} {name} gradient"), &got, &expected, 2e-5, 2e-6);
+                let first = bits.get_or_insert_with(|| got.clone());
+                assert_bits_eq(&format!("{isa} {name} tiers"), &got, first);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_range_that_is_no_tile_is_refused() {
+    let logits = Laid::poisoned(Dtype::F32, &[2, 10], Layout::Contiguous);
+    let labels = Laid::contiguous(Dtype::I32, &[2], &[1.0, 2.0]);
+    for (first, vocabulary) in [(1, 11), (0, 11), (4096, 4107)] {
+        let mut state = Laid::poisoned(Dtype::F32, &[2, stream::STATE], Layout::Contiguous);
+        let args = stream::FoldArgs {
+            logits: logits.view(),
+            first,
+            vocabulary,
+            targets: targets(&labels, None),
+            state: state.view_mut(),
+            gradient: None,
+        };
+        let error = stream::fold(Isa::best(), args).err().expect("no tile").to_string();
+        assert!(error.contains("expected a tile of 4096, or what is left"), "{error}");
     }
 }
 

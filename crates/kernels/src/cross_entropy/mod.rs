@@ -1,16 +1,15 @@
-//! Softmax cross-entropy over a vocabulary, whole or tile by tile, with its gradient.
+//! Softmax cross-entropy over a vocabulary with its gradient, of whole rows or tile by tile.
 //!
 //! [`cross_entropy`] takes logits that are there: loss, log-sum-exp and gradient in one pass over
-//! each row, the gradient in place of the logits if wanted. Fused linear cross-entropy drives it
-//! on a block of rows at a time (logits = H·Wᵀ of the block, loss and gradient in place,
-//! dH = gradient·W), so that the logits of all rows are never stored. Where even a block of rows
-//! is too much, [`cross_entropy_tile`] folds one range of the vocabulary after another into a
-//! state of three numbers a row, [`cross_entropy_finish`] turns that into losses, and
-//! [`cross_entropy_gradient`] gives the gradient of a range whose logits were formed again.
+//! each row, the gradient in place of the logits if wanted. [`stream`] sees one tile of the
+//! vocabulary after another, so that no more than a tile of logits exists at a time, and forms the
+//! gradient of what the logits were made from as it goes.
 //!
-//! One order on every path (docs/NUMERICS.md): the vocabulary in tiles of [`VOCABULARY_TILE`];
-//! in a tile the exponentials are relative to the tile's maximum and summed in 16 lanes; tiles
-//! are merged ascending. Ranges that begin at multiples of the tile have the bits of the whole.
+//! One order on every path (docs/NUMERICS.md): the vocabulary in tiles of [`VOCABULARY_TILE`]
+//! ascending, exponentials relative to the largest logit so far, summed in 16 lanes within a tile;
+//! what was summed before shrinks when the largest grows.
+
+pub mod stream;
 
 use mica_simd::{Isa, Kernel, LANES, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
@@ -21,8 +20,6 @@ use crate::rows::{Rows, check_shape};
 
 /// Entries of the vocabulary whose exponentials are summed apart.
 pub const VOCABULARY_TILE: usize = 4096;
-/// Numbers that [`cross_entropy_tile`] keeps a row: maximum, sum, logit of the target.
-pub const STATE: usize = 3;
 
 /// The right answers, and what they count.
 #[derive(Clone, Debug)]
@@ -56,7 +53,7 @@ pub struct CrossEntropyArgs {
     /// `[rows]` f32: ln Σ exp(logits), ignored rows too.
     pub lse: Option<DynViewMut>,
     /// `[rows, vocabulary]`: (softmax - one-hot)·scale, 0 for ignored rows, f32, bf16 or f16.
-    /// May alias the logits (same layout).
+    /// A row of it may begin where that of the logits does, in a type that is no larger.
     pub gradient: Option<(DynViewMut, GradientScale)>,
 }
 
@@ -64,7 +61,7 @@ pub struct CrossEntropyArgs {
 pub fn cross_entropy(isa: Isa, args: CrossEntropyArgs) -> Result<Box<dyn Task>, KernelError> {
     let name = "cross_entropy";
     let logits = matrix(name, "logits", &args.logits)?;
-    let labels = Labels::new(name, args.targets, logits.count(), 0, logits.width)?;
+    let labels = Labels::new(name, args.targets, logits.count(), logits.width)?;
     if labels.size == 0 && logits.count() > 0 {
         return Err(KernelError::new(name, "a vocabulary of no entries"));
     }
@@ -77,82 +74,7 @@ pub fn cross_entropy(isa: Isa, args: CrossEntropyArgs) -> Result<Box<dyn Task>, 
             Some((Rows::new_mut(name, "gradient", &view)?, Scale::new(name, scale, logits.count())?))
         }
     };
-    Ok(Box::new(CrossEntropy { isa, logits, labels, work: Work::Whole { loss, lse, gradient } }))
-}
-
-/// Folds the logits of the vocabulary entries `first ..` into `state`, `[rows, 3]` f32. The range
-/// of `first` 0 starts the state; the others follow in ascending order. `first` has to be a
-/// multiple of [`VOCABULARY_TILE`], and `vocabulary` is its whole size.
-pub fn cross_entropy_tile(
-    isa: Isa,
-    logits: DynView,
-    first: usize,
-    vocabulary: usize,
-    targets: Targets,
-    state: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
-    let name = "cross_entropy_tile";
-    let logits = matrix(name, "logits", &logits)?;
-    if !first.is_multiple_of(VOCABULARY_TILE) || first + logits.width > vocabulary {
-        let message = format!(
-            "entries {first}..{} of {vocabulary}: expected to begin at a multiple of {VOCABULARY_TILE} and to end inside",
-            first + logits.width
-        );
-        return Err(KernelError::new(name, message));
-    }
-    check_shape(name, "state", &state.shape, &[logits.count(), STATE])?;
-    check_f32(name, "state", state.dtype)?;
-    let labels = Labels::new(name, targets, logits.count(), first, vocabulary)?;
-    let state = Rows::new_mut(name, "state", &state)?;
-    Ok(Box::new(CrossEntropy { isa, logits, labels, work: Work::Fold { state } }))
-}
-
-/// Losses and log-sum-exps (both `[rows]` f32) of states that saw the whole vocabulary.
-pub fn cross_entropy_finish(
-    isa: Isa,
-    state: DynView,
-    vocabulary: usize,
-    targets: Targets,
-    loss: Option<DynViewMut>,
-    lse: Option<DynViewMut>,
-) -> Result<Box<dyn Task>, KernelError> {
-    let name = "cross_entropy_finish";
-    check_f32(name, "state", state.dtype)?;
-    let state = matrix(name, "state", &state)?;
-    if state.width != STATE {
-        return Err(KernelError::new(
-            name,
-            format!("a state of {} numbers a row, expected {STATE}", state.width),
-        ));
-    }
-    let labels = Labels::new(name, targets, state.count(), 0, vocabulary)?;
-    let loss = column(name, "loss", loss, state.count())?;
-    let lse = column(name, "lse", lse, state.count())?;
-    Ok(Box::new(CrossEntropy { isa, logits: state, labels, work: Work::Finish { loss, lse } }))
-}
-
-/// The gradient of the vocabulary entries `first ..` from their logits and the rows'
-/// log-sum-exps (`[rows]` f32). `gradient` has the shape of `logits` and may alias it.
-pub fn cross_entropy_gradient(
-    isa: Isa,
-    logits: DynView,
-    first: usize,
-    vocabulary: usize,
-    targets: Targets,
-    lse: DynView,
-    scale: GradientScale,
-    gradient: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
-    let name = "cross_entropy_gradient";
-    check_shape(name, "gradient", &gradient.shape, &logits.shape)?;
-    let logits = matrix(name, "logits", &logits)?;
-    check_shape(name, "lse", &lse.shape, &[logits.count()])?;
-    check_f32(name, "lse", lse.dtype)?;
-    let labels = Labels::new(name, targets, logits.count(), first, vocabulary)?;
-    let lse = Rows::new(name, "lse", &as_column(lse.pointer, &lse))?;
-    let scale = Scale::new(name, scale, logits.count())?;
-    let gradient = Rows::new_mut(name, "gradient", &gradient)?;
-    Ok(Box::new(CrossEntropy { isa, logits, labels, work: Work::Gradient { lse, scale, gradient } }))
+    Ok(Box::new(CrossEntropy { isa, logits, labels, loss, lse, gradient }))
 }
 
 fn matrix(name: &'static str, what: &str, view: &DynView) -> Result<Rows, KernelError> {
@@ -204,20 +126,12 @@ struct Labels {
     view: DynView,
     ignore: i64,
     soft_cap: Option<f32>,
-    /// The first vocabulary entry of the logits at hand.
-    first: usize,
-    /// The whole vocabulary.
+    /// Entries of the whole vocabulary.
     size: usize,
 }
 
 impl Labels {
-    fn new(
-        name: &'static str,
-        targets: Targets,
-        rows: usize,
-        first: usize,
-        size: usize,
-    ) -> Result<Labels, KernelError> {
+    fn new(name: &'static str, targets: Targets, rows: usize, size: usize) -> Result<Labels, KernelError> {
         let view = targets.labels;
         check_shape(name, "labels", &view.shape, &[rows])?;
         if !matches!(view.dtype, Dtype::I32 | Dtype::U32 | Dtype::I64) {
@@ -227,7 +141,7 @@ impl Labels {
         if targets.soft_cap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
             return Err(KernelError::new(name, "a soft cap has to be positive"));
         }
-        Ok(Labels { view, ignore: targets.ignore, soft_cap: targets.soft_cap, first, size })
+        Ok(Labels { view, ignore: targets.ignore, soft_cap: targets.soft_cap, size })
     }
 
     /// The label of a row, or None if it is ignored.
@@ -260,6 +174,13 @@ impl Labels {
             None => x,
         }
     }
+
+    /// The derivative of a capped logit by the one that was there before.
+    #[inline(always)]
+    fn slope<V: Vector>(&self, capped: V) -> Option<V> {
+        let ratio = capped / V::splat(self.soft_cap?);
+        Some(ratio.neg_mul_add(ratio, V::splat(1.0)))
+    }
 }
 
 struct Scale {
@@ -290,32 +211,26 @@ impl Scale {
     }
 }
 
-enum Work {
-    Whole { loss: Option<Rows>, lse: Option<Rows>, gradient: Option<(Rows, Scale)> },
-    Fold { state: Rows },
-    Finish { loss: Option<Rows>, lse: Option<Rows> },
-    Gradient { lse: Rows, scale: Scale, gradient: Rows },
-}
-
 struct CrossEntropy {
     isa: Isa,
     logits: Rows,
     labels: Labels,
-    work: Work,
+    loss: Option<Rows>,
+    lse: Option<Rows>,
+    gradient: Option<(Rows, Scale)>,
 }
 
 /// Entries that one chunk works on, about; a row is never cut.
 const CHUNK: usize = 32_768;
 
-impl CrossEntropy {
-    fn rows_per_chunk(&self) -> usize {
-        (CHUNK / self.logits.width.max(1)).max(1)
-    }
+/// Rows of so many entries in a chunk.
+fn rows_per_chunk(width: usize) -> usize {
+    (CHUNK / width.max(1)).max(1)
 }
 
 impl Task for CrossEntropy {
     fn chunks(&self) -> usize {
-        self.logits.count().div_ceil(self.rows_per_chunk())
+        self.logits.count().div_ceil(rows_per_chunk(self.logits.width))
     }
 
     fn run(&self, chunk: usize, scratch: &mut Scratch) {
@@ -339,44 +254,25 @@ impl Kernel for Chunk<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let task = self.task;
-        let tile = self.scratch.take::<f32>(VOCABULARY_TILE.min(task.logits.width.max(STATE)));
-        let start = self.chunk * task.rows_per_chunk();
-        for row in start..(start + task.rows_per_chunk()).min(task.logits.count()) {
+        let width = task.logits.width;
+        let buffer = self.scratch.take::<f32>(VOCABULARY_TILE.min(width));
+        let start = self.chunk * rows_per_chunk(width);
+        for row in start..(start + rows_per_chunk(width)).min(task.logits.count()) {
             let label = task.labels.of(row);
+            let mut state = State::EMPTY;
             // SAFETY: all rows are in range, and outputs of this row are written here alone.
             unsafe {
-                match &task.work {
-                    Work::Whole { loss, lse, gradient } => {
-                        let mut state = State::EMPTY;
-                        if label.is_some() || lse.is_some() {
-                            state = fold::<V>(task, row, label, state, tile);
-                        }
-                        let total = state.finish::<V>(row, label, loss, lse);
-                        if let Some((gradient, scale)) = gradient {
-                            differentiate::<V>(task, row, label, total, scale, gradient, tile);
-                        }
+                if label.is_some() || task.lse.is_some() {
+                    for at in (0..width).step_by(VOCABULARY_TILE) {
+                        let tile = &mut buffer[..VOCABULARY_TILE.min(width - at)];
+                        task.logits.load_from::<V>(row, at, tile);
+                        state =
+                            state.fold::<V>(&task.labels, tile, label.map(|label| label.wrapping_sub(at)));
                     }
-                    Work::Fold { state: rows } => {
-                        let mut values = [0.0; STATE];
-                        let mut state = State::EMPTY;
-                        if task.labels.first > 0 {
-                            rows.load::<V>(row, &mut values);
-                            state = State { max: values[0], sum: values[1], target: values[2] };
-                        }
-                        let state = fold::<V>(task, row, label, state, tile);
-                        rows.store::<V>(row, &[state.max, state.sum, state.target]);
-                    }
-                    Work::Finish { loss, lse } => {
-                        let mut values = [0.0; STATE];
-                        task.logits.load::<V>(row, &mut values);
-                        let state = State { max: values[0], sum: values[1], target: values[2] };
-                        state.finish::<V>(row, label, loss, lse);
-                    }
-                    Work::Gradient { lse, scale, gradient } => {
-                        let mut total = [0.0];
-                        lse.load::<V>(row, &mut total);
-                        differentiate::<V>(task, row, label, total[0], scale, gradient, tile);
-                    }
+                }
+                let total = state.finish::<V>(row, label, &task.loss, &task.lse);
+                if let Some((gradient, scale)) = &task.gradient {
+                    differentiate::<V>(task, row, label, total, scale, gradient, buffer);
                 }
             }
         }
@@ -393,6 +289,43 @@ struct State {
 
 impl State {
     const EMPTY: State = State { max: f32::NEG_INFINITY, sum: 0.0, target: f32::NEG_INFINITY };
+
+    /// Adds a tile of logits, which become their exponentials relative to the new maximum. `place`
+    /// is where the label's is, if it lies in the tile.
+    #[inline(always)]
+    fn fold<V: Vector>(self, labels: &Labels, tile: &mut [f32], place: Option<usize>) -> State {
+        let lowest = f32::NEG_INFINITY;
+        let mut max = V::splat(lowest);
+        for part in tile.chunks_mut(LANES) {
+            let x = labels.cap(V::from_slice(part, lowest));
+            // The bound -c that a cap gives to the padding is no larger than any entry.
+            max = max.max(x);
+            x.to_slice(part);
+        }
+        let max = max.max_lane();
+        let target = match place {
+            Some(place) if place < tile.len() => tile[place],
+            _ => self.target,
+        };
+        let max = if self.max > max { self.max } else { max };
+        if max == lowest {
+            tile.fill(0.0);
+            return State { target, ..self };
+        }
+        let mut sum = V::zero();
+        for part in tile.chunks_mut(LANES) {
+            let value = math::exp(V::from_slice(part, lowest) - V::splat(max));
+            sum = sum + value;
+            value.to_slice(part);
+        }
+        State { max, sum: self.sum.mul_add(self.shrink::<V>(max), sum.sum()), target }
+    }
+
+    /// The factor of what was summed relative to the maximum so far, now that it is `max`.
+    #[inline(always)]
+    fn shrink<V: Vector>(&self, max: f32) -> f32 {
+        if self.max == max { 1.0 } else { math::exp(V::splat(self.max - max)).to_array()[0] }
+    }
 
     /// Writes loss and log-sum-exp; returns the latter.
     #[inline(always)]
@@ -419,53 +352,6 @@ impl State {
     }
 }
 
-/// Adds the logits of a row to its state, tile by tile.
-#[inline(always)]
-unsafe fn fold<V: Vector>(
-    task: &CrossEntropy,
-    row: usize,
-    label: Option<usize>,
-    mut state: State,
-    buffer: &mut [f32],
-) -> State {
-    let width = task.logits.width;
-    let lowest = f32::NEG_INFINITY;
-    for at in (0..width).step_by(VOCABULARY_TILE) {
-        let tile = &mut buffer[..VOCABULARY_TILE.min(width - at)];
-        // SAFETY: promised by the caller; the tile ends inside the row.
-        unsafe { task.logits.load_from::<V>(row, at, tile) };
-        let mut max = V::splat(lowest);
-        for part in tile.chunks_mut(LANES) {
-            let x = task.labels.cap(V::from_slice(part, lowest));
-            // The bound -c that a cap gives to the padding is no larger than any entry.
-            max = max.max(x);
-            x.to_slice(part);
-        }
-        let max = max.max_lane();
-        if let Some(label) = label {
-            let place = label.wrapping_sub(task.labels.first + at);
-            if place < tile.len() {
-                state.target = tile[place];
-            }
-        }
-        if max == lowest {
-            continue;
-        }
-        let mut sum = V::zero();
-        for part in tile.chunks(LANES) {
-            sum = sum + math::exp(V::from_slice(part, lowest) - V::splat(max));
-        }
-        let sum = sum.sum();
-        // Merge, as attention does.
-        let largest = if state.max > max { state.max } else { max };
-        let lanes = std::array::from_fn(|i| if i == 0 { state.max - largest } else { max - largest });
-        let exps = math::exp(V::from_array(lanes)).to_array();
-        state.sum = sum.mul_add(exps[1], state.sum * exps[0]);
-        state.max = largest;
-    }
-    state
-}
-
 /// Writes the gradient of a row.
 #[inline(always)]
 unsafe fn differentiate<V: Vector>(
@@ -487,7 +373,7 @@ unsafe fn differentiate<V: Vector>(
             Some(label) => {
                 // SAFETY: promised by the caller; the tile ends inside the row.
                 unsafe { task.logits.load_from::<V>(row, at, tile) };
-                let place = label.wrapping_sub(task.labels.first + at);
+                let place = label.wrapping_sub(at);
                 for (index, part) in tile.chunks_mut(LANES).enumerate() {
                     let x = task.labels.cap(V::from_slice(part, 0.0));
                     let mut probability = math::exp(x - total);
@@ -497,9 +383,8 @@ unsafe fn differentiate<V: Vector>(
                         probability = V::select(hot, probability - V::splat(1.0), probability);
                     }
                     let mut value = probability * scale;
-                    if let Some(cap) = task.labels.soft_cap {
-                        let ratio = x / V::splat(cap);
-                        value = value * ratio.neg_mul_add(ratio, V::splat(1.0));
+                    if let Some(slope) = task.labels.slope(x) {
+                        value = value * slope;
                     }
                     value.to_slice(part);
                 }
@@ -511,5 +396,4 @@ unsafe fn differentiate<V: Vector>(
 }
 
 #[cfg(test)]
-#[path = "cross_entropy_tests.rs"]
 mod tests;
