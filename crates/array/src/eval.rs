@@ -19,7 +19,7 @@ use smallvec::SmallVec;
 use crate::backend::{Backend, OperandRef, StepRef, cpu::Cpu};
 use crate::kv::PagedStep;
 use crate::node::{Node, State, ready};
-use crate::op::Op;
+use crate::op::{Op, Precision};
 use crate::packed::PackedWeight;
 use crate::shape::{Strides, broadcast_strides, same};
 use crate::storage::{Buffer, HostStorage, Spec, Storage};
@@ -192,16 +192,21 @@ pub(crate) fn wait_for(buffer: &Buffer) -> Result<()> {
 }
 
 /// A pointer to a node that the roots, or a consumer that has not been planned yet, keep alive.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct NodePointer(*const Node);
 
 // SAFETY: an address; who follows it says why the node is alive.
 unsafe impl Send for NodePointer {}
 
+/// Over how many nodes a product moves to stand behind another.
+const MOVED: usize = 32;
+
 /// A node before its inputs, and after them.
 enum Visit {
     Enter(NodePointer),
     Leave(NodePointer),
+    /// An int8 product, with the node and the output that are its rows.
+    LeaveProduct(NodePointer, (NodePointer, usize)),
 }
 
 impl NodePointer {
@@ -238,6 +243,8 @@ impl Engine {
     fn find_order(&mut self, roots: &[Array], order: &mut Vec<NodePointer>) -> Result<()> {
         self.walk += 1;
         let mut stack = std::mem::take(&mut self.visits);
+        // The rows of the last product, and the place behind it.
+        let mut last = ((NodePointer(std::ptr::null()), 0), 0);
         stack.clear();
         stack.extend(roots.iter().rev().map(|root| Visit::Enter(NodePointer::of(root))));
         while let Some(visit) = stack.pop() {
@@ -245,6 +252,14 @@ impl Engine {
                 Visit::Enter(pointer) => pointer,
                 Visit::Leave(pointer) => {
                     order.push(pointer);
+                    continue;
+                }
+                // Products of the same rows one behind the other: a backend may make one of them.
+                Visit::LeaveProduct(pointer, rows) => {
+                    let near = last.0 == rows && order.len() - last.1 <= MOVED;
+                    let place = if near { last.1 } else { order.len() };
+                    order.insert(place, pointer);
+                    last = (rows, place + 1);
                     continue;
                 }
             };
@@ -269,8 +284,15 @@ impl Engine {
                         stack.push(Visit::Enter(pointer));
                         continue;
                     }
-                    State::Lazy { inputs, .. } => {
-                        stack.push(Visit::Leave(pointer));
+                    State::Lazy { op, inputs } => {
+                        stack.push(match (op, inputs.as_slice()) {
+                            (Op::Linear { precision: Precision::Fast }, [x, weight])
+                                if weight.node().ready().is_some() =>
+                            {
+                                Visit::LeaveProduct(pointer, (NodePointer::of(x), x.output()))
+                            }
+                            _ => Visit::Leave(pointer),
+                        });
                         // The first input on top: it is entered first.
                         for input in inputs.iter().rev() {
                             if input.node().ready().is_none() {

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use mica_array::{Array, Dtype, async_eval, eval, memory};
+use mica_array::{Array, Dtype, PackedWeight, Precision, async_eval, eval, memory};
 
 /// Memory figures are the process's: tests that read them take turns.
 static MEMORY: Mutex<()> = Mutex::new(());
@@ -83,6 +83,37 @@ fn inputs_may_be_used_after_donation_was_possible() {
     assert_eq!(y.to_vec::<f32>().unwrap(), [2.0, 4.0, 6.0]);
     assert_eq!(z.to_vec::<f32>().unwrap(), [3.0, 5.0, 7.0]);
     assert_eq!(w.to_vec::<f32>().unwrap(), [4.0, 16.0, 36.0]);
+}
+
+#[test]
+fn products_of_the_same_rows_are_the_same_side_by_side() {
+    // As in attention: what follows a product comes before the next product of the same rows.
+    let values = |count: usize, seed: u32| -> Vec<f32> {
+        (0..count as u32)
+            .map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) % 1000) as f32 / 500.0 - 1.0)
+            .collect()
+    };
+    let weights = [48, 16, 32].map(|out| {
+        let plain = Array::from_slice(&values(out * 64, out as u32), &[out, 64]).unwrap();
+        Array::from_packed(PackedWeight::quantize(&plain, 4, 64).unwrap())
+    });
+    let product = |x: &Array, i: usize| x.linear(&weights[i], None, Precision::Fast).unwrap();
+    for rows in [1, 5] {
+        let given = Array::from_slice(&values(rows * 64, 7), &[rows, 64]).unwrap();
+        let doubled = || given.add(&given).unwrap();
+        let alone = [0, 1, 2].map(|i| product(&doubled(), i).to_vec::<f32>().unwrap());
+        let x = doubled();
+        let sums = [0, 1, 2].map(|i| {
+            let y = product(&x, i);
+            y.add(&y).unwrap()
+        });
+        drop(x);
+        eval(&sums).unwrap();
+        for (sum, alone) in sums.iter().zip(&alone) {
+            let expected: Vec<f32> = alone.iter().map(|y| y + y).collect();
+            assert_eq!(sum.to_vec::<f32>().unwrap(), expected, "{rows} rows");
+        }
+    }
 }
 
 #[test]

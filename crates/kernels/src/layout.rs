@@ -151,6 +151,19 @@ pub(crate) fn prefetch_line<const NEAR: bool>(at: *const u8) {
     let _ = at;
 }
 
+/// The same for a line that is read once and not soon again: other lines stay in the caches.
+#[inline(always)]
+pub(crate) fn prefetch_once(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+        // SAFETY: a prefetch touches nothing and cannot fault.
+        unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Copies elements `start .. start + count` of `linear` at `source` to `target`, densely.
 ///
 /// # Safety

@@ -7,10 +7,12 @@
 //!
 //! The pool knows nothing of arrays or kernels.
 
+mod lines;
 mod place;
 mod pool;
 mod scratch;
 
+pub use lines::Lines;
 pub use pool::{Pool, TaskPanic};
 pub use scratch::{Account, Plain, Scratch, set_account};
 
@@ -24,6 +26,12 @@ pub trait Task: Send + Sync {
 
     /// Runs one chunk. `scratch` is the worker's own memory, empty at the start of each chunk.
     fn run(&self, chunk: usize, scratch: &mut Scratch);
+
+    /// Memory that a chunk begins with and that is likely in no cache. A worker that waits for this task asks for
+    /// it meanwhile.
+    fn begins_with(&self, _chunk: usize) -> Lines {
+        Lines::default()
+    }
 
     /// What profiles and panics call this task.
     fn name(&self) -> &'static str {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::place::Places;
 use crate::scratch::Refused;
-use crate::{Scratch, Task};
+use crate::{Lines, Scratch, Task};
 
 /// How long a worker looks for a job before it parks: longer than the gap between two lists of a decoded
 /// token, shorter than anything a neighbour would notice.
@@ -41,6 +41,8 @@ pub struct Pool {
     shared: Arc<Shared>,
     run_lock: Mutex<Scratch>,
     workers: Vec<JoinHandle<()>>,
+    /// Whether a list was begun and not finished.
+    begun: bool,
 }
 
 struct Shared {
@@ -129,24 +131,29 @@ impl Range {
         self.0.store((start as u64) << 32 | end as u64, Ordering::Relaxed);
     }
 
+    /// The first chunk that is left.
     fn take_front(&self) -> Option<usize> {
-        self.take(|start, end| (start, (start + 1, end)))
+        self.take(|start, end| (start + 1, end)).map(|(start, _)| start)
     }
 
-    fn take_back(&self) -> Option<usize> {
-        self.take(|start, end| (end - 1, (start, end - 1)))
+    /// The second half of what is left, at least one chunk: where it starts and ends.
+    fn take_half(&self) -> Option<(usize, usize)> {
+        let middle = |start, end| start + (end - start) / 2;
+        self.take(|start, end| (start, middle(start, end))).map(|(start, end)| (middle(start, end), end))
     }
 
-    fn take(&self, pick: impl Fn(u64, u64) -> (u64, (u64, u64))) -> Option<usize> {
+    /// Leaves what `leave` says of a range that is not empty; what it was before.
+    fn take(&self, leave: impl Fn(usize, usize) -> (usize, usize)) -> Option<(usize, usize)> {
         let mut now = self.0.load(Ordering::Relaxed);
         loop {
-            let (start, end) = (now >> 32, now & u32::MAX as u64);
+            let (start, end) = ((now >> 32) as usize, (now & u32::MAX as u64) as usize);
             if start >= end {
                 return None;
             }
-            let (chunk, (start, end)) = pick(start, end);
-            match self.0.compare_exchange_weak(now, start << 32 | end, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(chunk as usize),
+            let (from, to) = leave(start, end);
+            let next = (from as u64) << 32 | to as u64;
+            match self.0.compare_exchange_weak(now, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some((start, end)),
                 Err(seen) => now = seen,
             }
         }
@@ -182,7 +189,7 @@ impl Pool {
                     .expect("the system can start a thread")
             })
             .collect();
-        Pool { shared, run_lock: Mutex::new(Scratch::new()), workers }
+        Pool { shared, run_lock: Mutex::new(Scratch::new()), workers, begun: false }
     }
 
     /// The number of workers, the caller included.
@@ -201,14 +208,11 @@ impl Pool {
 
     /// [`Pool::run`] for tasks that live anywhere.
     pub fn run_all<'a>(&self, tasks: &[&'a (dyn Task + 'a)]) -> Result<(), TaskPanic> {
+        assert!(!self.begun, "another list was begun and not finished");
         if tasks.is_empty() {
             return Ok(());
         }
-        // Chunk numbers are halves of a word.
-        if let Some(task) = tasks.iter().find(|task| task.chunks() > u32::MAX as usize) {
-            let message = format!("has {} chunks, a task has at most 2^32", task.chunks());
-            return Err(TaskPanic { task: task.name(), message, refused: None });
-        }
+        check(tasks)?;
         let mut scratch = self.run_lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
         shared.failed.store(false, Ordering::Relaxed);
@@ -216,30 +220,60 @@ impl Pool {
         if shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1) {
             run_alone(shared, tasks, &mut scratch);
         } else {
-            // SAFETY: only the lifetime is erased. Nobody reads the list once the state is IDLE again, which
-            // this call waits for.
-            let rest = unsafe {
-                std::mem::transmute::<*const [&'a (dyn Task + 'a)], *const [&'static dyn Task]>(tasks)
-            };
-            shared.places.note(0);
-            // SAFETY: the state is IDLE, and this call holds `run_lock`.
-            unsafe { (*shared.job.get()).rest = rest };
-            shared.open_next(&mut scratch);
-            if shared.state.load() & IDLE == 0 && shared.sleepers.load(Ordering::SeqCst) > 0 {
-                let _guard = shared.sleep.lock().expect("no code panics while it holds this");
-                shared.wake.notify_all();
-            }
+            // SAFETY: the state is IDLE, and this call holds `run_lock`. Nobody reads the list once the state is IDLE
+            // again, which this call waits for.
+            unsafe { shared.open(tasks, &mut scratch) };
             take_part(shared, 0, &mut scratch);
         }
-        match shared.failure.lock().expect("no code panics while it holds the failure").take() {
-            Some(panic) => Err(panic),
-            None => Ok(()),
+        shared.outcome()
+    }
+
+    /// Begins with a list of tasks: the other workers run it while the caller does something else, until
+    /// [`Pool::finish`]. Whether there is anybody who does so; if not, nothing has begun.
+    ///
+    /// # Safety
+    /// The list and its tasks live until [`Pool::finish`] has returned, or the pool is dropped.
+    pub unsafe fn begin<'a>(&mut self, tasks: &[&'a (dyn Task + 'a)]) -> Result<bool, TaskPanic> {
+        self.finish()?;
+        check(tasks)?;
+        if self.shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1) {
+            return Ok(false);
+        }
+        let scratch = self.run_lock.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.shared.failed.store(false, Ordering::Relaxed);
+        self.begun = true;
+        // SAFETY: the state is IDLE and the pool is borrowed by this call alone; the rest is promised.
+        unsafe { self.shared.open(tasks, scratch) };
+        Ok(true)
+    }
+
+    /// Takes part in the list that was begun, if any; returns when it is done.
+    pub fn finish(&mut self) -> Result<(), TaskPanic> {
+        if !self.begun {
+            return Ok(());
+        }
+        let scratch = self.run_lock.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        take_part(&self.shared, 0, scratch);
+        self.begun = false;
+        self.shared.outcome()
+    }
+}
+
+/// Chunk numbers are halves of a word.
+fn check(tasks: &[&dyn Task]) -> Result<(), TaskPanic> {
+    match tasks.iter().find(|task| task.chunks() > u32::MAX as usize) {
+        None => Ok(()),
+        Some(task) => {
+            let message = format!("has {} chunks, a task has at most 2^32", task.chunks());
+            Err(TaskPanic { task: task.name(), message, refused: None })
         }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        // What failed has nobody left to be told.
+        let _ = self.finish();
         self.shared.stop.store(true, Ordering::SeqCst);
         if let Ok(_guard) = self.shared.sleep.lock() {
             self.shared.wake.notify_all();
@@ -282,6 +316,32 @@ fn worker_loop(shared: &Shared, worker: usize) {
 }
 
 impl Shared {
+    /// Makes a list the job, and opens its first phase.
+    ///
+    /// # Safety
+    /// The state is IDLE and nobody else opens a list. The list and its tasks live until the state is IDLE again.
+    unsafe fn open<'a>(&self, tasks: &[&'a (dyn Task + 'a)], scratch: &mut Scratch) {
+        self.places.note(0);
+        // SAFETY: only the lifetime is erased; the rest is promised.
+        unsafe {
+            (*self.job.get()).rest =
+                std::mem::transmute::<*const [&'a (dyn Task + 'a)], *const [&'static dyn Task]>(tasks);
+        }
+        self.open_next(scratch);
+        if self.state.load() & IDLE == 0 && self.sleepers.load(Ordering::SeqCst) > 0 {
+            let _guard = self.sleep.lock().expect("no code panics while it holds this");
+            self.wake.notify_all();
+        }
+    }
+
+    /// How the list ended.
+    fn outcome(&self) -> Result<(), TaskPanic> {
+        match self.failure.lock().expect("no code panics while it holds the failure").take() {
+            Some(panic) => Err(panic),
+            None => Ok(()),
+        }
+    }
+
     /// Sleeps until a phase is open, or the pool ends.
     fn park(&self) {
         let mut guard = self.sleep.lock().expect("no code panics while it holds this");
@@ -324,23 +384,38 @@ fn take_part(shared: &Shared, worker: usize, scratch: &mut Scratch) {
     // The phase that this worker has been through.
     let mut over = None;
     let mut wait = Wait::default();
+    let mut coming = Lines::default();
     loop {
         let state = shared.state.load();
         if state & IDLE != 0 {
             return;
         }
         if state & BUSY != 0 || over == Some(state / PHASE) {
+            coming.ask(ASKED);
             wait.moment();
         } else if shared.state.join(state) {
             // SAFETY: the phase is open and stays so while this worker takes part, and the job with it.
             let task = unsafe { &*(*shared.job.get()).task };
             run_task(shared, worker, task, scratch);
             over = Some(state / PHASE);
+            // SAFETY: as above.
+            coming = coming_lines(unsafe { &*(*shared.job.get()).rest }, worker, shared.threads);
             if shared.state.leave() {
                 shared.open_next(scratch);
             }
             wait = Wait::default();
         }
+    }
+}
+
+/// Lines asked for between two looks.
+const ASKED: usize = 4;
+
+/// What a worker will begin with in the next task of several chunks.
+fn coming_lines(rest: &[&dyn Task], worker: usize, threads: usize) -> Lines {
+    match rest.iter().find(|task| task.chunks() > 1) {
+        Some(task) => task.begins_with(task.chunks() * worker / threads),
+        None => Lines::default(),
     }
 }
 
@@ -395,7 +470,8 @@ fn deal(shared: &Shared, chunks: usize) {
     }
 }
 
-/// Runs chunks until none is left: a worker's own from the front, then others' from the back.
+/// Runs chunks until none is left: a worker's own, then half of what another has left, and so on. What a worker runs
+/// in a row follows each other, as what the chunks read does.
 fn run_task(shared: &Shared, worker: usize, task: &dyn Task, scratch: &mut Scratch) {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut run = |chunk| {
@@ -407,8 +483,12 @@ fn run_task(shared: &Shared, worker: usize, task: &dyn Task, scratch: &mut Scrat
         }
         for step in 1..shared.threads {
             let victim = (worker + step) % shared.threads;
-            while let Some(chunk) = shared.ranges[victim].take_back() {
-                run(chunk);
+            while let Some((first, end)) = shared.ranges[victim].take_half() {
+                shared.ranges[worker].set(first + 1, end);
+                run(first);
+                while let Some(chunk) = shared.ranges[worker].take_front() {
+                    run(chunk);
+                }
             }
         }
     }));
@@ -527,6 +607,55 @@ mod tests {
                 .collect();
             pool.run(&list).unwrap();
         }
+    }
+
+    #[test]
+    fn a_list_that_was_begun_runs_meanwhile_and_is_finished() {
+        let mut pool = Pool::new(3);
+        for round in 0..100 {
+            let ran: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
+            let count = |chunk: usize, _: &mut Scratch| {
+                ran[chunk].fetch_add(1, Ordering::Relaxed);
+            };
+            let tasks = [1, 64, 1, 5].map(|chunks| FnTask::new("count", chunks, count));
+            let list: Vec<&dyn Task> = tasks.iter().map(|task| task as &dyn Task).collect();
+            // SAFETY: the list is finished below.
+            assert!(unsafe { pool.begin(&list) }.unwrap());
+            if round % 2 == 0 {
+                // The others do all of it.
+                while ran.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>() < 71 {
+                    std::thread::yield_now();
+                }
+            }
+            pool.finish().unwrap();
+            assert_eq!(ran.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>(), 71);
+            pool.finish().unwrap();
+            pool.run_all(&list).unwrap();
+        }
+        let fail = FnTask::new("bad", 4, |chunk, _: &mut Scratch| assert!(chunk != 2, "chunk two"));
+        // SAFETY: the list is finished in the next line.
+        assert!(unsafe { pool.begin(&[&fail]) }.unwrap());
+        assert_eq!(pool.finish().unwrap_err().to_string(), "bad panicked: chunk two");
+    }
+
+    #[test]
+    fn a_pool_ends_what_was_begun_before_it_goes_and_one_thread_begins_nothing() {
+        let ran = AtomicUsize::new(0);
+        let count = |_: usize, _: &mut Scratch| {
+            ran.fetch_add(1, Ordering::Relaxed);
+        };
+        let task = FnTask::new("count", 9, count);
+        let list: [&dyn Task; 2] = [&task, &task];
+        let mut pool = Pool::new(2);
+        // SAFETY: the pool is dropped before the list.
+        assert!(unsafe { pool.begin(&list) }.unwrap());
+        drop(pool);
+        assert_eq!(ran.load(Ordering::Relaxed), 18);
+        let mut alone = Pool::new(1);
+        // SAFETY: as above.
+        assert!(!unsafe { alone.begin(&list) }.unwrap());
+        alone.finish().unwrap();
+        assert_eq!(ran.load(Ordering::Relaxed), 18);
     }
 
     #[test]

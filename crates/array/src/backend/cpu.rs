@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use mica_kernels::elementwise::Dense;
+use mica_kernels::quant::ProductPlan;
 use mica_threads::{Pool, Task};
 
 use super::{Backend, HostView, Operand, Step, StepRef};
@@ -31,6 +32,8 @@ pub(crate) enum Lowered {
     Dense(Dense),
     Task(Box<dyn Task>),
     Tasks(Vec<Box<dyn Task>>),
+    /// Products by one weight, or by several of the same rows.
+    Product(ProductPlan<'static>),
     /// Bytes needed, and the function that makes the tasks from a 64-byte aligned pointer to them.
     WithWorkspace(usize, MakeTasks),
 }
@@ -42,6 +45,7 @@ impl Lowered {
     fn bytes(&self) -> usize {
         match self {
             Lowered::WithWorkspace(bytes, _) => *bytes,
+            Lowered::Product(plan) => plan.workspace_bytes(),
             _ => 0,
         }
     }
@@ -53,13 +57,15 @@ impl Lowered {
             Lowered::Task(task) => list.push(task),
             Lowered::Tasks(tasks) => list.extend(tasks),
             Lowered::WithWorkspace(_, make) => make(workspace, list)?,
+            // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
+            Lowered::Product(plan) => unsafe { plan.tasks(workspace, list) },
         }
         Ok(())
     }
 
     /// Makes the tasks that were promised.
     fn fulfil(&mut self, workspace: *mut u8) -> Result<()> {
-        if let Lowered::WithWorkspace(..) = self {
+        if let Lowered::WithWorkspace(..) | Lowered::Product(_) = self {
             let mut tasks = Vec::new();
             std::mem::replace(self, Lowered::Tasks(Vec::new())).give(workspace, &mut tasks)?;
             *self = Lowered::Tasks(tasks);
@@ -73,7 +79,7 @@ impl Lowered {
             Lowered::Dense(task) => tasks.push(task),
             Lowered::Task(task) => tasks.push(task.as_ref()),
             Lowered::Tasks(list) => tasks.extend(list.iter().map(|task| task.as_ref())),
-            Lowered::WithWorkspace(..) => {}
+            Lowered::WithWorkspace(..) | Lowered::Product(_) => {}
         }
     }
 }
@@ -84,11 +90,18 @@ impl From<Box<dyn Task>> for Lowered {
     }
 }
 
+/// After so many steps of a plan the other threads begin with them.
+const STARTED: usize = 32;
+
 /// The backend. One pool, used by one plan at a time.
 pub struct Cpu {
     pool: Pool,
-    /// The steps of the plan.
+    /// The steps of the plan, without those that have been started.
     plan: Vec<Lowered>,
+    /// The first steps of a long plan: other threads run them while the rest is planned.
+    started: Vec<Lowered>,
+    /// Their tasks.
+    started_tasks: Vec<&'static dyn Task>,
     /// Bytes of workspace that the plan needs.
     needed: usize,
     /// Kept between plans, grown when a plan needs more.
@@ -99,20 +112,75 @@ impl Cpu {
     /// A backend with a pool of so many threads.
     pub fn new(threads: usize) -> Cpu {
         mica_threads::set_account(memory::SCRATCH);
-        Cpu { pool: Pool::new(threads), plan: Vec::new(), needed: 0, workspace: None }
+        Cpu {
+            pool: Pool::new(threads),
+            plan: Vec::new(),
+            started: Vec::new(),
+            started_tasks: Vec::new(),
+            needed: 0,
+            workspace: None,
+        }
     }
 
-    fn run_plan(&mut self) -> Result<()> {
+    /// Adds a step. Products of the same rows that follow each other become one: the second can't read what the
+    /// first writes.
+    fn push(&mut self, lowered: Lowered) {
+        let lowered = match (self.plan.last_mut(), lowered) {
+            (Some(Lowered::Product(last)), Lowered::Product(plan)) => match last.join(plan) {
+                Ok(()) => return,
+                Err(plan) => Lowered::Product(plan),
+            },
+            (_, lowered) => lowered,
+        };
+        self.plan.push(lowered);
+    }
+
+    /// Lets the other threads begin with the steps so far.
+    fn start(&mut self) -> Result<()> {
+        let pointer = self.workspace()?;
+        for lowered in &mut self.plan {
+            lowered.fulfil(pointer)?;
+        }
+        std::mem::swap(&mut self.plan, &mut self.started);
+        let mut tasks: Vec<&dyn Task> = Vec::with_capacity(2 * self.started.len());
+        self.started.iter().for_each(|lowered| lowered.list(&mut tasks));
+        // SAFETY: only the lifetime is erased: steps that were started stay where they are until the pool is done
+        // with them.
+        self.started_tasks = unsafe { std::mem::transmute::<Vec<&dyn Task>, Vec<&'static dyn Task>>(tasks) };
+        // SAFETY: as above.
+        let begun = unsafe { self.pool.begin(&self.started_tasks) }.map_err(told)?;
+        if !begun {
+            std::mem::swap(&mut self.plan, &mut self.started);
+        }
+        Ok(())
+    }
+
+    /// Waits for the steps that were started.
+    fn finish(&mut self) -> Result<()> {
+        let result = self.pool.finish().map_err(told);
+        self.started_tasks.clear();
+        self.started.clear();
+        result
+    }
+
+    /// The workspace, as large as the plan needs it.
+    fn workspace(&mut self) -> Result<*mut u8> {
         if self.workspace.as_ref().is_none_or(|buffer| buffer.bytes() < self.needed) {
+            self.finish()?;
             self.workspace = None;
             self.workspace = Some(Buffer::new(self.needed, false)?);
         }
-        let pointer = self.workspace.as_ref().expect("made above").pointer();
+        Ok(self.workspace.as_ref().expect("made above").pointer())
+    }
+
+    fn run_plan(&mut self) -> Result<()> {
+        let pointer = self.workspace()?;
         let mut tasks: Vec<&dyn Task> = Vec::with_capacity(self.plan.len());
         for lowered in &mut self.plan {
             lowered.fulfil(pointer)?;
         }
         self.plan.iter().for_each(|lowered| lowered.list(&mut tasks));
+        self.pool.finish().map_err(told)?;
         self.pool.run_all(&tasks).map_err(told)
     }
 }
@@ -131,17 +199,22 @@ impl Backend for Cpu {
     }
 
     fn begin(&mut self) {
+        // After an error nobody has waited for them yet, and nobody wants them.
+        let _ = self.finish();
         self.plan.clear();
         self.needed = 0;
     }
 
     fn step(&mut self, step: &StepRef) -> Result<()> {
+        if self.plan.len() == STARTED && self.started.is_empty() && !memory::is_rehearsing() {
+            self.start()?;
+        }
         match elementwise::dense(step) {
             Some(task) => self.plan.push(Lowered::Dense(task?)),
             None => {
                 let lowered = lower(&step.to_step())?;
                 self.needed = self.needed.max(lowered.bytes());
-                self.plan.push(lowered);
+                self.push(lowered);
             }
         }
         if profile::enabled() && !memory::is_rehearsing() {

@@ -9,7 +9,7 @@
 //! is unpacked to bytes once per [`ROW_BLOCK`] rows, and either multiplied by the same lanes or by AMX tiles.
 
 use mica_simd::Isa;
-use mica_threads::{Scratch, Task};
+use mica_threads::{Lines, Scratch, Task};
 
 #[cfg(target_arch = "x86_64")]
 use super::fast_amx::AmxBlock;
@@ -20,7 +20,7 @@ use super::stage::{ROW_LANES, Staged};
 use super::tier::{PerTier, at_tier};
 use super::tile::{SUB, SUB_BYTES, TILE_ROWS, each_unit, unit, unpack_any};
 use super::weight::QuantWeight;
-use crate::layout::prefetch_line;
+use crate::layout::{prefetch_line, prefetch_once};
 
 /// The most rows that are multiplied in registers, without unpacking to memory: up to here also faster than AMX (by
 /// 1.2 to 1.4 times at 7 and 8 rows).
@@ -47,6 +47,9 @@ const FEWEST_CHUNKS: usize = 8;
 /// Bytes from what is multiplied to what is asked for, where tiles are one stream: with 2 to 4 KB eight rows take
 /// 1.2 to 1.6 times as long.
 const AHEAD: usize = 18 << 10;
+
+/// Bytes that a waiting worker asks for: some microseconds of reading, and well below a core's second-level cache.
+const COMING: usize = 256 << 10;
 
 /// See the module.
 pub(super) struct FastTask<'a> {
@@ -92,6 +95,15 @@ impl Task for FastTask<'_> {
                 at_tier(self.isa, Gemm { task: self, range, rows, scratch });
             }
         }
+    }
+
+    fn begins_with(&self, chunk: usize) -> Lines {
+        if !self.few() {
+            return Lines::default();
+        }
+        let layout = &self.weight.layout;
+        let tile = layout.tiles * chunk / self.chunks();
+        Lines::new(self.weight.tile_pointer(tile), ((layout.tiles - tile) * layout.tile).min(COMING))
     }
 
     fn name(&self) -> &'static str {
@@ -232,8 +244,12 @@ impl Gemv<'_> {
             // The tiles of the next pass are asked for meanwhile: streams as short as a tile are over before the
             // processor has noticed them. A single stream goes on where the tile ends.
             let ahead = if STREAM { AHEAD } else { R * layout.tile };
+            // What no further rows will read leaves the caches to activations, keys and values, and the graph's nodes.
+            let once = STREAM && x.m <= M;
             let ask = |from: *const u8| {
-                if row == 0 {
+                if once {
+                    prefetch_once(from.wrapping_add(ahead));
+                } else if row == 0 {
                     prefetch_line::<STREAM>(from.wrapping_add(ahead));
                 }
             };

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mica_simd::Isa;
-use mica_threads::{Scratch, Task};
+use mica_threads::{Lines, Scratch, Task};
+use smallvec::{SmallVec, smallvec};
 
 use super::fast::FastTask;
 use super::float::Dequantized;
@@ -40,18 +41,28 @@ impl QuantWeight {
         isa: Isa,
     ) -> Result<Box<dyn Task + 'a>, KernelError> {
         tier::check(FORWARD, isa)?;
-        let [n, k] = self.shape();
-        if x.k != k {
-            return Err(expects(FORWARD, [n, k], k, x.k));
-        }
         let wanted = self.spec().group_size();
         if x.group != wanted {
             let message =
                 format!("rows quantized in groups of {}, this weight has groups of {wanted}", x.group);
             return Err(KernelError::new(FORWARD, message));
         }
-        let sink = Sink::new(FORWARD, out, epilogue, [x.m, n])?;
+        let sink = self.sink(x.shape(), out, epilogue)?;
         Ok(Box::new(FastTask { weight: self, x: x.clone(), sink, isa }))
+    }
+
+    /// The checked output of a product of rows `[m, k]`.
+    fn sink<'a>(
+        &self,
+        [m, width]: [usize; 2],
+        out: ViewMut<'a, f32>,
+        epilogue: Epilogue<'a>,
+    ) -> Result<Sink<'a>, KernelError> {
+        let [n, k] = self.shape();
+        if width != k {
+            return Err(expects(FORWARD, [n, k], k, width));
+        }
+        Sink::new(FORWARD, out, epilogue, [m, n])
     }
 
     /// y = x·wᵀ: x `[m, in]`, out `[m, out]`. The output may alias the residual, nothing else.
@@ -67,17 +78,9 @@ impl QuantWeight {
         if precision != Precision::Fast {
             return self.plan_part(0..self.out, x, out, false, precision, epilogue, isa);
         }
-        let plan = Int8Plan {
-            stage: Stage::new(x, self.spec().group_size(), isa)?,
-            weight: self,
-            out,
-            epilogue,
-            isa,
-        };
-        // The product's checks, so that a plan that exists can be run.
-        // SAFETY: the tasks are dropped unrun, so nobody touches the null workspace.
-        unsafe { plan.clone().tasks(std::ptr::null_mut(), &mut Vec::new())? };
-        Ok(ProductPlan(Plan::Int8(Box::new(plan))))
+        let stage = Stage::new(x, self.spec().group_size(), isa)?;
+        let sink = self.sink(stage.shape(), out, epilogue)?;
+        Ok(ProductPlan(Plan::Int8(Box::new(Int8Plan { stage, products: smallvec![(self, sink)], isa }))))
     }
 
     /// dx = dy·w for training through a frozen weight: dy `[m, out]`, dx `[m, in]`. Gradients are
@@ -151,13 +154,10 @@ enum Plan<'a> {
     Float(Gemm<'a>),
 }
 
-/// Staging and product.
-#[derive(Clone)]
+/// Staging and the products that read what is staged.
 struct Int8Plan<'a> {
     stage: Stage<'a>,
-    weight: &'a QuantWeight,
-    out: ViewMut<'a, f32>,
-    epilogue: Epilogue<'a>,
+    products: SmallVec<[(&'a QuantWeight, Sink<'a>); 1]>,
     isa: Isa,
 }
 
@@ -170,24 +170,33 @@ impl<'a> ProductPlan<'a> {
         }
     }
 
+    /// Takes the products of another plan in, if both quantize the same rows in the same way: they are quantized
+    /// once, and the products run side by side. Else gives the other plan back.
+    ///
+    /// The other plan must not read what this one writes.
+    pub fn join(&mut self, other: ProductPlan<'a>) -> Result<(), ProductPlan<'a>> {
+        match (&mut self.0, other.0) {
+            (Plan::Int8(plan), Plan::Int8(other))
+                if plan.stage.same(&other.stage) && plan.isa == other.isa =>
+            {
+                plan.products.extend(other.products);
+                Ok(())
+            }
+            (_, other) => Err(ProductPlan(other)),
+        }
+    }
+
     /// Appends the plan's tasks, in order.
     ///
     /// # Safety
     /// `workspace` is aligned to 64 and has [`ProductPlan::workspace_bytes`] bytes, which for `'a`
     /// nothing else uses.
-    pub unsafe fn tasks(
-        self,
-        workspace: *mut u8,
-        list: &mut Vec<Box<dyn Task + 'a>>,
-    ) -> Result<(), KernelError> {
+    pub unsafe fn tasks(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task + 'a>>) {
         // SAFETY: passed on.
         unsafe {
             match self.0 {
                 Plan::Int8(plan) => plan.tasks(workspace, list),
-                Plan::Float(gemm) => {
-                    gemm.tasks(workspace, list);
-                    Ok(())
-                }
+                Plan::Float(gemm) => gemm.tasks(workspace, list),
             }
         }
     }
@@ -196,13 +205,20 @@ impl<'a> ProductPlan<'a> {
 impl<'a> Int8Plan<'a> {
     /// # Safety
     /// As [`ProductPlan::tasks`].
-    unsafe fn tasks(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task + 'a>>) -> Result<(), KernelError> {
+    unsafe fn tasks(self, workspace: *mut u8, list: &mut Vec<Box<dyn Task + 'a>>) {
         // SAFETY: passed on.
         let (stage, staged) = unsafe { self.stage.bind(workspace) };
-        let product = self.weight.product(&staged, self.out, self.epilogue, self.isa)?;
         list.push(stage);
-        list.push(product);
-        Ok(())
+        let products = self.products.into_iter();
+        let mut products: SmallVec<[Box<dyn Task + 'a>; 1]> = products
+            .map(|(weight, sink)| -> Box<dyn Task + 'a> {
+                Box::new(FastTask { weight, x: staged.clone(), sink, isa: self.isa })
+            })
+            .collect();
+        match products.len() {
+            1 => list.extend(products.pop()),
+            _ => list.push(Box::new(Together::new(products.into_vec()))),
+        }
     }
 }
 
@@ -229,6 +245,17 @@ impl Task for Together<'_> {
             }
             chunk -= chunks;
         }
+    }
+
+    fn begins_with(&self, mut chunk: usize) -> Lines {
+        for task in &self.0 {
+            let chunks = task.chunks();
+            if chunk < chunks {
+                return task.begins_with(chunk);
+            }
+            chunk -= chunks;
+        }
+        Lines::default()
     }
 
     fn name(&self) -> &'static str {

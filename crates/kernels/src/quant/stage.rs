@@ -58,6 +58,24 @@ impl<'a> Stage<'a> {
         Ok(Stage { rows, group, isa, m, k })
     }
 
+    /// `[m, k]`.
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.m, self.k]
+    }
+
+    /// Whether both would write the same.
+    pub(super) fn same(&self, other: &Stage) -> bool {
+        let address = |rows: &FloatView| match rows {
+            FloatView::F32(view) => (0, view.pointer().cast::<u8>()),
+            FloatView::Bf16(view) => (1, view.pointer().cast()),
+            FloatView::F16(view) => (2, view.pointer().cast()),
+        };
+        address(&self.rows) == address(&other.rows)
+            && self.rows.shape() == other.rows.shape()
+            && self.rows.strides() == other.rows.strides()
+            && (self.group, self.isa) == (other.group, other.isa)
+    }
+
     fn groups(&self) -> usize {
         self.k / self.group
     }

@@ -109,7 +109,7 @@ pub fn run_forward<'a>(
         with_workspace(plan.workspace_bytes(), |workspace| {
             let mut tasks: Vec<Box<dyn Task + '_>> = Vec::new();
             // SAFETY: aligned, large enough, used by nothing else.
-            unsafe { plan.tasks(workspace, &mut tasks) }.unwrap();
+            unsafe { plan.tasks(workspace, &mut tasks) };
             pool.run(&tasks).unwrap();
         });
     }

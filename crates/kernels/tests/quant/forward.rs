@@ -1,6 +1,6 @@
 //! y = x·wᵀ in each precision.
 
-use mica_kernels::quant::{Epilogue, Precision, ScaleType};
+use mica_kernels::quant::{Epilogue, Precision, ProductPlan, ScaleType};
 use mica_kernels::{View, ViewMut, gemm};
 use mica_simd::Isa;
 use mica_testkit::{Rng, assert_bits_eq, relative_l2};
@@ -259,13 +259,81 @@ fn epilogues_add_and_the_residual_may_be_the_output() {
                 crate::cases::with_workspace(plan.workspace_bytes(), |workspace| {
                     let mut tasks = Vec::new();
                     // SAFETY: aligned and large enough.
-                    unsafe { plan.tasks(workspace, &mut tasks) }.unwrap();
+                    unsafe { plan.tasks(workspace, &mut tasks) };
                     pool.run(&tasks).unwrap();
                 });
                 assert_bits_eq(&format!("{isa}, {precision:?}, m {m}, in place"), &aliased, &expected);
             }
         }
     }
+}
+
+#[test]
+fn products_of_the_same_rows_are_one_with_the_same_bits() {
+    let mut rng = Rng::new(25);
+    let (inner, outs) = (128, [45, 16, 300]);
+    let pool = Pool::new(3);
+    let weights = [(4, 45), (8, 16), (4, 300)]
+        .map(|(bits, out)| Weight::random(&mut rng, &pool, bits, 64, ScaleType::Bf16, out, inner));
+    for &isa in Isa::available() {
+        for m in [1, 4, 40] {
+            let x = rng.normals(m * inner);
+            let mut results = outs.map(|out| vec![0f32; m * out]);
+            let mut joined: Option<ProductPlan> = None;
+            for (weight, y) in weights.iter().zip(&mut results) {
+                let out = ViewMut::new(y, &[m, weight.packed.shape()[0]]).unwrap();
+                let plan = weight
+                    .packed
+                    .plan_forward(rows(&x, inner), out, Precision::Fast, Epilogue::none(), isa)
+                    .unwrap();
+                match &mut joined {
+                    None => joined = Some(plan),
+                    Some(joined) => assert!(joined.join(plan).is_ok()),
+                }
+            }
+            let joined = joined.unwrap();
+            crate::cases::with_workspace(joined.workspace_bytes(), |workspace| {
+                let mut tasks = Vec::new();
+                // SAFETY: aligned and large enough.
+                unsafe { joined.tasks(workspace, &mut tasks) };
+                assert_eq!(tasks.len(), 2);
+                pool.run(&tasks).unwrap();
+            });
+            for (weight, y) in weights.iter().zip(&results) {
+                let (rows, none) = (rows(&x, inner), Epilogue::none());
+                let alone = run_forward(&pool, &weight.packed, rows, m, Precision::Fast, none, isa);
+                assert_bits_eq(&format!("{isa}, m {m}"), y, &alone);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_other_rows_groups_or_precisions_stay_apart() {
+    let mut rng = Rng::new(26);
+    let (inner, out) = (128, 16);
+    let pool = Pool::new(1);
+    let [wide, narrow] =
+        [64, 32].map(|group| Weight::random(&mut rng, &pool, 4, group, ScaleType::Bf16, out, inner));
+    let (x, other) = (rng.normals(inner), rng.normals(inner));
+    let mut y = vec![vec![0f32; out]; 5];
+    let mut plans = y.iter_mut().zip([
+        (&wide, &x, Precision::Fast),
+        (&wide, &other, Precision::Fast),
+        (&narrow, &x, Precision::Fast),
+        (&wide, &x, Precision::Bf16),
+        (&wide, &x, Precision::Fast),
+    ]);
+    let mut plans = std::iter::from_fn(|| {
+        let (y, (weight, x, precision)) = plans.next()?;
+        let out = ViewMut::new(y, &[1, out]).unwrap();
+        Some(
+            weight.packed.plan_forward(rows(x, inner), out, precision, Epilogue::none(), Isa::get()).unwrap(),
+        )
+    });
+    let mut first = plans.next().unwrap();
+    let joined: Vec<bool> = plans.map(|plan| first.join(plan).is_ok()).collect();
+    assert_eq!(joined, [false, false, false, true]);
 }
 
 #[test]
@@ -290,7 +358,7 @@ fn strided_rows_and_outputs() {
             crate::cases::with_workspace(plan.workspace_bytes(), |workspace| {
                 let mut tasks = Vec::new();
                 // SAFETY: aligned and large enough.
-                unsafe { plan.tasks(workspace, &mut tasks) }.unwrap();
+                unsafe { plan.tasks(workspace, &mut tasks) };
                 pool.run(&tasks).unwrap();
             });
             for (row, y) in y.chunks(out + 3).enumerate() {

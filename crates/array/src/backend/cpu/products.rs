@@ -126,24 +126,11 @@ fn quantized_linear(
     };
     let precision = quantized_precision(precision);
     let weight = keep(weight);
-    let plan = if transposed {
+    Ok(Lowered::Product(if transposed {
         weight.plan_transposed(x, out, precision, quant::Epilogue::none(), Isa::get())?
     } else {
         weight.plan_forward(x, out, precision, quant::Epilogue::none(), Isa::get())?
-    };
-    Ok(promised(plan))
-}
-
-fn promised(plan: quant::ProductPlan<'static>) -> Lowered {
-    let bytes = plan.workspace_bytes();
-    Lowered::WithWorkspace(
-        bytes,
-        Box::new(move |workspace, list: &mut Vec<Box<dyn Task>>| {
-            // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
-            unsafe { plan.tasks(workspace, list) }?;
-            Ok(())
-        }),
-    )
+    }))
 }
 
 /// A strided view of any float type that the products read.
@@ -286,7 +273,7 @@ pub(super) fn linear_part(
                 epilogue,
                 Isa::get(),
             )?;
-            Ok(promised(plan))
+            Ok(Lowered::Product(plan))
         }
     }
 }
