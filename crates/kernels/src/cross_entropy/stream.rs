@@ -134,6 +134,7 @@ fn sums_of(name: &'static str, sums: &DynViewMut, rows: usize) -> Result<Rows, K
 ///
 /// # Safety
 /// The row exists, and nobody else uses it.
+#[expect(clippy::mut_from_ref, reason = "rows of an output, which the caller divides up")]
 unsafe fn row_of(sums: &Rows, row: usize) -> &mut [f32] {
     // SAFETY: rows are contiguous f32, by `sums_of`.
     unsafe { std::slice::from_raw_parts_mut(sums.address(row).0.cast_mut().cast(), sums.width) }
