@@ -87,6 +87,9 @@ pub fn guarded(work: impl FnOnce() -> anyhow::Result<()> + std::panic::UnwindSaf
     // Who asks for traces gets them.
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         std::panic::set_hook(Box::new(|panic| {
+            if mica_lm::tokenizer::is_parsing() {
+                return;
+            }
             let place = panic.location().map(|place| format!(" at {place}")).unwrap_or_default();
             let what = panic.payload();
             let what =

@@ -1,5 +1,6 @@
 //! Opening the tokenizer of a model folder: `tokenizer.json`, and what its neighbours say.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -53,6 +54,15 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer> {
     Tokenizer::from_parts(path, tokenizer, named, eos_ids)
 }
 
+thread_local! {
+    static PARSING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread parses a tokenizer: a panic then is no defect, and its hook need not tell of it.
+pub fn is_parsing() -> bool {
+    PARSING.get()
+}
+
 /// Parses `tokenizer.json`.
 ///
 /// The crate's parser was written for files that its own writer made and panics on some broken ones; a panic is
@@ -66,7 +76,10 @@ fn parse(path: &Path, json: &str) -> Result<tokenizers::Tokenizer> {
             .into(),
     }
     };
-    match std::panic::catch_unwind(|| json.parse::<tokenizers::Tokenizer>()) {
+    PARSING.set(true);
+    let parsed = std::panic::catch_unwind(|| json.parse::<tokenizers::Tokenizer>());
+    PARSING.set(false);
+    match parsed {
         Ok(Ok(tokenizer)) => Ok(tokenizer),
         Ok(Err(e)) => Err(broken(format!("expected a tokenizer: {e}"))),
         Err(_) => Err(broken("expected a tokenizer, its parts contradict each other".into())),
