@@ -65,7 +65,7 @@ impl Task for FastTask<'_> {
         match self.x.m {
             0 => 0,
             _ if self.few() => gemv_chunks(layout.tiles, layout.tile),
-            m => layout.tiles.div_ceil(self.tiles_per_chunk()) * m.div_ceil(self.rows_per_chunk()),
+            _ => layout.tiles.div_ceil(self.tiles_per_chunk()) * self.row_blocks(),
         }
     }
 
@@ -129,6 +129,11 @@ impl FastTask<'_> {
         }
         let rows = WIDE_ROWS.min(self.x.m) * self.x.stride;
         WIDE_TILES[usize::from(rows > 2 * CACHED)]
+    }
+
+    /// Blocks that rows are cut into; chunks of a block follow each other.
+    pub fn row_blocks(&self) -> usize {
+        if self.few() { 1 } else { self.x.m.div_ceil(self.rows_per_chunk()) }
     }
 
     fn rows_per_chunk(&self) -> usize {

@@ -2,8 +2,8 @@
 //!
 //! [`QuantWeight`] holds a matrix in tiles. [`QuantWeight::plan_forward`] multiplies by it and
 //! [`QuantWeight::plan_transposed`] by its transpose, in a [`Precision`]. For inference activations
-//! are quantized first; several weights that read the same ones share that step ([`Stage`], then
-//! [`QuantWeight::product`] per weight, side by side in [`Together`]).
+//! are quantized first; several weights that read the same ones share that step ([`ProductPlan::join`], or
+//! [`Stage`], then [`QuantWeight::product`] per weight).
 //!
 //! Files: `tile` is the memory layout, `pack` fills it, `lanes` the vector type all kernels are written in, `tier`
 //! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
@@ -26,7 +26,7 @@ mod weight;
 
 pub use gather::Floats;
 pub use pack::Part;
-pub use plan::{Precision, ProductPlan, Together};
+pub use plan::{Precision, ProductPlan};
 pub use sink::Epilogue;
 pub use stage::{Stage, Staged};
 pub use tile::{ScaleType, TILE_ROWS};

@@ -210,25 +210,35 @@ impl<'a> Int8Plan<'a> {
         let (stage, staged) = unsafe { self.stage.bind(workspace) };
         list.push(stage);
         let products = self.products.into_iter();
-        let mut products: SmallVec<[Box<dyn Task + 'a>; 1]> = products
-            .map(|(weight, sink)| -> Box<dyn Task + 'a> {
-                Box::new(FastTask { weight, x: staged.clone(), sink, isa: self.isa })
-            })
-            .collect();
-        match products.len() {
-            1 => list.extend(products.pop()),
-            _ => list.push(Box::new(Together::new(products.into_vec()))),
-        }
+        let products =
+            products.map(|(weight, sink)| FastTask { weight, x: staged.clone(), sink, isa: self.isa });
+        list.push(Box::new(Together(products.collect())));
     }
 }
 
-/// Tasks that need no barrier between them, as one: several products of the same staged rows.
-pub struct Together<'a>(Vec<Box<dyn Task + 'a>>);
+/// Products of the same staged rows, with no barrier between them.
+///
+/// Where rows are cut into blocks, the chunks of a block come one after the other, so that a thread keeps its rows in
+/// its cache from one product to the next.
+struct Together<'a>(Vec<FastTask<'a>>);
 
 impl<'a> Together<'a> {
-    /// The tasks must write disjoint places and read nothing that another of them writes.
-    pub fn new(tasks: Vec<Box<dyn Task + 'a>>) -> Together<'a> {
-        Together(tasks)
+    /// The product that a chunk belongs to, and its chunk of it.
+    fn find(&self, chunk: usize) -> Option<(&FastTask<'a>, usize)> {
+        let blocks = self.0.first()?.row_blocks();
+        let per_block = self.chunks() / blocks;
+        if per_block == 0 {
+            return None;
+        }
+        let (block, mut rest) = (chunk / per_block, chunk % per_block);
+        for task in &self.0 {
+            let chunks = task.chunks() / blocks;
+            if rest < chunks {
+                return Some((task, block * chunks + rest));
+            }
+            rest -= chunks;
+        }
+        None
     }
 }
 
@@ -237,25 +247,14 @@ impl Task for Together<'_> {
         self.0.iter().map(|task| task.chunks()).sum()
     }
 
-    fn run(&self, mut chunk: usize, scratch: &mut Scratch) {
-        for task in &self.0 {
-            let chunks = task.chunks();
-            if chunk < chunks {
-                return task.run(chunk, scratch);
-            }
-            chunk -= chunks;
+    fn run(&self, chunk: usize, scratch: &mut Scratch) {
+        if let Some((task, chunk)) = self.find(chunk) {
+            task.run(chunk, scratch);
         }
     }
 
-    fn begins_with(&self, mut chunk: usize) -> Lines {
-        for task in &self.0 {
-            let chunks = task.chunks();
-            if chunk < chunks {
-                return task.begins_with(chunk);
-            }
-            chunk -= chunks;
-        }
-        Lines::default()
+    fn begins_with(&self, chunk: usize) -> Lines {
+        self.find(chunk).map_or_else(Lines::default, |(task, chunk)| task.begins_with(chunk))
     }
 
     fn name(&self) -> &'static str {

@@ -276,7 +276,7 @@ fn products_of_the_same_rows_are_one_with_the_same_bits() {
     let weights = [(4, 45), (8, 16), (4, 300)]
         .map(|(bits, out)| Weight::random(&mut rng, &pool, bits, 64, ScaleType::Bf16, out, inner));
     for &isa in Isa::available() {
-        for m in [1, 4, 40] {
+        for m in [1, 4, 40, 530] {
             let x = rng.normals(m * inner);
             let mut results = outs.map(|out| vec![0f32; m * out]);
             let mut joined: Option<ProductPlan> = None;
