@@ -24,8 +24,8 @@ use tokenizers::PreTokenizer as _;
 use tokenizers::{Model as _, OffsetType};
 
 pub use added::{Cut, CutScope};
-pub use folder::is_parsing;
 pub(crate) use folder::eos_ids;
+pub use folder::is_parsing;
 pub(crate) use pieces::{Decoding, byte_token, replaced};
 
 use crate::error::{Error, Result};
