@@ -272,6 +272,16 @@ impl Product {
         unsafe { self.pack_a.rows(from, (rows, self.micro.rows), padded, k, into) }
     }
 
+    /// The slab of A that a chunk's thread is likely to pack after this one: the block and its range of k.
+    fn slab_after(&self, block: usize, k0: usize) -> Option<(usize, (usize, usize))> {
+        let kc = self.cut.kc;
+        if k0 + kc < self.k {
+            return Some((block, (k0 + kc, kc.min(self.k - k0 - kc))));
+        }
+        let more = block % self.row_blocks() + 1 < self.row_blocks();
+        more.then(|| (block + 1, (0, kc.min(self.k))))
+    }
+
     /// Asks for part `part.0` of `part.1` of the elements of A that [`Product::pack_rows`] would read.
     fn ask_for_rows(&self, block: usize, (k0, k): (usize, usize), part: (usize, usize)) {
         let (entry, block) = (block / self.row_blocks(), block % self.row_blocks());
@@ -310,7 +320,7 @@ impl Product {
         let (m0, n0) = (row_block * mc, column_block * nc);
         let (rows, columns) = (mc.min(self.m - m0), nc.min(self.n - n0));
         let panels = columns.div_ceil(16);
-        let wide = micro.panels_for(rows.min(micro.rows));
+        let step = micro.panels_for(rows.min(micro.rows));
         let k_blocks = self.k.div_ceil(kc).max(1);
         let tile = micro.rows * 16;
         let row_panels = rows.div_ceil(micro.rows);
@@ -321,7 +331,7 @@ impl Product {
         let later = micro.tile_rows.is_some() && !straight;
         // Sums of one block of k are finished at once; else those of the whole chunk wait for the next block.
         let all = later || k_blocks > 1;
-        let sums = if all { row_panels * panels } else { wide };
+        let sums = if all { row_panels * panels } else { step };
         let acc = scratch.take::<f32>(sums * tile).as_mut_ptr();
         let own_a = match packed_a {
             Some(_) => std::ptr::null_mut(),
@@ -363,16 +373,8 @@ impl Product {
                     self.pack_rows(block, (k0, k), own_a);
                 }
                 // What will be packed next comes from memory while this slab is multiplied.
-                let next = if packed_a.is_some() || straight {
-                    None
-                } else if k_block + 1 < k_blocks {
-                    Some((block, (k0 + kc, kc.min(self.k - k0 - kc))))
-                } else if row_block + 1 < self.row_blocks() {
-                    Some((block + 1, (0, kc.min(self.k))))
-                } else {
-                    None
-                };
-                let calls = panels.div_ceil(wide) * row_panels;
+                let next = if packed_a.is_some() || straight { None } else { self.slab_after(block, k0) };
+                let calls = panels.div_ceil(step) * row_panels;
                 let (b, b_stride) = if own_b {
                     let (range, stride) = ((n0, self.n, panels), micro.line.panel_bytes(kc));
                     self.pack_b.panels(b_base, range, (k0, k), b_scratch, stride);
@@ -385,8 +387,8 @@ impl Product {
                     let stride = micro.line.panel_bytes(self.k);
                     (panels_in_place.wrapping_add(micro.line.k_offset(k0)), stride)
                 };
-                for panel in (0..panels).step_by(wide) {
-                    let wide = wide.min(panels - panel);
+                for panel in (0..panels).step_by(step) {
+                    let wide = step.min(panels - panel);
                     for row_panel in 0..row_panels {
                         let row = row_panel * micro.rows;
                         let here = micro.rows.min(rows - row);
@@ -403,15 +405,8 @@ impl Product {
                             }
                         }
                         if let Some((block, range)) = next {
-                            self.ask_for_rows(
-                                block,
-                                range,
-                                (
-                                    panel / self.micro.panels_for(rows.min(self.micro.rows)) * row_panels
-                                        + row_panel,
-                                    calls,
-                                ),
-                            );
+                            let call = panel / step * row_panels + row_panel;
+                            self.ask_for_rows(block, range, (call, calls));
                         }
                         micro.get(here, wide)(&Call {
                             steps,
