@@ -34,6 +34,9 @@ const A_LIMIT: usize = 64 << 20;
 /// show most, more.
 const B_LIMIT: usize = 64 << 20;
 const B_LIMIT_TILES: usize = 256 << 20;
+/// The same of a packed weight that is read the other way: what a third-level cache holds. Quantized weights and
+/// patches are never written out whole: from there they came back slower than each block of rows unpacks them.
+const B_LIMIT_WEIGHT: usize = 16 << 20;
 /// Bytes of a packed weight per chunk when rows are few: long reads for the prefetchers, and still
 /// many chunks to share out.
 const STREAM_BYTES: usize = 128 << 10;
@@ -126,7 +129,12 @@ impl Product {
             BSource::Strided(_) | BSource::Weight { .. } => true,
         };
         let b_bytes = n.div_ceil(16) * micro.line.panel_bytes(k) * batches;
-        let b_limit = if micro.tile_rows.is_some() { B_LIMIT_TILES } else { B_LIMIT };
+        let b_limit = match &b {
+            BSource::Strided(_) if micro.tile_rows.is_some() => B_LIMIT_TILES,
+            BSource::Strided(_) => B_LIMIT,
+            BSource::Weight { .. } => B_LIMIT_WEIGHT,
+            BSource::Panels(_) => 0,
+        };
         let mut cut = Cut::new(&micro, in_place, strided, fine, batches, m, n, k);
         if !in_place && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
             cut.across(&micro, batches, m, n);
