@@ -29,9 +29,10 @@ use shelves::{Address, Shelves, bucket};
 const SMALL_ALIGN: usize = shelves::SMALLEST;
 const HUGE: usize = 2 << 20;
 
-/// Over about so many plans of half its size what one of them needed is forgotten.
+/// What a large plan needed is forgotten slowly: by this part of what each later one needs itself,
 const DEMAND_PLANS: usize = 256;
-/// Over about so many small ones: a training step is one large plan and as many small ones as there are parameters.
+/// and by this part of it with each plan. A training step is one large plan and as many small ones as there are
+/// parameters, which say nothing of what the next step needs.
 const SMALL_PLANS: usize = 65_536;
 
 struct State {

@@ -83,4 +83,13 @@ fn limits_are_kept_and_rehearsals_are_right() {
     memory::set_limit(former);
     assert_eq!(chain().unwrap().to_vec::<f32>().unwrap(), expected);
     eval(&[]).unwrap();
+
+    // Small plans do not make memory go that the next large one will want.
+    memory::clear_cache();
+    chain().and_then(|array| array.eval()).expect("there is memory");
+    let kept = memory::cache();
+    for _ in 0..200 {
+        Array::zeros(&[64], Dtype::F32).add(1.0).and_then(|array| array.eval()).expect("there is memory");
+    }
+    assert!(kept > 1 << 20 && memory::cache() > kept / 10 * 9, "{kept} bytes became {}", memory::cache());
 }

@@ -57,8 +57,6 @@ pub struct FinishArgs {
     pub targets: Targets,
     /// `[rows]` f32: -ln softmax(logits)\[label\], 0 for ignored rows.
     pub loss: Option<DynViewMut>,
-    /// `[rows]` f32: ln Σ exp(logits), ignored rows too.
-    pub lse: Option<DynViewMut>,
     /// Σ factors·weights, which becomes the gradient of the hidden rows (0 of ignored ones), and
     /// the weights of each row's label: both `[rows, width]` f32.
     pub gradient: Option<(DynViewMut, DynView)>,
@@ -90,7 +88,7 @@ pub fn fold(isa: Isa, args: FoldArgs) -> Result<Box<dyn Task>, KernelError> {
     Ok(Box::new(Fold { isa, logits, first, labels, state, gradient }))
 }
 
-/// Losses, log-sum-exps and gradients of rows that saw the whole vocabulary.
+/// Losses and gradients of rows that saw the whole vocabulary.
 pub fn finish(isa: Isa, args: FinishArgs) -> Result<Box<dyn Task>, KernelError> {
     let name = "cross_entropy_finish";
     check_f32(name, "state", args.state.dtype)?;
@@ -104,7 +102,6 @@ pub fn finish(isa: Isa, args: FinishArgs) -> Result<Box<dyn Task>, KernelError> 
     let rows = state.count();
     let labels = Labels::new(name, args.targets, rows, args.vocabulary)?;
     let loss = column(name, "loss", args.loss, rows)?;
-    let lse = column(name, "lse", args.lse, rows)?;
     let gradient = match args.gradient {
         None => None,
         Some((sums, weights)) => {
@@ -114,7 +111,7 @@ pub fn finish(isa: Isa, args: FinishArgs) -> Result<Box<dyn Task>, KernelError> 
             Some((sums_of(name, &sums, rows)?, weights))
         }
     };
-    Ok(Box::new(Finish { isa, state, labels, loss, lse, gradient }))
+    Ok(Box::new(Finish { isa, state, labels, loss, gradient }))
 }
 
 /// Sums `[rows, width]` f32 of contiguous rows.
@@ -234,7 +231,6 @@ struct Finish {
     state: Rows,
     labels: Labels,
     loss: Option<Rows>,
-    lse: Option<Rows>,
     gradient: Option<(Rows, Rows)>,
 }
 
@@ -269,7 +265,7 @@ impl Kernel for FinishChunk<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Finish { state, labels, loss, lse, gradient, .. } = self.task;
+        let Finish { state, labels, loss, gradient, .. } = self.task;
         let per_chunk = self.task.rows_per_chunk();
         let width = gradient.as_ref().map_or(0, |(sums, _)| sums.width);
         let of_label = self.scratch.take::<f32>(width);
@@ -281,7 +277,7 @@ impl Kernel for FinishChunk<'_> {
                 let mut values = [0.0; STATE];
                 state.load::<V>(row, &mut values);
                 let [max, sum, target] = values;
-                let total = State { max, sum, target }.finish::<V>(row, label, loss, lse);
+                let total = State { max, sum, target }.finish::<V>(row, label, loss, &None);
                 let Some((sums, weights)) = gradient else { continue };
                 let sums = row_of(sums, row);
                 if label.is_none() {

@@ -1,5 +1,5 @@
 //! Packing rows of A into pairs of bf16 in whole blocks of 32 k: what [`super::block`] does in halves,
-//! in a third of its instructions. For the tiers that have the conversion.
+//! with half of its conversions and stores. For the tiers that have the conversion.
 
 use mica_simd::Isa;
 

@@ -233,7 +233,6 @@ impl Head {
             vocabulary: self.vocabulary,
             targets: self.targets_of(first, count),
             loss: Some(rows_of(&places.losses, first..first + count).view_mut()),
-            lse: None,
             gradient: sums.map(|sums| (sums.view_mut(), of_labels.view())),
         };
         add(stream::finish(isa, args)?.into())
