@@ -10,9 +10,10 @@ use crate::{Arithmetic, Loop};
 pub fn innermost(isa: Isa, arithmetic: Arithmetic) -> Option<Loop> {
     // Twelve instructions a round on vectors, four on tiles of 16 × 16 sums.
     Some(match (isa, arithmetic) {
-        (Isa::Amx | Isa::Avx512, Arithmetic::F32) => (avx512_f32, 12 * 32),
-        (Isa::Avx512, Arithmetic::Bf16) => (avx512_bf16, 12 * 64),
-        (Isa::Avx512, Arithmetic::Int8) => (avx512_int8, 12 * 128),
+        (Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512, Arithmetic::F32) => (avx512_f32, 12 * 32),
+        (Isa::Avx512, Arithmetic::Bf16) => (avx512_f32, 12 * 32),
+        (Isa::Avx512Bf16, Arithmetic::Bf16) => (avx512_bf16, 12 * 64),
+        (Isa::Avx512 | Isa::Avx512Bf16, Arithmetic::Int8) => (avx512_int8, 12 * 128),
         (Isa::Amx, Arithmetic::Bf16) => (amx_bf16, 4 * 16 * 16 * 64),
         (Isa::Amx, Arithmetic::Int8) => (amx_int8, 4 * 16 * 16 * 128),
         (Isa::Avx2, Arithmetic::F32 | Arithmetic::Bf16) => (avx2_f32, 12 * 16),

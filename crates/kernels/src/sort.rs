@@ -333,7 +333,7 @@ impl Sort {
         let ranks = &*ranks;
         let (middle, smaller) = select(isa, ranks, self.dtype.size(), at, scratch);
         #[cfg(target_arch = "x86_64")]
-        if matches!(isa, Isa::Avx512 | Isa::Amx) {
+        if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) {
             let words = scratch.take::<u32>(self.length);
             // SAFETY: the caller's; the tier is the machine's, and there is room.
             unsafe {
@@ -417,7 +417,7 @@ impl Sort {
 fn sort_keys(isa: Isa, keys: &mut [u32], bytes: usize, scratch: &Scratch) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
             let other = scratch.take::<u32>(keys.len() + quick::ROOM);
             // SAFETY: the tier is the machine's, and there is room.
             unsafe { quick::sort(keys, other) }
@@ -434,7 +434,7 @@ fn sort_keys(isa: Isa, keys: &mut [u32], bytes: usize, scratch: &Scratch) {
 /// The key (of so many bytes) at place `at` in order, and how many are smaller.
 fn select(isa: Isa, keys: &[u32], bytes: usize, at: usize, scratch: &Scratch) -> (u32, usize) {
     let other = scratch.take::<u32>(keys.len() + 16);
-    if keys.len() >= radix::FROM && !matches!(isa, Isa::Avx512 | Isa::Amx) {
+    if keys.len() >= radix::FROM && !matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) {
         return radix::select(keys, &mut other[..keys.len()], bytes, at);
     }
     let copy = scratch.take::<u32>(keys.len());
@@ -442,7 +442,7 @@ fn select(isa: Isa, keys: &[u32], bytes: usize, at: usize, scratch: &Scratch) ->
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the tier is the machine's, and there is room.
-        Isa::Avx512 | Isa::Amx => unsafe { quick::select(copy, other, at) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { quick::select(copy, other, at) },
         _ => {
             let (before, &mut found, _) = copy.select_nth_unstable(at);
             (found, before.iter().filter(|&&key| key < found).count())

@@ -174,7 +174,7 @@ fn define(precision: Precision, pairs: impl Iterator<Item = (f32, f32)>) -> (f32
 }
 
 fn chain_is_exact(isa: Isa, precision: Precision) -> bool {
-    precision == Precision::Exact || isa < Isa::Avx512
+    precision == Precision::Exact || isa < Isa::Avx512Bf16
 }
 
 /// Compares one element: bits where the order is the chain, else within the error of an f32 sum.

@@ -47,12 +47,16 @@ pub fn exp<V: Vector>(x: V) -> V {
     (y + V::splat(1.0)).scale_exp2(n)
 }
 
-/// [`exp`] of numbers up to 0, with one operation less: the weights of a softmax.
+/// [`exp`] of numbers up to 0, but zero below 2⁻⁶⁴: the weights of a softmax. Beside a weight of 1 they are nothing, but
+/// products with them could be subnormal, which costs some processors a hundred cycles each.
 #[inline(always)]
 pub fn exp_to_one<V: Vector>(x: V) -> V {
-    let (n, y) = exp_parts(V::splat(-105.0).max(x));
-    (y + V::splat(1.0)).scale_exp2(n)
+    let (n, y) = exp_parts(x);
+    V::select(x.lt(V::splat(EXP_TO_ONE_FROM)), V::zero(), (y + V::splat(1.0)).scale_exp2(n))
 }
+
+/// ln 2⁻⁶⁴.
+const EXP_TO_ONE_FROM: f32 = -44.361_42;
 
 /// e^x - 1, accurate near zero.
 #[inline(always)]

@@ -143,7 +143,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     say!("ceilings           {}", machine::line(&measured));
     match Isa::get() {
         Isa::Amx => say!("bf16 and int8 products run on AMX tiles: prompts and training are fast"),
-        Isa::Avx512 => say!("bf16 and int8 products run on AVX-512: prompts and training are fast"),
+        Isa::Avx512 | Isa::Avx512Bf16 => {
+            say!("bf16 and int8 products run on AVX-512: prompts and training are fast")
+        }
         Isa::Avx2 => say!("no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed"),
         Isa::Neon => say!("NEON kernels are used where they exist; others run as portable code"),
         Isa::Scalar => say!("no vector instructions are used: everything is slow"),

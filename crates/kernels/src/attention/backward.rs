@@ -15,14 +15,15 @@ use std::marker::PhantomData;
 use mica_simd::{Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
-use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles};
+use super::block::{BLOCK, BlockShape, PAIR, STEP, Stored, TILE, step_tiles};
 use super::forward::{Sizes, sizes, take};
 use super::heads::{Heads, Part, turn};
-use super::product::{Halves, Products, Single, product};
+use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
+use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
 
@@ -131,9 +132,12 @@ pub fn attention_backward(isa: Isa, args: AttentionBackwardArgs) -> Result<Plan,
     Ok(Plan::new(bytes, move |workspace, list| {
         let sinks = dsinks.is_some().then_some(workspace);
         let backward = Backward { sinks, ..backward };
-        match precision {
-            Precision::Bf16 => list.push(Box::new(Units::<Halves> { backward, kind: PhantomData })),
-            Precision::Exact => list.push(Box::new(Units::<Single> { backward, kind: PhantomData })),
+        if uses_pairs(isa, precision) {
+            list.push(Box::new(Units::<Halves> { backward, kind: PhantomData }));
+        } else if precision == Precision::Bf16 {
+            list.push(Box::new(Units::<Widened> { backward, kind: PhantomData }));
+        } else {
+            list.push(Box::new(Units::<Single> { backward, kind: PhantomData }));
         }
         if let Some(out) = dsinks {
             list.push(Box::new(SumSinks { workspace, batch, heads, out }));
@@ -201,7 +205,7 @@ struct Units<P> {
     kind: PhantomData<P>,
 }
 
-impl<P: Products<Operand = <P as Products>::Stored>> Task for Units<P> {
+impl<P: Products<Operand: Stored>> Task for Units<P> {
     fn chunks(&self) -> usize {
         self.backward.batch * self.backward.kv_heads
     }
@@ -283,7 +287,7 @@ impl Widths {
     }
 }
 
-impl<P: Products<Operand = <P as Products>::Stored>> Kernel for Unit<'_, P> {
+impl<P: Products<Operand: Stored>> Kernel for Unit<'_, P> {
     type Output = ();
 
     #[inline(always)]
@@ -409,7 +413,7 @@ fn read_rows<'a, V: Vector, P: Products>(
 
 /// Adds what [`ROWS`] rows from `first` on and the keys of a block are to each other's gradients.
 #[inline(always)]
-fn meet<V: Vector, P: Products<Operand = <P as Products>::Stored>>(
+fn meet<V: Vector, P: Products<Operand: Stored>>(
     task: &Backward,
     (batch, kv_head): (usize, usize),
     block: usize,

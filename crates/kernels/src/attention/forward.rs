@@ -21,6 +21,7 @@ use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
+use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
 
@@ -31,7 +32,7 @@ const ROWS: usize = 48;
 /// caches beside a panel of keys. On AVX-512 whole bundles of six (48 were 3 % faster than 36 on Zen 5, since keys and
 /// values are read less often), on AMX whole tiles.
 fn chunk_rows(isa: Isa) -> usize {
-    if isa == Isa::Avx512 { ROWS } else { 32 }
+    if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16) { ROWS } else { 32 }
 }
 
 /// Rows that are taken together through a block that they see different parts of.
@@ -155,10 +156,12 @@ pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
         to: Workspace(std::ptr::null_mut()),
     };
     let bf16 = args.k.dtype == Dtype::BF16 && args.v.dtype == Dtype::BF16;
-    Ok(match args.precision {
-        Precision::Bf16 => plan::<Halves>(forward, Some(pack)),
-        Precision::Exact if bf16 => plan::<Widened>(forward, Some(pack)),
-        Precision::Exact => plan::<Single>(forward, Some(pack)),
+    Ok(if uses_pairs(isa, args.precision) {
+        plan::<Halves>(forward, Some(pack))
+    } else if bf16 || args.precision == Precision::Bf16 {
+        plan::<Widened>(forward, Some(pack))
+    } else {
+        plan::<Single>(forward, Some(pack))
     })
 }
 

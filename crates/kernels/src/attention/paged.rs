@@ -11,6 +11,7 @@ use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
+use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape};
 
@@ -123,9 +124,11 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
         partials: Workspace(std::ptr::null_mut()),
         merged: Box::default(),
     };
-    Ok(match (args.precision, dtype) {
-        (Precision::Bf16, _) => plan::<Halves>(forward, None),
-        (Precision::Exact, Dtype::BF16) => plan::<Widened>(forward, None),
-        (Precision::Exact, _) => plan::<Single>(forward, None),
+    Ok(if uses_pairs(isa, args.precision) {
+        plan::<Halves>(forward, None)
+    } else if dtype == Dtype::BF16 {
+        plan::<Widened>(forward, None)
+    } else {
+        plan::<Single>(forward, None)
     })
 }

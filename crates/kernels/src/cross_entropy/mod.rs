@@ -314,7 +314,7 @@ impl State {
         }
         let mut sum = V::zero();
         for part in tile.chunks_mut(LANES) {
-            let value = math::exp(V::from_slice(part, lowest) - V::splat(max));
+            let value = math::exp_to_one(V::from_slice(part, lowest) - V::splat(max));
             sum = sum + value;
             value.to_slice(part);
         }
@@ -376,7 +376,7 @@ unsafe fn differentiate<V: Vector>(
                 let place = label.wrapping_sub(at);
                 for (index, part) in tile.chunks_mut(LANES).enumerate() {
                     let x = task.labels.cap(V::from_slice(part, 0.0));
-                    let mut probability = math::exp(x - total);
+                    let mut probability = math::exp_to_one(x - total);
                     let lane = place.wrapping_sub(index * LANES);
                     if lane < LANES {
                         let hot = V::mask_from_bits(1 << lane);

@@ -98,7 +98,7 @@ macro_rules! tiers {
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => $avx2,
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Amx => $avx512,
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => $avx512,
                 _ => $body,
             }
         }

@@ -102,8 +102,8 @@ impl Micro {
 }
 
 /// Whether `precision` packs pairs of bf16 on this tier (otherwise it packs f32).
-pub(super) fn uses_pairs(isa: Isa, precision: Precision) -> bool {
-    precision == Precision::Bf16 && matches!(isa, Isa::Avx512 | Isa::Amx)
+pub(crate) fn uses_pairs(isa: Isa, precision: Precision) -> bool {
+    precision == Precision::Bf16 && matches!(isa, Isa::Avx512Bf16 | Isa::Amx)
 }
 
 /// The micro-kernels of a tier.
@@ -112,7 +112,7 @@ pub(super) fn select(isa: Isa, line: Line) -> Micro {
         #[cfg(target_arch = "x86_64")]
         (Isa::Amx, Line::Pairs) => super::amx::micro(),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512 | Isa::Amx, _) => super::avx512::micro(line),
+        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => super::avx512::micro(line),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => super::avx2::micro(line),
         _ => super::scalar::micro(line),

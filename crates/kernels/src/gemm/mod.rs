@@ -42,6 +42,7 @@ pub use types::{Epilogue, FloatType, FloatView, FloatViewMut, Precision};
 pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};
 
+pub(crate) use self::micro::uses_pairs;
 pub(crate) use self::pack::{PanelForm, PanelRange, PanelSource};
 pub(crate) use self::weight::check_part;
 

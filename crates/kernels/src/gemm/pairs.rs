@@ -33,11 +33,11 @@ impl Blocks {
     pub fn get(isa: Isa, float: FloatType) -> Option<Blocks> {
         match (isa, float) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Amx, FloatType::F32) => {
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, FloatType::F32) => {
                 Some(Blocks { along: avx512::along::<true>, turned: avx512::turned::<true> })
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Amx, FloatType::Bf16) => {
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, FloatType::Bf16) => {
                 Some(Blocks { along: avx512::along::<false>, turned: avx512::turned::<false> })
             }
             _ => None,

@@ -48,7 +48,7 @@ pub(super) type StoreFn = unsafe fn(&StoreJob);
 pub(super) fn storer(isa: Isa) -> StoreFn {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => store_avx512,
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => store_avx512,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => store_avx2,
         _ => store_portable,

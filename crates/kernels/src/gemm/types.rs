@@ -30,7 +30,7 @@ impl FloatType {
 pub enum Precision {
     /// Operands widen to f32; one fused multiply-add chain over k. The same bits on every tier.
     Exact,
-    /// Operands are rounded to bf16 (nearest, ties to even). `avx512` multiplies pairs
+    /// Operands are rounded to bf16 (nearest, ties to even). `avx512bf16` multiplies pairs
     /// (`vdpbf16ps`), `amx` blocks of 32 (`tdpbf16ps`); both take denormal numbers for zero.
     /// Lower tiers run the [`Precision::Exact`] chain over the rounded values.
     Bf16,

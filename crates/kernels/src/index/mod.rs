@@ -144,7 +144,7 @@ impl AxisIndex {
         match Isa::get() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the tier is the machine's.
-            Isa::Avx512 | Isa::Amx => unsafe { self.add_avx512(indices, places) },
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { self.add_avx512(indices, places) },
             _ => self.add(indices, places),
         }
     }

@@ -8,7 +8,7 @@
 //! that of reading them. With more rows AVX-512 takes them in twos ([`super::fast_wide`]). Otherwise a panel of tiles
 //! is unpacked to bytes once per [`ROW_BLOCK`] rows, and either multiplied by the same lanes or by AMX tiles.
 
-use mica_simd::Isa;
+use mica_simd::{Isa, reads_side_by_side};
 use mica_threads::{Lines, Scratch, Task};
 
 #[cfg(target_arch = "x86_64")]
@@ -57,6 +57,8 @@ pub(super) struct FastTask<'a> {
     pub x: Staged<'a>,
     pub sink: Sink<'a>,
     pub isa: Isa,
+    /// Whether tiles from memory are read as several streams ([`mica_simd::reads_side_by_side`]).
+    side_by_side: bool,
 }
 
 impl Task for FastTask<'_> {
@@ -111,10 +113,15 @@ impl Task for FastTask<'_> {
     }
 }
 
-impl FastTask<'_> {
+impl<'a> FastTask<'a> {
+    /// For shapes that were checked.
+    pub fn new(weight: &'a QuantWeight, x: Staged<'a>, sink: Sink<'a>, isa: Isa) -> FastTask<'a> {
+        FastTask { weight, x, sink, isa, side_by_side: reads_side_by_side() }
+    }
+
     /// Whether many rows are taken by [`Wide`].
     fn wide(&self) -> bool {
-        self.isa == Isa::Avx512
+        matches!(self.isa, Isa::Avx512 | Isa::Avx512Bf16)
     }
 
     /// Whether tiles are read as streams, for all rows.
@@ -177,13 +184,12 @@ impl PerTier for Gemv<'_> {
 impl Gemv<'_> {
     /// All rows by all tiles.
     ///
-    /// Where there are 32 registers, up to eight rows pass over one tile: what a thread reads is then one
-    /// stream, all that the prefetchers of AMD's cores follow (several streams side by side come at two thirds of
-    /// the speed). Machines with AMX want the contrary: four streams for one row, two for more.
+    /// Where there are 32 registers, and the processor wants one stream, up to eight rows pass over one tile.
+    /// Otherwise four tiles side by side are multiplied by one row, two by more.
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
         let (mut tile, end) = self.range;
-        let stream = L::MANY && self.task.isa != Isa::Amx;
+        let stream = L::MANY && !self.task.side_by_side;
         // SAFETY: tiles below `end` exist.
         unsafe {
             if L::MANY && !stream && self.task.x.m == 1 {

@@ -48,7 +48,7 @@ impl QuantWeight {
             return Err(KernelError::new(FORWARD, message));
         }
         let sink = self.sink(x.shape(), out, epilogue)?;
-        Ok(Box::new(FastTask { weight: self, x: x.clone(), sink, isa }))
+        Ok(Box::new(FastTask::new(self, x.clone(), sink, isa)))
     }
 
     /// The checked output of a product of rows `[m, k]`.
@@ -210,8 +210,7 @@ impl<'a> Int8Plan<'a> {
         let (stage, staged) = unsafe { self.stage.bind(workspace) };
         list.push(stage);
         let products = self.products.into_iter();
-        let products =
-            products.map(|(weight, sink)| FastTask { weight, x: staged.clone(), sink, isa: self.isa });
+        let products = products.map(|(weight, sink)| FastTask::new(weight, staged.clone(), sink, self.isa));
         list.push(Box::new(Together(products.collect())));
     }
 }

@@ -26,7 +26,7 @@ pub(super) unsafe fn at_tier<W: PerTier>(isa: Isa, work: W) -> W::Output {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => avx512(work),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512(work),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(work),
             _ => work.run::<Scalar>(),

@@ -143,7 +143,7 @@ pub(super) fn keys_of<T: Bits>(isa: Isa, order: KeyOrder, values: &[T], keys: &m
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the tier is the machine's.
-        Isa::Avx512 | Isa::Amx => unsafe { keys_avx512(order, values, keys, ranks) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { keys_avx512(order, values, keys, ranks) },
         _ => keys_loop(order, values, keys, ranks),
     }
 }
@@ -163,7 +163,7 @@ pub(super) unsafe fn write_values<T: Bits>(
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => values_avx512(order, keys, out, stride),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => values_avx512(order, keys, out, stride),
             _ => values_loop(order, keys, out, stride),
         }
     }

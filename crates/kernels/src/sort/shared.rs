@@ -225,7 +225,7 @@ impl<T: Bits> Pass<T> {
 
 /// Whether keys are split where they are not sorted.
 fn splits(isa: Isa) -> bool {
-    matches!(isa, Isa::Avx512 | Isa::Amx)
+    matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx)
 }
 
 /// One of so many places, by a number: places of consecutive numbers have no pattern that data could share.
@@ -238,7 +238,7 @@ fn anywhere(number: usize, places: usize) -> usize {
 fn split(isa: Isa, keys: &mut [u32], limits: &[u32], cuts: &mut [u32], scratch: &Scratch) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
             let other = scratch.take::<u32>(keys.len() + quick::ROOM);
             // SAFETY: the tier is the machine's, and there is room.
             unsafe { quick::split(keys, other, limits, cuts) }

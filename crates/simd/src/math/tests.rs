@@ -230,7 +230,8 @@ fn exponentials_up_to_one_are_those_of_exp() {
     x.extend([f32::NEG_INFINITY, f32::NAN, -0.0, 0.0, -1e30]);
     for &isa in Isa::available() {
         for (x, [all, to_one]) in x.iter().zip(dispatch(isa, Both(x.clone()))) {
-            assert_eq!(all, to_one, "{isa}: {x}");
+            let expected = if *x < EXP_TO_ONE_FROM { 0 } else { all };
+            assert_eq!(expected, to_one, "{isa}: {x}");
         }
     }
 }

@@ -75,7 +75,6 @@ impl Vector for F32x16 {
     type Mask = [__m256; 2];
     type Int = [__m256i; 2];
     const ISA: Isa = Isa::Avx2;
-    const HAS_DOT_BF16: bool = false;
 
     value! {
         splat(x: f32) -> Self = F32x16([_mm256_set1_ps(x); 2]);

@@ -110,7 +110,6 @@ impl Vector for F32x16 {
     type Mask = __mmask16;
     type Int = __m512i;
     const ISA: Isa = Isa::Avx512;
-    const HAS_DOT_BF16: bool = true;
 
     value! {
         splat(x: f32) -> Self = F32x16(_mm512_set1_ps(x));

@@ -68,10 +68,8 @@ pub trait Vector:
     type Mask: Copy;
     /// Sixteen 32-bit integers.
     type Int: Copy;
-    /// The tier whose instructions this type uses (`Amx` runs on [`Isa::Avx512`]'s type).
+    /// The tier whose instructions this type uses (higher ones run on [`Isa::Avx512`]'s type too).
     const ISA: Isa;
-    /// Whether [`Vector::dot_bf16`] is one instruction.
-    const HAS_DOT_BF16: bool;
 
     /// The same value in all lanes.
     fn splat(x: f32) -> Self;
@@ -327,7 +325,7 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         // SAFETY: the machine has the tier, which stands for these features.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => unsafe { run_avx512(kernel) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { run_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { run_avx2(kernel) },

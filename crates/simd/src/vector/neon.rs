@@ -79,7 +79,6 @@ impl Vector for F32x16 {
     type Mask = [uint32x4_t; 4];
     type Int = [int32x4_t; 4];
     const ISA: Isa = Isa::Neon;
-    const HAS_DOT_BF16: bool = false;
 
     value! {
         splat(x: f32) -> Self = F32x16([vdupq_n_f32(x); 4]);

@@ -46,7 +46,6 @@ impl Vector for F32x16 {
     type Mask = [bool; LANES];
     type Int = [i32; LANES];
     const ISA: Isa = Isa::Scalar;
-    const HAS_DOT_BF16: bool = false;
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
