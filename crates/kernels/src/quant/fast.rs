@@ -459,3 +459,50 @@ impl Gemm<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mica_codec::QuantSpec;
+    use mica_testkit::Rng;
+    use mica_threads::Pool;
+
+    use super::super::sink::Epilogue;
+    use super::super::stage::Stage;
+    use super::super::weight::Scales;
+    use super::*;
+    use crate::gemm::WorkspaceBuf;
+    use crate::{View, ViewMut};
+
+    #[test]
+    fn bits_do_not_depend_on_the_streams_that_a_processor_wants() {
+        let (mut rng, pool) = (Rng::new(29), Pool::new(2));
+        let (tiles, inner) = (11, 192);
+        for bits in [3, 4, 8] {
+            let spec = QuantSpec::affine(bits, 64).unwrap();
+            let out = tiles * TILE_ROWS - 5;
+            let words: Vec<u32> = (0..out * spec.words(inner)).map(|_| rng.u32()).collect();
+            let scales: Vec<f32> = (0..out * inner / 64).map(|_| rng.normal() as f32).collect();
+            let scales = Scales::F32(&scales);
+            let weight = QuantWeight::pack(&pool, spec, [out, inner], &words, scales, scales).unwrap();
+            for m in 1..=STREAM_ROWS {
+                let x: Vec<f32> = (0..m * inner).map(|_| rng.normal() as f32).collect();
+                for &isa in Isa::available() {
+                    let run = |side_by_side| {
+                        let stage = Stage::new(View::new(&x, &[m, inner]).unwrap(), 64, isa).unwrap();
+                        let mut workspace = WorkspaceBuf::new(stage.workspace_bytes());
+                        // SAFETY: the workspace is as large as asked for, and nothing else uses it.
+                        let (stage, staged) = unsafe { stage.bind(workspace.pointer()) };
+                        let mut y = vec![0.0f32; m * out];
+                        let view = ViewMut::new(&mut y, &[m, out]).unwrap();
+                        let sink = Sink::new("test", view, Epilogue::none(), [m, out]).unwrap();
+                        let product = FastTask { side_by_side, ..FastTask::new(&weight, staged, sink, isa) };
+                        pool.run(&[stage, Box::new(product)]).unwrap();
+                        y
+                    };
+                    let bits_of = |y: Vec<f32>| y.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                    assert!(bits_of(run(true)) == bits_of(run(false)), "{isa}, {bits} bits, {m} rows");
+                }
+            }
+        }
+    }
+}
