@@ -54,7 +54,7 @@ impl Isa {
     /// The fastest tier of the machine: the highest, but not [`Isa::Avx512Bf16`] on Intel's processors.
     pub fn best() -> Isa {
         match *Isa::available().last().expect("Scalar is always there") {
-            Isa::Avx512Bf16 if is_intel() => Isa::Avx512,
+            Isa::Avx512Bf16 if Cores::get() == Cores::Intel => Isa::Avx512,
             highest => highest,
         }
     }
@@ -137,26 +137,33 @@ fn detect() -> Vec<Isa> {
     vec![Isa::Scalar]
 }
 
-/// Whether a thread reads memory faster as several streams side by side than as one long one. On Intel's cores one
-/// stream comes at half of the bandwidth that four reach; AMD's prefetchers follow one stream, and read two or four at
-/// two thirds of its speed (measured on Sapphire and Emerald Rapids and on Zen 5).
-pub fn reads_side_by_side() -> bool {
-    is_intel()
+/// Whose cores run this process: what is fastest differs between processors of one tier. No result depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cores {
+    /// Intel's.
+    Intel,
+    /// AMD's, and all others.
+    Other,
 }
 
-#[cfg(target_arch = "x86_64")]
-fn is_intel() -> bool {
-    use std::arch::x86_64::__cpuid;
-    static INTEL: OnceLock<bool> = OnceLock::new();
-    *INTEL.get_or_init(|| {
-        let leaf = __cpuid(0);
-        [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
-    })
-}
+impl Cores {
+    /// Those of this machine.
+    pub fn get() -> Cores {
+        static CORES: OnceLock<Cores> = OnceLock::new();
+        *CORES.get_or_init(Cores::detect)
+    }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn is_intel() -> bool {
-    false
+    #[cfg(target_arch = "x86_64")]
+    fn detect() -> Cores {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        let maker = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+        if maker == b"GenuineIntel" { Cores::Intel } else { Cores::Other }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn detect() -> Cores {
+        Cores::Other
+    }
 }
 
 /// Whether the processor has AMX with bf16 and int8, and the operating system lets this process

@@ -10,5 +10,5 @@ pub mod math;
 mod vector;
 
 pub use convert::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-pub use isa::{ISA_VARIABLE, Isa, IsaError, reads_side_by_side};
+pub use isa::{Cores, ISA_VARIABLE, Isa, IsaError};
 pub use vector::{Element, Kernel, LANES, Vector, bf16_bits, dispatch};

@@ -6,8 +6,10 @@
 //! of the int8 peak at groups of 64, one tile by eight rows 69; three tiles by four rows and four by three do as well.
 //! Operations of the f32 chains and of unpacking nibbles leave no more.
 //!
-//! Codes of 4 and 8 bits are read from the tiles themselves, others are unpacked to 8 bits once a chunk.
+//! Codes of 8 bits are read from the tiles themselves, and on AMD's cores those of 4, whose unpacking takes none of the
+//! ports that products do. Others are unpacked to 8 bits once a chunk (4 bits on Emerald Rapids: 8 to 11 % faster).
 
+use mica_simd::Cores;
 use mica_threads::Scratch;
 
 use super::fast::{CACHED, FastTask, dot};
@@ -50,7 +52,7 @@ impl PerTier for Wide<'_> {
         }
         // SAFETY: passed on.
         unsafe {
-            if self.task.weight.layout.bits == 4 {
+            if self.task.weight.layout.bits == 4 && !self.unpacks() {
                 self.multiply::<L, 4>(self.panel::<L>());
             } else {
                 self.multiply::<L, 8>(self.panel::<L>());
@@ -60,13 +62,20 @@ impl PerTier for Wide<'_> {
 }
 
 impl Wide<'_> {
+    fn unpacks(&self) -> bool {
+        match self.task.weight.layout.bits {
+            4 => self.task.cores == Cores::Intel,
+            bits => bits != 8,
+        }
+    }
+
     #[inline(always)]
     unsafe fn panel<L: Lanes>(&self) -> Panel {
         let weight = self.task.weight;
         let layout = weight.layout;
         let (groups, count) = (layout.groups, self.tiles.1 - self.tiles.0);
         let scales = self.scratch.take::<f32>(count * groups * 2 * TILE_ROWS).as_mut_ptr();
-        let unpacked = !matches!(layout.bits, 4 | 8);
+        let unpacked = self.unpacks();
         let block = layout.group * TILE_ROWS;
         let codes = self.scratch.take::<u8>(if unpacked { count * groups * block } else { 0 }).as_mut_ptr();
         for at in 0..count * groups {
