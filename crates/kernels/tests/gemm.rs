@@ -1,7 +1,7 @@
 //! Float products through the public door, on every tier of the machine.
 //!
 //! Exact products (and bf16 ones on tiers that run the f32 chain) must have the bits of the
-//! definition in docs/NUMERICS.md, written here element by element. bf16 products of `avx512` and
+//! definition in docs/NUMERICS.md, written here element by element. bf16 products of `avx512bf16` and
 //! `amx` add in another order and are compared with f64 sums.
 
 use half::{bf16, f16};

@@ -120,7 +120,7 @@ pub(super) fn micro(line: Line) -> Micro {
         Line::F32 => &F32_TABLE,
         Line::WidenBf16 => &BF16_TABLE,
         Line::WidenF16 => &F16_TABLE,
-        Line::Pairs => unreachable!("pairs are packed for avx512 and amx only"),
+        Line::Pairs => unreachable!("pairs are packed for avx512bf16 and amx only"),
     };
     Micro { rows: 6, line, panels: &[4, 3, 2, 1, 1, 1], table, tile_rows: None }
 }

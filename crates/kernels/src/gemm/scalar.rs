@@ -71,7 +71,7 @@ pub(super) fn micro(line: Line) -> Micro {
         Line::F32 => &F32,
         Line::WidenBf16 => &BF16,
         Line::WidenF16 => &F16,
-        Line::Pairs => unreachable!("pairs are packed for avx512 and amx only"),
+        Line::Pairs => unreachable!("pairs are packed for avx512bf16 and amx only"),
     };
     Micro { rows: ROWS, line, panels: &[1], table, tile_rows: None }
 }
