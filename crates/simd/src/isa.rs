@@ -137,7 +137,8 @@ fn detect() -> Vec<Isa> {
     vec![Isa::Scalar]
 }
 
-/// Whose cores run this process: what is fastest differs between processors of one tier. No result depends on it.
+/// Whose cores run this process: what is fastest differs between processors of one tier. No result depends on it, but for
+/// the tier that [`Isa::best`] picks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cores {
     /// Intel's.
