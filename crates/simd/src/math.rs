@@ -48,7 +48,7 @@ pub fn exp<V: Vector>(x: V) -> V {
 }
 
 /// [`exp`] of numbers up to 0, but zero below 2⁻⁶⁴: the weights of a softmax. Beside a weight of 1 they are nothing, but
-/// products with them could be subnormal, which costs some processors a hundred cycles each.
+/// products with them could be subnormal, which some processors form many times slower.
 #[inline(always)]
 pub fn exp_to_one<V: Vector>(x: V) -> V {
     let (n, y) = exp_parts(x);

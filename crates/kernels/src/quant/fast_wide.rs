@@ -6,8 +6,8 @@
 //! of the int8 peak at groups of 64, one tile by eight rows 69; three tiles by four rows and four by three do as well.
 //! Operations of the f32 chains and of unpacking nibbles leave no more.
 //!
-//! Codes of 8 bits are read from the tiles themselves, and on AMD's cores those of 4, whose unpacking takes none of the
-//! ports that products do. Others are unpacked to 8 bits once a chunk (4 bits on Emerald Rapids: 8 to 11 % faster).
+//! Codes of 8 bits are read from the tiles themselves, and on AMD's cores those of 4 (unpacking first gained nothing on
+//! Zen 5). Others are unpacked to 8 bits once a chunk (4 bits on Emerald Rapids: 8 to 11 % faster).
 
 use mica_simd::Cores;
 use mica_threads::Scratch;
