@@ -64,6 +64,7 @@ impl Lowered {
     }
 
     /// Makes the tasks that were promised.
+    #[inline]
     fn fulfil(&mut self, workspace: *mut u8) -> Result<()> {
         if let Lowered::WithWorkspace(..) | Lowered::Product(_) = self {
             let mut tasks = Vec::new();

@@ -15,6 +15,7 @@ use std::marker::PhantomData;
 use mica_simd::{Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
+use super::ahead::Ahead;
 use super::block::{BLOCK, BlockShape, PAIR, STEP, Stored, TILE, step_tiles};
 use super::forward::{Sizes, sizes, take};
 use super::heads::{Heads, Part, turn};
@@ -461,6 +462,7 @@ fn meet<V: Vector, P: Products<Operand: Stored>>(
             scores.as_mut_ptr(),
             STRIDE,
             false,
+            &mut Ahead::none(),
         );
         product::<P>(
             task.isa,
@@ -474,6 +476,7 @@ fn meet<V: Vector, P: Products<Operand: Stored>>(
             dweights.as_mut_ptr(),
             STRIDE,
             false,
+            &mut Ahead::none(),
         );
     }
     let (lse, dsum) = (&rows.lse[first..][..count], &rows.dsum[first..][..count]);
@@ -544,6 +547,7 @@ fn meet<V: Vector, P: Products<Operand: Stored>>(
             keys.dv.as_mut_ptr(),
             STRIDE,
             true,
+            &mut Ahead::none(),
         );
         product::<P>(
             task.isa,
@@ -557,6 +561,7 @@ fn meet<V: Vector, P: Products<Operand: Stored>>(
             keys.dk.as_mut_ptr(),
             STRIDE,
             true,
+            &mut Ahead::none(),
         );
         product::<P>(
             task.isa,
@@ -570,6 +575,7 @@ fn meet<V: Vector, P: Products<Operand: Stored>>(
             rows.dq[first * widths.dq..].as_mut_ptr(),
             widths.dq,
             true,
+            &mut Ahead::none(),
         );
     }
 }

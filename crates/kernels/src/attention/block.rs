@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use mica_simd::Element;
+use mica_simd::{Element, Vector};
 
 use crate::gemm;
 
@@ -107,11 +107,13 @@ pub(crate) fn panel_at<T: Stored>(n: usize, k: usize, pairs: usize) -> usize {
 /// # Safety
 /// `to` holds panels of `pairs` pairs up to lane `n`, and `pairs` is at least half of the row.
 #[inline(always)]
-pub(crate) unsafe fn write_lane<T: Stored>(to: *mut T, n: usize, pairs: usize, row: &[f32]) {
-    for k in 0..2 * pairs {
-        let value = row.get(k).copied().unwrap_or(0.0);
-        // SAFETY: promised by the caller.
-        unsafe { *to.add(panel_at::<T>(n, k, pairs)) = T::from_f32(value) };
+pub(crate) unsafe fn write_lane<V: Vector, T: Stored>(to: *mut T, n: usize, pairs: usize, row: &[f32]) {
+    for first in (0..2 * pairs).step_by(TILE) {
+        let values = rounded::<V, T>(row.get(first..).unwrap_or(&[]));
+        for (i, &value) in values.iter().enumerate().take(2 * pairs - first) {
+            // SAFETY: promised by the caller.
+            unsafe { *to.add(panel_at::<T>(n, first + i, pairs)) = value };
+        }
     }
 }
 
@@ -121,10 +123,21 @@ pub(crate) unsafe fn write_lane<T: Stored>(to: *mut T, n: usize, pairs: usize, r
 /// # Safety
 /// `to` holds panels of `pairs` pairs for all lanes of the row, and `k < 2 * pairs`.
 #[inline(always)]
-pub(crate) unsafe fn write_step<T: Stored>(to: *mut T, k: usize, pairs: usize, row: &[f32]) {
-    for n in 0..row.len().next_multiple_of(TILE) {
-        let value = row.get(n).copied().unwrap_or(0.0);
-        // SAFETY: promised by the caller.
-        unsafe { *to.add(panel_at::<T>(n, k, pairs)) = T::from_f32(value) };
+pub(crate) unsafe fn write_step<V: Vector, T: Stored>(to: *mut T, k: usize, pairs: usize, row: &[f32]) {
+    for (tile, part) in row.chunks(TILE).enumerate() {
+        for (lane, &value) in rounded::<V, T>(part).iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { *to.add(panel_at::<T>(tile * TILE + lane, k, pairs)) = value };
+        }
     }
+}
+
+/// The first values of a row, rounded, and zeros behind its end: together, since one conversion after the other took
+/// longer than attending to a hundred keys.
+#[inline(always)]
+fn rounded<V: Vector, T: Stored>(row: &[f32]) -> [T; TILE] {
+    let mut values = [T::from_f32(0.0); TILE];
+    // SAFETY: the array holds a vector.
+    unsafe { T::store(V::from_slice(&row[..row.len().min(TILE)], 0.0), values.as_mut_ptr()) };
+    values
 }

@@ -11,12 +11,14 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mica_simd::{Isa, Kernel, Vector, dispatch, math};
-use mica_threads::{Scratch, Task};
+use mica_threads::{Lines, Scratch, Task};
 
+use super::ahead::{Ahead, Runs};
 use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
-use super::heads::{Heads, Part};
+use super::heads::Heads;
+use super::packing::Pack;
 use super::pages::{Move, PageShape, Pages, Positions};
-use super::product::{Halves, Products, Single, Widened, product};
+use super::product::{FEW_ROWS, Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
@@ -204,7 +206,7 @@ pub(super) fn plan<P: Products>(mut forward: Forward, pack: Option<Pack>) -> Pla
         forward.partials = Workspace(workspace.0.wrapping_add(packed));
         if let Some(mut pack) = pack {
             pack.to = workspace;
-            list.push(Box::new(PackTask::<P> { pack, kind: PhantomData }));
+            list.push(pack.task::<P>());
         }
         list.push(Box::new(Blockwise::<P> { forward, chunks, kind: PhantomData }));
     })
@@ -333,6 +335,44 @@ impl Forward {
     }
 }
 
+impl Forward {
+    /// What a chunk of few rows reads of the keys and of the values: a part of one block, since more would be split.
+    fn reads<P: Products>(&self, chunk: usize) -> [Runs; 2] {
+        let Place { sequence, kv_head, rows, only } = self.place(chunk);
+        let (mut low, mut high) = (usize::MAX, 0);
+        for at in rows {
+            let l = at / self.group();
+            let position = sequence.start + l as isize;
+            let (from, to) = self.rule.range(sequence.index, l, position, sequence.keys);
+            (low, high) = (low.min(from), high.max(to));
+        }
+        let block = only.unwrap_or(low / BLOCK);
+        let (low, high) = within((low, high), block);
+        if low >= high {
+            return [Runs::NONE; 2];
+        }
+        let [keys, values] = self.block::<P>(sequence, kv_head, block);
+        let size = size_of::<P::Stored>();
+        let panel = 2 * self.shape.key_pairs() * TILE * size;
+        let tiles = low / TILE..high.div_ceil(TILE);
+        let (pair, weighed) = (2 * TILE * size, low / 2..high.div_ceil(2));
+        [
+            Runs {
+                start: keys.cast::<u8>().wrapping_add(tiles.start * panel),
+                bytes: tiles.len() * panel,
+                stride: 0,
+                count: 1,
+            },
+            Runs {
+                start: values.cast::<u8>().wrapping_add(weighed.start * pair),
+                bytes: weighed.len() * pair,
+                stride: BLOCK * TILE * size,
+                count: self.shape.value_tiles(),
+            },
+        ]
+    }
+}
+
 /// Rows of one KV head, through all blocks or one.
 struct Place<'a> {
     sequence: &'a Sequence,
@@ -421,7 +461,7 @@ impl<'a, P: Products> Rows<'a, P> {
     /// Rows that see different parts of it go through it in bundles, so that little is computed which a row
     /// does not see: a tenth of the work where 48 rows attend to 512 keys causally.
     #[inline(always)]
-    fn step<V: Vector>(&mut self, forward: &Forward, block: usize) {
+    fn step<V: Vector>(&mut self, forward: &Forward, block: usize, ahead: &mut Ahead) {
         let count = self.rows.len();
         let same = (1..count).all(|i| within(self.ranges[i], block) == within(self.ranges[0], block));
         let bundle = if same || tiles_multiply::<P>(forward.isa) { count } else { BUNDLE };
@@ -430,14 +470,14 @@ impl<'a, P: Products> Rows<'a, P> {
         while row < count {
             // No rest of a few rows.
             let next = if count - row < 2 * bundle { count } else { row + bundle };
-            self.part::<V>(forward, block, row..next);
+            self.part::<V>(forward, block, row..next, ahead);
             row = next;
         }
     }
 
     /// [`Rows::step`] of some rows.
     #[inline(always)]
-    fn part<V: Vector>(&mut self, forward: &Forward, block: usize, rows: Range<usize>) {
+    fn part<V: Vector>(&mut self, forward: &Forward, block: usize, rows: Range<usize>, ahead: &mut Ahead) {
         let group = forward.group();
         let (mut low, mut high) = (BLOCK, 0);
         for &range in &self.ranges[rows.clone()] {
@@ -472,6 +512,7 @@ impl<'a, P: Products> Rows<'a, P> {
                 self.scores.as_mut_ptr().add(rows.start * SCORES),
                 SCORES,
                 false,
+                ahead,
             );
         }
         for i in rows.clone() {
@@ -518,6 +559,7 @@ impl<'a, P: Products> Rows<'a, P> {
                 self.block_out.as_mut_ptr().add(rows.start * forward.width()),
                 forward.width(),
                 false,
+                ahead,
             );
         }
     }
@@ -613,6 +655,16 @@ impl<P: Products> Task for Blockwise<P> {
         dispatch(self.forward.isa, BlockwiseChunk { task: self, chunk, scratch });
     }
 
+    fn begins_with(&self, chunk: usize) -> Lines {
+        let Place { sequence, rows, .. } = self.forward.place(chunk);
+        // The ranges of keys in arrays may not have been computed yet.
+        if rows.len() > FEW_ROWS || !matches!(sequence.blocks, Blocks::Pages { .. }) {
+            return Lines::default();
+        }
+        let [keys, _] = self.forward.reads::<P>(chunk);
+        Lines::new(keys.start, keys.bytes)
+    }
+
     fn name(&self) -> &'static str {
         "attention"
     }
@@ -654,8 +706,15 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
             Some(_) => 0..0,
         };
         let none = blocks.is_empty();
+        let mut ahead = if rows.len() <= FEW_ROWS && !tiles_multiply::<P>(forward.isa) {
+            let next = self.chunk + 1;
+            let next = if next < self.task.chunks { forward.reads::<P>(next) } else { [Runs::NONE; 2] };
+            Ahead::new(forward.reads::<P>(self.chunk), next)
+        } else {
+            Ahead::none()
+        };
         for block in blocks {
-            work.step::<V>(forward, block);
+            work.step::<V>(forward, block, &mut ahead);
             if only.is_some() {
                 break;
             }
@@ -725,73 +784,6 @@ fn merge_blocks<V: Vector>(forward: &Forward, sequence: &Sequence, kv_head: usiz
             merge::<V>((keep, take), &mut sum, out, (block_sum, values));
         }
         finish::<V>(forward, sequence, kv_head * group + row % group, row / group, (max, sum), out);
-    }
-}
-
-/// Brings keys and values of arrays into blocks.
-pub(super) struct Pack {
-    isa: Isa,
-    shape: BlockShape,
-    kv_heads: usize,
-    keys: usize,
-    blocks: usize,
-    /// Sequences times KV heads.
-    units: usize,
-    k: DynView,
-    v: DynView,
-    to: Workspace,
-}
-
-struct PackTask<P> {
-    pack: Pack,
-    kind: PhantomData<P>,
-}
-
-impl<P: Products> Task for PackTask<P> {
-    fn chunks(&self) -> usize {
-        self.pack.units * self.pack.blocks
-    }
-
-    fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        dispatch(self.pack.isa, PackChunk::<P> { pack: &self.pack, chunk, scratch, kind: PhantomData });
-    }
-
-    fn name(&self) -> &'static str {
-        "attention_pack"
-    }
-}
-
-struct PackChunk<'a, P> {
-    pack: &'a Pack,
-    chunk: usize,
-    scratch: &'a Scratch,
-    kind: PhantomData<P>,
-}
-
-impl<P: Products> Kernel for PackChunk<'_, P> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        let pack = self.pack;
-        let (unit, block) = (self.chunk / pack.blocks, self.chunk % pack.blocks);
-        let (batch, kv_head) = (unit / pack.kv_heads, unit % pack.kv_heads);
-        let shape = pack.shape;
-        let to =
-            pack.to.0.cast::<P::Stored>().wrapping_add(self.chunk * (shape.key_len() + shape.value_len()));
-        let [k, v] = [&pack.k, &pack.v]
-            .map(|view| Heads::new(view.pointer.cast_mut(), view.dtype, &view.strides[1..]));
-        let part = |heads, view: &DynView, dim| Part {
-            heads,
-            base: batch as isize * view.strides[0],
-            head: kv_head,
-            position: block * BLOCK,
-            count: (pack.keys - block * BLOCK).min(BLOCK),
-            dim,
-        };
-        let (keys, values) = (part(&k, &pack.k, shape.key_dim), part(&v, &pack.v, shape.value_dim));
-        // SAFETY: heads and positions are inside the arrays; the block is this chunk's own.
-        unsafe { shape.pack::<V, P::Stored>(pack.isa, keys, values, to, self.scratch) };
     }
 }
 

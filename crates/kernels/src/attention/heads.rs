@@ -161,7 +161,7 @@ impl Part<'_> {
                     if lane < self.count {
                         self.heads.load::<V>(self.base, self.head, self.position + lane, row);
                     }
-                    write_lane(to, lane, pairs, row);
+                    write_lane::<V, T>(to, lane, pairs, row);
                 }
             }
             return;
@@ -210,7 +210,7 @@ impl Part<'_> {
                     if step < self.count {
                         self.heads.load::<V>(self.base, self.head, self.position + step, row);
                     }
-                    write_step(to, step, pairs, row);
+                    write_step::<V, T>(to, step, pairs, row);
                 }
             }
             return;

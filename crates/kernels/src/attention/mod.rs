@@ -13,10 +13,12 @@
 //! -∞ as its log-sum-exp. Keys outside a query's range count as weight zero, so an infinity among
 //! the *values* of a neighbouring position can still turn its block into NaN.
 
+mod ahead;
 mod backward;
 mod block;
 mod forward;
 mod heads;
+mod packing;
 mod paged;
 mod pages;
 mod product;

@@ -165,8 +165,8 @@ impl Positions {
             unsafe {
                 self.k.load::<V>(0, head, row, key);
                 self.v.load::<V>(0, head, row, value);
-                write_lane(keys, at, pairs, key);
-                write_step(values, at, BLOCK / 2, value);
+                write_lane::<V, T>(keys, at, pairs, key);
+                write_step::<V, T>(values, at, BLOCK / 2, value);
             }
         }
         // The rest of the last step is read, with weight zero, before it is written. Whoever begins a step
@@ -175,7 +175,7 @@ impl Positions {
             value.fill(0.0);
             for at in to..to.next_multiple_of(STEP) {
                 // SAFETY: the place is in this page, whose size is a multiple of STEP.
-                unsafe { write_step(values, at % BLOCK, BLOCK / 2, value) };
+                unsafe { write_step::<V, T>(values, at % BLOCK, BLOCK / 2, value) };
             }
         }
     }

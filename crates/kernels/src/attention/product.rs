@@ -7,10 +7,10 @@ use std::ops::Range;
 use half::bf16;
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch};
 
+use super::ahead::Ahead;
 use super::block::{PAIR, Stored};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
-use crate::layout::prefetch;
 
 /// How products are formed, and of what.
 pub(crate) trait Products: Send + Sync + 'static {
@@ -162,6 +162,8 @@ impl Products for Halves {
 /// AMX sums blocks of 16 pairs (docs/NUMERICS.md), counted from `pairs.start`: for bits that do not
 /// depend on the range it has to be a multiple of 16.
 ///
+/// Of few rows, a line is asked for with `ahead` for each that is read.
+///
 /// Never inlined, so that its unrolled bodies exist once a tier and not once a call.
 ///
 /// # Safety
@@ -180,6 +182,7 @@ pub(crate) unsafe fn product<P: Products>(
     out: *mut f32,
     out_stride: usize,
     add: bool,
+    ahead: &mut Ahead,
 ) {
     #[cfg(target_arch = "x86_64")]
     if P::TILES && isa == Isa::Amx {
@@ -188,11 +191,11 @@ pub(crate) unsafe fn product<P: Products>(
             tiles::product(a.cast(), a_stride, rows, b.cast(), panel, panels, pairs, out, out_stride, add)
         };
     }
-    dispatch(isa, Body::<P> { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add });
+    dispatch(isa, Body::<P> { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add, ahead });
 }
 
 /// The arguments of [`product`], whose promises hold where one is made.
-struct Body<P: Products> {
+struct Body<'a, P: Products> {
     a: *const P::Operand,
     a_stride: usize,
     rows: usize,
@@ -203,14 +206,15 @@ struct Body<P: Products> {
     out: *mut f32,
     out_stride: usize,
     add: bool,
+    ahead: &'a mut Ahead,
 }
 
-impl<P: Products> Kernel for Body<P> {
+impl<P: Products> Kernel for Body<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Body { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add } = self;
+        let Body { a, a_stride, rows, b, panel, panels, pairs, out, out_stride, add, ahead } = self;
         // 6 × 4 accumulators of one register leave room for the panels on AVX-512; the other tiers
         // need two or four registers a vector.
         let big = matches!(V::ISA, Isa::Avx512);
@@ -257,10 +261,10 @@ impl<P: Products> Kernel for Body<P> {
                     }
                     if few {
                         match rows {
-                            1 => stream::<P, V, 1>(a, a_stride, b, &pairs, out, out_stride, add),
-                            2 => stream::<P, V, 2>(a, a_stride, b, &pairs, out, out_stride, add),
-                            3 => stream::<P, V, 3>(a, a_stride, b, &pairs, out, out_stride, add),
-                            _ => stream::<P, V, 4>(a, a_stride, b, &pairs, out, out_stride, add),
+                            1 => stream::<P, V, 1>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
+                            2 => stream::<P, V, 2>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
+                            3 => stream::<P, V, 3>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
+                            _ => stream::<P, V, 4>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
                         }
                         r += rows;
                     } else if big && P::WIDENS && width == 2 && left >= 12 {
@@ -283,11 +287,9 @@ impl<P: Products> Kernel for Body<P> {
 }
 
 /// Rows for which panels are read one by one.
-const FEW_ROWS: usize = 4;
-/// How far ahead of what is multiplied a panel is asked for, in bytes.
-const AHEAD: usize = 16 * 1024;
+pub(super) const FEW_ROWS: usize = 4;
 
-/// Few rows by one panel, whose next lines are asked for meanwhile.
+/// Few rows by one panel; lines further on are asked for meanwhile.
 ///
 /// # Safety
 /// As [`product`].
@@ -300,13 +302,14 @@ unsafe fn stream<P: Products, V: Vector, const R: usize>(
     out: *mut f32,
     out_stride: usize,
     add: bool,
+    ahead: &mut Ahead,
 ) {
     let mut sums = [V::zero(); R];
     // SAFETY: promised by the caller.
     unsafe {
         for i in pairs.start..pairs.end {
             let at = b.add(i * PAIR);
-            prefetch(at.cast::<u8>().wrapping_add(AHEAD), PAIR * size_of::<P::Stored>());
+            (0..PAIR * size_of::<P::Stored>() / 64).for_each(|_| ahead.ask());
             let right = P::load::<V>(at);
             for r in 0..R {
                 sums[r] = P::step(sums[r], right, P::splat::<V>(a.add(r * a_stride + 2 * i)));

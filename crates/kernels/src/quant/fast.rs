@@ -186,7 +186,8 @@ impl Gemv<'_> {
     ///
     /// Where there are 32 registers, up to eight rows pass over one tile: what a thread reads is then one stream, all
     /// that the prefetchers of AMD's cores follow (several streams side by side come at two thirds of the speed).
-    /// Intel's want the contrary, four streams for one row and two for more: one comes at half of the bandwidth.
+    /// Intel's want the contrary, four streams for one row and two for more: one comes at half of the bandwidth. What
+    /// comes from memory comes with the first pass, so there is one pass up to eight rows.
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
         let (mut tile, end) = self.range;
@@ -225,7 +226,7 @@ impl Gemv<'_> {
                 row += match end - row {
                     1 => self.block::<L, BITS, R, 1, STREAM>(tile, row),
                     2 => self.block::<L, BITS, R, 2, STREAM>(tile, row),
-                    5.. if STREAM => self.block::<L, BITS, R, 8, STREAM>(tile, row),
+                    5.. if L::MANY => self.block::<L, BITS, R, 8, STREAM>(tile, row),
                     _ => self.block::<L, BITS, R, 4, STREAM>(tile, row),
                 }
             }
