@@ -149,32 +149,50 @@ unsafe fn store(job: &StoreJob) {
     let plain = |place: &Place| place.float == FloatType::F32 && place.column == 4;
     let plain = plain(&job.out) && job.addends.iter().all(plain);
     let half = job.out.float == FloatType::Bf16 && job.out.column == 2 && job.addends.is_empty();
+    let whole = if plain || half { job.columns / 16 } else { 0 };
     for row in 0..job.rows {
-        let out = job.out.moved(row, 0);
-        for column in (0..job.columns).step_by(16) {
-            let columns = (job.columns - column).min(16);
-            // SAFETY: the rows and columns are those that the caller promises.
-            unsafe {
-                let sums = job.sums.add(column / 16 * job.panel + row * 16);
-                if plain && columns == 16 {
-                    let mut line = sums.cast::<[f32; 16]>().read();
-                    for addend in job.addends {
-                        let other = addend.moved(row, column).pointer.cast::<[f32; 16]>().read_unaligned();
-                        line = std::array::from_fn(|lane| line[lane] + other[lane]);
-                    }
-                    out.moved(0, column).pointer.cast::<[f32; 16]>().write_unaligned(line);
-                } else if half && columns == 16 {
-                    let line = sums.cast::<[f32; 16]>().read();
+        // SAFETY: the rows and columns are those that the caller promises.
+        unsafe {
+            let sums = job.sums.add(row * 16);
+            let out = job.out.moved(row, 0).pointer;
+            match job.addends {
+                [] if half => lines(sums, job.panel, whole, |panel, line| {
                     let mut words = [0u16; 16];
                     for (word, value) in words.iter_mut().zip(line) {
                         *word = round_to_bf16(value);
                     }
-                    out.moved(0, column).pointer.cast::<[u16; 16]>().write_unaligned(words);
-                } else {
-                    store_any(job, row, column, columns, sums);
-                }
+                    out.cast::<[u16; 16]>().add(panel).write_unaligned(words);
+                }),
+                [] => lines(sums, job.panel, whole, |panel, line| {
+                    out.cast::<[f32; 16]>().add(panel).write_unaligned(line);
+                }),
+                addends => lines(sums, job.panel, whole, |panel, mut line| {
+                    for addend in addends {
+                        let other = addend.moved(row, 0).pointer.cast::<[f32; 16]>().add(panel).read_unaligned();
+                        line = std::array::from_fn(|lane| line[lane] + other[lane]);
+                    }
+                    out.cast::<[f32; 16]>().add(panel).write_unaligned(line);
+                }),
+            }
+            for column in (16 * whole..job.columns).step_by(16) {
+                let columns = (job.columns - column).min(16);
+                store_any(job, row, column, columns, sums.add(column / 16 * job.panel));
             }
         }
+    }
+}
+
+/// A row's lines of 16 sums, panel by panel.
+///
+/// # Safety
+/// There are so many panels.
+#[inline(always)]
+unsafe fn lines(sums: *const f32, panel: usize, count: usize, mut each: impl FnMut(usize, [f32; 16])) {
+    let mut from = sums;
+    for at in 0..count {
+        // SAFETY: promised by the caller.
+        each(at, unsafe { from.cast::<[f32; 16]>().read() });
+        from = from.wrapping_add(panel);
     }
 }
 
