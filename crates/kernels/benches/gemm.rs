@@ -92,7 +92,7 @@ fn large(
             let strides = if kind == "rows" { [n as isize, 1] } else { [1, k as isize] };
             let b = View::strided(&b, 0, &[k, n], &strides).unwrap();
             let mut spec = GemmSpec::new(a, b, out);
-            (spec.precision, spec.isa) = (precision, isa);
+            (spec.precision, spec.isa, spec.threads) = (precision, isa, pool.threads());
             Gemm::plan(&spec).unwrap()
         }
     };
@@ -161,7 +161,7 @@ fn training(pool: &Pool, name: &str, isa: Isa, (rows, inputs, outputs): (usize, 
                 GemmSpec::new(turned, x, out)
             }
         };
-        (spec.precision, spec.isa) = (Precision::Bf16, isa);
+        (spec.precision, spec.isa, spec.threads) = (Precision::Bf16, isa, pool.threads());
         plans.push(Gemm::plan(&spec).unwrap());
     }
     let mut workspace = WorkspaceBuf::new(plans[0].workspace_bytes());
@@ -197,7 +197,7 @@ fn few(pool: &Pool, name: &str, isa: Isa, precision: Precision, m: usize, kind: 
             let strides = if kind == "rows" { [n as isize, 1] } else { [1, k as isize] };
             let b = View::strided(&half, 0, &[k, n], &strides).unwrap();
             let mut spec = GemmSpec::new(a, b, out);
-            (spec.precision, spec.isa) = (precision, isa);
+            (spec.precision, spec.isa, spec.threads) = (precision, isa, pool.threads());
             Gemm::plan(&spec).unwrap()
         }
     };

@@ -588,3 +588,34 @@ fn products_that_do_not_fit_are_refused() {
     let error = weight.gather(&[4], out).err().unwrap();
     assert!(error.to_string().contains("row 4 of a weight with 4 rows"), "{error}");
 }
+
+#[test]
+fn bits_do_not_depend_on_how_many_threads_are_expected() {
+    let (mut rng, pool) = (Rng::new(37), Pool::new(2));
+    // Sums so long that the blocks depend on them.
+    let (m, n, k) = (270, 130, 2400);
+    for float in [FloatType::F32, FloatType::Bf16] {
+        let a = Operand::new(&mut rng, float, &[m, k], "turned");
+        let b = Operand::new(&mut rng, float, &[k, n], "padded");
+        for &isa in Isa::available().iter().filter(|&&isa| isa > Isa::Scalar) {
+            for precision in PRECISIONS {
+                let product = |threads: usize| {
+                    let mut out = vec![f32::NAN; m * n];
+                    let mut spec =
+                        GemmSpec::new(a.view(), b.view(), ViewMut::new(&mut out, &[m, n]).unwrap());
+                    (spec.precision, spec.isa, spec.threads) = (precision, isa, threads);
+                    let plan = Gemm::plan(&spec).unwrap();
+                    plan.run(&pool).unwrap();
+                    let bytes = plan.workspace_bytes();
+                    (out.into_iter().map(f32::to_bits).collect::<Vec<_>>(), bytes)
+                };
+                let (expected, bytes) = product(16);
+                for threads in [0, 1, 3] {
+                    let (bits, others) = product(threads);
+                    assert!(bits == expected, "{float:?} {isa} {precision:?} for {threads} threads");
+                    assert!(isa != Isa::Avx512 || others < bytes, "cut alike for 16 and {threads} threads");
+                }
+            }
+        }
+    }
+}

@@ -15,6 +15,7 @@ mod products;
 mod strided;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use mica_kernels::elementwise::Dense;
@@ -90,6 +91,9 @@ impl From<Box<dyn Task>> for Lowered {
         Lowered::Task(task)
     }
 }
+
+/// Threads of the backend that plans: there is one at a time, and only speed depends on it.
+static THREADS: AtomicUsize = AtomicUsize::new(1);
 
 /// After so many steps of a plan the other threads begin with them.
 const STARTED: usize = 32;
@@ -202,6 +206,7 @@ impl Backend for Cpu {
     fn begin(&mut self) {
         // After an error nobody has waited for them yet, and nobody wants them.
         let _ = self.finish();
+        THREADS.store(self.pool.threads(), Ordering::Relaxed);
         self.plan.clear();
         self.needed = 0;
     }

@@ -70,7 +70,12 @@ pub struct GemmSpec<'a> {
     pub epilogue: Epilogue<'a>,
     /// The tier: [`Isa::get`] unless a test says otherwise.
     pub isa: Isa,
+    /// Threads that will likely run it: a product of long sums is cut for as many. Bits do not depend on it.
+    pub threads: usize,
 }
+
+/// Threads that a product is cut for if nobody says how many there are.
+const MANY_THREADS: usize = 16;
 
 impl<'a> GemmSpec<'a> {
     /// An exact product without epilogue on the process's tier.
@@ -86,6 +91,7 @@ impl<'a> GemmSpec<'a> {
             precision: Precision::Exact,
             epilogue: Epilogue::none(),
             isa: Isa::get(),
+            threads: MANY_THREADS,
         }
     }
 }
@@ -121,6 +127,7 @@ impl<'a> Gemm<'a> {
         let addends = addends_of(&spec.epilogue, &out, batch, m, n)?;
         Ok(Gemm::from_request(Request {
             isa: spec.isa,
+            threads: spec.threads,
             precision: spec.precision,
             batch: batch.into(),
             m,
@@ -154,7 +161,19 @@ impl<'a> Gemm<'a> {
             Matrix::of("out", (out.bytes(), out.float_type()), out.shape(), out.strides(), &[], (m, n))?;
         let addends = addends_of(epilogue, &out, &[], m, n)?;
         let (batch, b) = (Default::default(), BSource::Panels(b));
-        Ok(Gemm::from_request(Request { isa, precision, batch, m, n, k, a, b, out, addends }))
+        Ok(Gemm::from_request(Request {
+            isa,
+            threads: MANY_THREADS,
+            precision,
+            batch,
+            m,
+            n,
+            k,
+            a,
+            b,
+            out,
+            addends,
+        }))
     }
 
     fn from_request(request: Request) -> Gemm<'a> {

@@ -168,7 +168,8 @@ unsafe fn store(job: &StoreJob) {
                 }),
                 addends => lines(sums, job.panel, whole, |panel, mut line| {
                     for addend in addends {
-                        let other = addend.moved(row, 0).pointer.cast::<[f32; 16]>().add(panel).read_unaligned();
+                        let other =
+                            addend.moved(row, 0).pointer.cast::<[f32; 16]>().add(panel).read_unaligned();
                         line = std::array::from_fn(|lane| line[lane] + other[lane]);
                     }
                     out.cast::<[f32; 16]>().add(panel).write_unaligned(line);

@@ -262,6 +262,7 @@ impl FloatWeight {
         )?;
         let addends = addends_of(&epilogue, &o, batch, m, n)?;
         Ok(Gemm::from_request(super::product::Request {
+            threads: super::MANY_THREADS,
             isa,
             precision,
             batch: batch.into(),

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use mica_kernels::elementwise::cast;
 use mica_kernels::gemm::{self, FloatView, FloatViewMut, FloatWeight, Gemm, GemmSpec};
@@ -298,6 +299,7 @@ pub(super) fn product(
         return product_f64(a, b, out);
     }
     let mut spec = GemmSpec::new(read(a)?, read(b)?, write(out)?);
+    spec.threads = super::THREADS.load(Ordering::Relaxed);
     if accumulate {
         spec.epilogue = gemm::Epilogue::accumulate();
     }
