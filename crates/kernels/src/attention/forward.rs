@@ -18,7 +18,7 @@ use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
 use super::heads::Heads;
 use super::packing::Pack;
 use super::pages::{Move, PageShape, Pages, Positions};
-use super::product::{FEW_ROWS, Halves, Products, Single, Widened, product};
+use super::product::{Halves, Products, Single, Widened, are_few, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
@@ -658,7 +658,7 @@ impl<P: Products> Task for Blockwise<P> {
     fn begins_with(&self, chunk: usize) -> Lines {
         let Place { sequence, rows, .. } = self.forward.place(chunk);
         // The ranges of keys in arrays may not have been computed yet.
-        if rows.len() > FEW_ROWS || !matches!(sequence.blocks, Blocks::Pages { .. }) {
+        if !are_few(self.forward.isa, rows.len()) || !matches!(sequence.blocks, Blocks::Pages { .. }) {
             return Lines::default();
         }
         let [keys, _] = self.forward.reads::<P>(chunk);
@@ -706,7 +706,7 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
             Some(_) => 0..0,
         };
         let none = blocks.is_empty();
-        let mut ahead = if rows.len() <= FEW_ROWS && !tiles_multiply::<P>(forward.isa) {
+        let mut ahead = if are_few(forward.isa, rows.len()) && !tiles_multiply::<P>(forward.isa) {
             let next = self.chunk + 1;
             let next = if next < self.task.chunks { forward.reads::<P>(next) } else { [Runs::NONE; 2] };
             Ahead::new(forward.reads::<P>(self.chunk), next)

@@ -220,7 +220,7 @@ impl<P: Products> Kernel for Body<'_, P> {
         let big = matches!(V::ISA, Isa::Avx512);
         // Few rows leave the time to memory, and one panel after the other is one stream: Zen 5 reads two or
         // four side by side a fifth slower.
-        let few = rows <= FEW_ROWS;
+        let few = are_few(V::ISA, rows);
         let mut p = panels.start;
         while p < panels.end {
             let left = panels.end - p;
@@ -260,12 +260,17 @@ impl<P: Products> Kernel for Body<'_, P> {
                         }};
                     }
                     if few {
-                        match rows {
-                            1 => stream::<P, V, 1>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
-                            2 => stream::<P, V, 2>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
-                            3 => stream::<P, V, 3>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
-                            _ => stream::<P, V, 4>(a, a_stride, b, &pairs, out, out_stride, add, ahead),
+                        macro_rules! rows {
+                            ($($rows:literal)*) => {
+                                match rows {
+                                    $($rows => stream::<P, V, $rows>(
+                                        a, a_stride, b, &pairs, out, out_stride, add, ahead,
+                                    ),)*
+                                    _ => unreachable!("these are not few"),
+                                }
+                            };
                         }
+                        rows!(1 2 3 4 5 6 7 8);
                         r += rows;
                     } else if big && P::WIDENS && width == 2 && left >= 12 {
                         tile::<P, V, 12, 2>(a, a_stride, b, panel, &pairs, out, out_stride, add);
@@ -286,8 +291,11 @@ impl<P: Products> Kernel for Body<'_, P> {
     }
 }
 
-/// Rows for which panels are read one by one.
-pub(super) const FEW_ROWS: usize = 4;
+/// Whether rows are so few that panels are read one by one: a register of sums each has to be there.
+#[inline(always)]
+pub(super) fn are_few(isa: Isa, rows: usize) -> bool {
+    rows <= if matches!(isa, Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx) { 8 } else { 4 }
+}
 
 /// Few rows by one panel; lines further on are asked for meanwhile.
 ///
