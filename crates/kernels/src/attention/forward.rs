@@ -15,6 +15,7 @@ use mica_threads::{Lines, Scratch, Task};
 
 use super::ahead::{Ahead, Runs};
 use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
+use super::codes::Plane;
 use super::heads::Heads;
 use super::packing::Pack;
 use super::pages::{Move, PageShape, Pages, Positions};
@@ -244,20 +245,28 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
+    /// Values of a block that has to be unpacked first.
+    fn unpacked(&self, block: BlockShape) -> usize {
+        match &self.blocks {
+            Blocks::Pages { shape, .. } if shape.codes().is_some() => block.key_len() + block.value_len(),
+            _ => 0,
+        }
+    }
+
     /// What its chunks append, page by page: to one page or all, whose memory `at` gives.
     #[inline(always)]
-    fn appends<T>(
+    fn appends(
         &self,
         only: Option<usize>,
-        at: impl Fn(usize) -> [*mut T; 2] + Clone,
-    ) -> impl Iterator<Item = (&Positions, usize, [*mut T; 2])> + Clone {
+        at: impl Fn(usize) -> [*const u8; 2] + Clone,
+    ) -> impl Iterator<Item = (&PageShape, &Positions, usize, [*mut u8; 2])> + Clone {
         let new = match &self.blocks {
-            Blocks::Pages { new, .. } if self.appends => Some(new),
+            Blocks::Pages { shape, new, .. } if self.appends => Some((shape, new)),
             _ => None,
         };
-        let pages = new.into_iter().flat_map(|new| new.pages().map(move |page| (new, page)));
-        let pages = pages.filter(move |(_, page)| only.is_none_or(|block| block == *page));
-        pages.map(move |(new, page)| (new, page, at(page)))
+        let pages = new.into_iter().flat_map(|(shape, new)| new.pages().map(move |page| (shape, new, page)));
+        let pages = pages.filter(move |(_, _, page)| only.is_none_or(|block| block == *page));
+        pages.map(move |(shape, new, page)| (shape, new, page, at(page).map(<*const u8>::cast_mut)))
     }
 }
 
@@ -293,21 +302,33 @@ impl Forward {
         self.shape.value_tiles() * TILE
     }
 
-    /// Keys and values of a block of a KV head.
-    fn block<P: Products>(&self, sequence: &Sequence, kv_head: usize, block: usize) -> [*const P::Stored; 2] {
-        let (key_len, value_len) = (self.shape.key_len(), self.shape.value_len());
+    /// Keys and values of a block of a KV head, as they are stored.
+    fn block<P: Products>(&self, sequence: &Sequence, kv_head: usize, block: usize) -> [*const u8; 2] {
         match &sequence.blocks {
             Blocks::None => [std::ptr::null(); 2],
             Blocks::Packed(first) => {
+                let size = size_of::<P::Stored>();
+                let (key_bytes, value_bytes) = (self.shape.key_len() * size, self.shape.value_len() * size);
                 let number = first + kv_head * sequence.keys.div_ceil(BLOCK) + block;
-                let keys = self.packed.0.cast::<P::Stored>().wrapping_add(number * (key_len + value_len));
-                [keys, keys.wrapping_add(key_len)]
+                let keys = self.packed.0.cast_const().wrapping_add(number * (key_bytes + value_bytes));
+                [keys, keys.wrapping_add(key_bytes)]
             }
-            Blocks::Pages { pages: [keys, values], .. } => [
-                keys[block].cast::<P::Stored>().cast_const().wrapping_add(kv_head * key_len),
-                values[block].cast::<P::Stored>().cast_const().wrapping_add(kv_head * value_len),
-            ],
+            Blocks::Pages { shape, pages: [keys, values], .. } => {
+                let [key_bytes, value_bytes] = shape.head_bytes();
+                [
+                    keys[block].cast_const().wrapping_add(kv_head * key_bytes),
+                    values[block].cast_const().wrapping_add(kv_head * value_bytes),
+                ]
+            }
         }
+    }
+
+    /// The planes of a block, if it is kept as codes.
+    fn planes<P: Products>(&self, sequence: &Sequence, kv_head: usize, block: usize) -> Option<[Plane; 2]> {
+        let Blocks::Pages { shape, .. } = &sequence.blocks else { return None };
+        let codes = shape.codes()?;
+        let [keys, values] = self.block::<P>(sequence, kv_head, block).map(<*const u8>::cast_mut);
+        Some([Plane::keys(codes, shape.key_dim, keys), Plane::values(codes, shape.value_dim, values)])
     }
 
     /// Where the partial results of a block lie: for each row its maximum, its sum, its output.
@@ -351,20 +372,37 @@ impl Forward {
         if low >= high {
             return [Runs::NONE; 2];
         }
+        let tiles = low / TILE..high.div_ceil(TILE);
+        if let Some([keys, values]) = self.planes::<P>(sequence, kv_head, block) {
+            let steps = low..high;
+            return [
+                Runs {
+                    start: keys.line(tiles.start, 0),
+                    bytes: tiles.len() * keys.panel_bytes(),
+                    stride: 0,
+                    count: 1,
+                },
+                Runs {
+                    start: values.line(0, low),
+                    bytes: values.step_bytes(&steps),
+                    stride: values.panel_bytes(),
+                    count: self.shape.value_tiles(),
+                },
+            ];
+        }
         let [keys, values] = self.block::<P>(sequence, kv_head, block);
         let size = size_of::<P::Stored>();
         let panel = 2 * self.shape.key_pairs() * TILE * size;
-        let tiles = low / TILE..high.div_ceil(TILE);
         let (pair, weighed) = (2 * TILE * size, low / 2..high.div_ceil(2));
         [
             Runs {
-                start: keys.cast::<u8>().wrapping_add(tiles.start * panel),
+                start: keys.wrapping_add(tiles.start * panel),
                 bytes: tiles.len() * panel,
                 stride: 0,
                 count: 1,
             },
             Runs {
-                start: values.cast::<u8>().wrapping_add(weighed.start * pair),
+                start: values.wrapping_add(weighed.start * pair),
                 bytes: weighed.len() * pair,
                 stride: BLOCK * TILE * size,
                 count: self.shape.value_tiles(),
@@ -395,6 +433,8 @@ struct Rows<'a, P: Products> {
     block_max: [f32; ROWS],
     block_sum: [f32; ROWS],
     block_out: &'a mut [f32],
+    /// Room for a block that is kept as codes.
+    unpacked: &'a mut [P::Stored],
 }
 
 /// Scratch for values that are no [`mica_threads::Plain`] type.
@@ -446,6 +486,7 @@ impl<'a, P: Products> Rows<'a, P> {
             block_max: [f32::NEG_INFINITY; ROWS],
             block_sum: [0.0; ROWS],
             block_out: scratch.take::<f32>(count * forward.width()),
+            unpacked: take::<P::Stored>(scratch, sequence.unpacked(forward.shape)),
         }
     }
 
@@ -466,37 +507,65 @@ impl<'a, P: Products> Rows<'a, P> {
         let same = (1..count).all(|i| within(self.ranges[i], block) == within(self.ranges[0], block));
         let bundle = if same || tiles_multiply::<P>(forward.isa) { count } else { BUNDLE };
         self.block_max = [f32::NEG_INFINITY; ROWS];
+        let [keys, values] = self.panels::<V>(forward, block, ahead);
         let mut row = 0;
         while row < count {
             // No rest of a few rows.
             let next = if count - row < 2 * bundle { count } else { row + bundle };
-            self.part::<V>(forward, block, row..next, ahead);
+            self.part::<V>(forward, block, row..next, [keys, values], ahead);
             row = next;
         }
     }
 
-    /// [`Rows::step`] of some rows.
+    /// The panels of a block; of one that is kept as codes, those that any row sees, unpacked.
     #[inline(always)]
-    fn part<V: Vector>(&mut self, forward: &Forward, block: usize, rows: Range<usize>, ahead: &mut Ahead) {
-        let group = forward.group();
+    fn panels<V: Vector>(
+        &mut self,
+        forward: &Forward,
+        block: usize,
+        ahead: &mut Ahead,
+    ) -> [*const P::Stored; 2] {
+        let Some([keys, values]) = forward.planes::<P>(self.sequence, self.kv_head, block) else {
+            return forward.block::<P>(self.sequence, self.kv_head, block).map(|start| start.cast());
+        };
+        let to = self.unpacked.as_mut_ptr();
+        let to = [to, to.wrapping_add(forward.shape.key_len())];
+        if let Some((low, high)) = self.seen(0..self.rows.len(), block) {
+            let (tiles, pairs) = parts::<P>(forward.isa, low, high);
+            // SAFETY: the caller of `paged_attention` promised the pages; there is room for a block.
+            unsafe {
+                keys.unpack_keys::<V, P>(tiles, to[0], ahead);
+                values.unpack_values::<V, P>(2 * pairs.start..2 * pairs.end, to[1], ahead);
+            }
+        }
+        to.map(<*mut _>::cast_const)
+    }
+
+    /// What some rows see of a block, if anything.
+    fn seen(&self, rows: Range<usize>, block: usize) -> Option<(usize, usize)> {
         let (mut low, mut high) = (BLOCK, 0);
-        for &range in &self.ranges[rows.clone()] {
+        for &range in &self.ranges[rows] {
             let (from, to) = within(range, block);
             if from < to {
                 (low, high) = (low.min(from), high.max(to));
             }
         }
-        if low >= high {
-            return;
-        }
-        let [keys, values] = forward.block::<P>(self.sequence, self.kv_head, block);
-        // Tiles of keys, and pairs of keys whose weights may not be zero.
-        let (tiles, weighed) = if tiles_multiply::<P>(forward.isa) {
-            let tiles = step_tiles(low, high);
-            (tiles.clone(), tiles.start * TILE / 2..tiles.end * TILE / 2)
-        } else {
-            (low / TILE..high.div_ceil(TILE), low / 2..high.div_ceil(2))
-        };
+        (low < high).then_some((low, high))
+    }
+
+    /// [`Rows::step`] of some rows.
+    #[inline(always)]
+    fn part<V: Vector>(
+        &mut self,
+        forward: &Forward,
+        block: usize,
+        rows: Range<usize>,
+        [keys, values]: [*const P::Stored; 2],
+        ahead: &mut Ahead,
+    ) {
+        let group = forward.group();
+        let Some((low, high)) = self.seen(rows.clone(), block) else { return };
+        let (tiles, weighed) = parts::<P>(forward.isa, low, high);
         let pairs = forward.shape.key_pairs();
         // SAFETY: operands and scores have all rows; a block has 16 panels of `pairs` pairs.
         unsafe {
@@ -522,6 +591,12 @@ impl<'a, P: Products> Rows<'a, P> {
             let place = [self.sequence.index, head, l, block];
             let range = within(self.ranges[i], block);
             self.block_max[i] = forward.rule.scores::<V>(scores, tiles.clone(), range, place);
+            // Whether a maximum keeps a NaN depends on what is beside it. Beside finite scores the weights keep it; with
+            // nothing else it must not be taken for a row that sees nothing.
+            let nothing = self.block_max[i] == f32::NEG_INFINITY;
+            if nothing && range.0 < range.1 && scores[range.0..range.1].iter().any(|x| x.is_nan()) {
+                self.block_max[i] = f32::NAN;
+            }
         }
         // Apart from the loop above, so that no row waits for its own maximum.
         for i in rows.clone() {
@@ -570,6 +645,17 @@ impl<'a, P: Products> Rows<'a, P> {
 fn within((low, high): (usize, usize), block: usize) -> (usize, usize) {
     let base = block * BLOCK;
     (low.clamp(base, base + BLOCK) - base, high.clamp(base, base + BLOCK) - base)
+}
+
+/// Tiles of keys that are read for `low..high` of a block, and pairs of keys whose weights may not be zero.
+#[inline(always)]
+fn parts<P: Products>(isa: Isa, low: usize, high: usize) -> (Range<usize>, Range<usize>) {
+    if tiles_multiply::<P>(isa) {
+        let tiles = step_tiles(low, high);
+        (tiles.clone(), tiles.start * TILE / 2..tiles.end * TILE / 2)
+    } else {
+        (low / TILE..high.div_ceil(TILE), low / 2..high.div_ceil(2))
+    }
 }
 
 /// Whether products run on AMX tiles.
@@ -684,16 +770,15 @@ impl<P: Products> Kernel for BlockwiseChunk<'_, P> {
         let forward = &self.task.forward;
         let (group, width) = (forward.group(), forward.width());
         let Place { sequence, kv_head, rows, only } = forward.place(self.chunk);
-        let appends = sequence
-            .appends(only, |page| forward.block::<P>(sequence, kv_head, page).map(<*const _>::cast_mut));
-        for (new, page, to) in appends.clone() {
-            new.prefetch(forward.shape, to, page);
+        let appends = sequence.appends(only, |page| forward.block::<P>(sequence, kv_head, page));
+        for (shape, new, page, to) in appends.clone() {
+            new.prefetch::<P::Stored>(shape, to, page);
         }
         let mut work = Rows::<P>::new::<V>(forward, sequence, kv_head, rows.clone(), self.scratch);
-        for (new, page, to) in appends {
+        for (shape, new, page, to) in appends {
             // SAFETY: the caller of `paged_attention` lent these positions for writing, and this chunk has the head's
             // block for itself.
-            unsafe { new.write::<V, P::Stored>(forward.shape, to, page, kv_head, self.scratch) };
+            unsafe { new.write::<V, P::Stored>(shape, to, page, kv_head, self.scratch) };
         }
         // The state of each row; a split block starts and ends with nothing but itself.
         let out = self.scratch.take::<f32>(rows.len() * width);

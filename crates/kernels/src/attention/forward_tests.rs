@@ -3,7 +3,7 @@ use mica_threads::Pool;
 
 use super::super::read_pages;
 use super::*;
-use crate::attention::{PageShape, PagedArgs, PagedSequence, paged_attention};
+use crate::attention::{Codes, PageFormat, PageShape, PagedArgs, PagedSequence, paged_attention};
 use crate::plan::run_plan;
 use crate::testing::{Laid, Layout};
 
@@ -306,14 +306,105 @@ impl Memory {
     }
 }
 
+/// Keys or values as pages of a format hold them.
+fn kept(array: &Laid, format: PageFormat) -> Laid {
+    let PageFormat::Codes(codes) = format else {
+        return Laid::new(array.dtype, &array.shape, Layout::Contiguous, &array.values());
+    };
+    let dim = array.shape[3];
+    let mut values: Vec<f32> = single(array);
+    for group in values.chunks_mut(dim).flat_map(|row| row.chunks_mut(codes.group())) {
+        let mut found = vec![0; group.len()];
+        let ends = codes.encode(group, &mut found);
+        group.iter_mut().zip(found).for_each(|(value, code)| *value = codes.decode(code, ends));
+    }
+    let values: Vec<f64> = values.into_iter().map(f64::from).collect();
+    Laid::new(Dtype::BF16, &array.shape, Layout::Contiguous, &values)
+}
+
+#[test]
+fn codes_are_off_by_half_a_step_and_reach_both_ends() {
+    let mut rng = Rng::new(9);
+    for bits in [4, 8] {
+        let codes = Codes::new(bits, 32).unwrap();
+        let steps = (1u32 << bits) as f32 - 1.0;
+        for scale in [1e-30, 1e-3, 1.0, 300.0] {
+            for offset in [0.0, -5.0, 7.0] {
+                let values: Vec<f32> =
+                    (0..32).map(|_| (rng.uniform(-1.0, 1.0) as f32 + offset) * scale).collect();
+                let mut found = [0; 32];
+                let ends = codes.encode(&values, &mut found);
+                let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+                let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                // Rounding the bias down and the scale up makes a step at most so much longer.
+                let step = (high - low + low.abs() / 128.0) / steps * (1.0 + 1.0 / 128.0);
+                for (value, code) in values.iter().zip(found) {
+                    let error = (codes.decode(code, ends) - value).abs();
+                    assert!(error <= step * 0.5001, "{bits} bits, {value}: off by {error}, a step is {step}");
+                }
+            }
+        }
+        let same = |values: &[f32], expected: f32| {
+            let mut found = vec![7; values.len()];
+            let ends = codes.encode(values, &mut found);
+            for code in found {
+                let got = codes.decode(code, ends);
+                assert!(got == expected || got.is_nan() && expected.is_nan(), "{values:?}: {got}");
+            }
+        };
+        same(&[0.0; 5], 0.0);
+        same(&[1.5; 3], 1.5);
+        same(&[1.0, f32::NAN, 2.0], f32::NAN);
+        same(&[f32::INFINITY, 0.0], f32::NAN);
+        same(&[0.0, f32::NEG_INFINITY], f32::NAN);
+    }
+    for (bits, group) in [(3, 64), (8, 16), (4, 0), (0, 64), (256 + 8, 64), (8, 256 + 64)] {
+        assert!(Codes::new(bits, group).is_err());
+    }
+}
+
+#[test]
+fn a_nan_is_not_lost_whatever_is_beside_it() {
+    let pool = Pool::new(2);
+    let mut rng = Rng::new(10);
+    for &isa in Isa::available() {
+        for precision in [Precision::Exact, Precision::Bf16] {
+            for cap in [None, Some(30.0)] {
+                for at in [0, 3, 15, 16, 95, 255, 256, 300] {
+                    let mut case =
+                        case(Dtype::F32, Layout::Contiguous, [1, 2, 1, 301, 301, 24, 24], &mut rng);
+                    (case.rule.causal, case.rule.window, case.rule.soft_cap) = (true, Some(3), cap);
+                    let mut q = case.q.values();
+                    q[at * 24 + 5] = f64::NAN;
+                    case.q = Laid::new(Dtype::F32, &case.q.shape, Layout::Contiguous, &q);
+                    let (out, lse) = case.run(isa, &pool, precision, Layout::Contiguous);
+                    for row in 0..2 * 301 {
+                        let nan = row == at;
+                        let all = out[row * 24..][..24].iter().all(|x| x.is_nan() == nan);
+                        assert!(
+                            all && lse[row].is_nan() == nan,
+                            "{isa} {precision:?} {cap:?} {at} row {row}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
     let mut rng = Rng::new(3);
     let pool = Pool::new(3);
     for [h, hk, total, d, dv] in [[6, 2, 530, 40, 24], [4, 4, 257, 17, 17], [8, 1, 40, 64, 64]] {
-        for dtype in [Dtype::BF16, Dtype::F32] {
+        for (dtype, format) in [
+            (Dtype::BF16, PageFormat::Bf16),
+            (Dtype::F32, PageFormat::F32),
+            (Dtype::BF16, PageFormat::Codes(Codes::new(8, 32).unwrap())),
+            (Dtype::F32, PageFormat::Codes(Codes::new(4, 64).unwrap())),
+        ] {
             for precision in [Precision::Exact, Precision::Bf16] {
-                if precision == Precision::Bf16 && dtype == Dtype::F32 {
+                if precision == Precision::Bf16 && format == PageFormat::F32 {
                     continue;
                 }
                 for window in [None, Some(270)] {
@@ -326,12 +417,22 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                     for case in &mut cases {
                         (case.rule.causal, case.rule.window) = (true, window);
                     }
+                    // What pages will hold.
+                    let kept: Vec<Case> = cases
+                        .iter()
+                        .map(|case| Case {
+                            q: Laid::new(dtype, &case.q.shape, Layout::Contiguous, &case.q.values()),
+                            k: kept(&case.k, format),
+                            v: kept(&case.v, format),
+                            rule: case.rule.clone(),
+                        })
+                        .collect();
                     for &isa in Isa::available() {
-                        let expected: Vec<Vec<f32>> = cases
+                        let expected: Vec<Vec<f32>> = kept
                             .iter()
                             .map(|case| case.run(isa, &pool, precision, Layout::Contiguous).0)
                             .collect();
-                        let shape = PageShape { kv_heads: hk, key_dim: d, value_dim: dv, dtype };
+                        let shape = PageShape { kv_heads: hk, key_dim: d, value_dim: dv, format };
                         let mut memory: Vec<[Memory; 2]> = totals
                             .iter()
                             .map(|n| {
@@ -408,7 +509,7 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                                         let from = ((firsts[i] + t) * h + head) * dv;
                                         let to = (head * totals[i] + at[i] + t) * dv;
                                         let name = format!(
-                                            "{isa} {dtype} {precision:?} {window:?} position {} head {head}",
+                                            "{isa} {dtype} {format} {precision:?} {window:?} position {} head {head}",
                                             at[i] + t
                                         );
                                         assert_bits_eq(
@@ -433,18 +534,18 @@ fn pages_have_the_bits_of_arrays_however_a_prompt_is_cut() {
                         let task =
                             unsafe { read_pages(isa, shape, keys, values, 0, k.view_mut(), v.view_mut()) };
                         pool.run(&[task.unwrap()]).unwrap();
-                        let (k, all) = (k.values(), cases[0].k.values());
+                        let (k, all) = (k.values(), kept[0].k.values());
                         for t in 0..at[0] {
                             for head in 0..hk {
                                 let (a, b) = ((t * hk + head) * d, (head * total + t) * d);
-                                assert_eq!(k[a..a + d], all[b..b + d], "{isa} {dtype} key {t}");
+                                assert_eq!(k[a..a + d], all[b..b + d], "{isa} {format} key {t}");
                             }
                         }
-                        let (v, all) = (v.values(), cases[0].v.values());
+                        let (v, all) = (v.values(), kept[0].v.values());
                         for t in 0..at[0] {
                             for head in 0..hk {
                                 let (a, b) = ((t * hk + head) * dv, (head * total + t) * dv);
-                                assert_eq!(v[a..a + dv], all[b..b + dv], "{isa} {dtype} value {t}");
+                                assert_eq!(v[a..a + dv], all[b..b + dv], "{isa} {format} value {t}");
                             }
                         }
                     }

@@ -16,6 +16,7 @@
 mod ahead;
 mod backward;
 mod block;
+mod codes;
 mod forward;
 mod heads;
 mod packing;
@@ -29,7 +30,8 @@ mod tiles;
 pub use crate::gemm::Precision;
 pub use backward::{AttentionBackwardArgs, attention_backward};
 pub use block::BLOCK;
+pub use codes::Codes;
 pub use forward::{AttentionArgs, attention};
 pub use paged::{PagedArgs, PagedSequence, paged_attention};
-pub use pages::{PageShape, read_pages};
+pub use pages::{PageFormat, PageShape, read_pages};
 pub use rule::Rule;

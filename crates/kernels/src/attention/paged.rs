@@ -5,10 +5,10 @@ use mica_simd::Isa;
 use super::block::BlockShape;
 use super::forward::{Blocks, Forward, Sequence, plan};
 use super::heads::Heads;
-use super::pages::{PageShape, Positions, check_pages};
+use super::pages::{PageFormat, PageShape, Positions, check_pages};
 use super::product::{Halves, Single, Widened};
 use super::{Precision, Rule};
-use crate::dtype::{Dtype, DynView, DynViewMut};
+use crate::dtype::{DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
 use crate::error::KernelError;
 use crate::gemm::uses_pairs;
@@ -37,12 +37,11 @@ pub struct PagedArgs {
     pub q: DynView,
     /// What pages look like.
     pub pages: PageShape,
-    /// The sequences. `k` and `v` of each are written to its pages, rounded to the pages' type (to nearest, ties
-    /// to even). Query i sees the keys of positions up to `start + i`.
+    /// The sequences. `k` and `v` of each are written to its pages, rounded (to nearest, ties to even) or as codes. Query i sees the keys of positions up to `start + i`.
     pub sequences: Vec<PagedSequence>,
     /// Scale, window, soft cap and sinks; always causal. Masks and ranges are for arrays only.
     pub rule: Rule,
-    /// How products are formed. bf16 needs bf16 pages.
+    /// How products are formed. bf16 needs pages of bf16 or codes.
     pub precision: Precision,
     /// `[tokens, heads, value_dim]`. May be `q` itself, element for element: a chunk reads its queries before it writes
     /// their results, and where several share queries, the last of them writes.
@@ -58,7 +57,7 @@ pub struct PagedArgs {
 /// written by nobody else. (Pages of other positions are not touched and may be anything.)
 pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
     let name = "paged_attention";
-    let PageShape { kv_heads, key_dim, value_dim, dtype } = args.pages;
+    let PageShape { kv_heads, key_dim, value_dim, format } = args.pages;
     args.pages.check(name)?;
     check_float(name, "q", args.q.dtype)?;
     check_float(name, "out", args.out.dtype)?;
@@ -78,8 +77,8 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
     }
     rule.causal = true;
     rule.check(name, [1, heads, tokens], 0)?;
-    if args.precision == Precision::Bf16 && dtype != Dtype::BF16 {
-        return Err(KernelError::new(name, format!("bf16 products need bfloat16 pages, these are {dtype}")));
+    if args.precision == Precision::Bf16 && format == PageFormat::F32 {
+        return Err(KernelError::new(name, format!("bf16 products need bfloat16 pages, these are {format}")));
     }
     let mut covered = vec![false; tokens];
     let mut sequences = Vec::with_capacity(args.sequences.len());
@@ -126,9 +125,9 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
     };
     Ok(if uses_pairs(isa, args.precision) {
         plan::<Halves>(forward, None)
-    } else if dtype == Dtype::BF16 {
-        plan::<Widened>(forward, None)
-    } else {
+    } else if format == PageFormat::F32 {
         plan::<Single>(forward, None)
+    } else {
+        plan::<Widened>(forward, None)
     })
 }
