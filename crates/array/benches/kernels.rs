@@ -9,7 +9,7 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use mica_array::kv::{KvCache, KvSpec, PagedSpec};
+use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
 use mica_array::op::{AttentionSpec, CrossEntropySpec, RopeSpec};
 use mica_array::profile::{self, Row};
 use mica_array::transforms::{compile, vjp};
@@ -262,7 +262,7 @@ fn attention(bench: &Bench) {
     for (sequences, depth, layers) in
         [(1usize, 512usize, 1usize), (1, 4096, 1), (1, 32_768, 1), (4, 100, 1), (4, 100, 48)]
     {
-        let kv = KvSpec { layers, kv_heads: KV_HEADS, head_dim: WIDTH, dtype: Dtype::BF16 };
+        let kv = KvSpec { layers, kv_heads: KV_HEADS, head_dim: WIDTH, format: KvFormat::Bf16 };
         let paged = PagedSpec { scale: spec.scale, window: None, softcap: None, precision: Precision::Bf16 };
         let attend = move |cache: &mut KvCache, length: usize| {
             let row = |heads| normal(&[sequences, length, heads, WIDTH], Dtype::F32);

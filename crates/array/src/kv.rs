@@ -9,6 +9,7 @@
 use std::sync::{Arc, OnceLock};
 
 use mica_kernels::attention::PageShape;
+pub use mica_kernels::attention::{Codes as KvCodes, PageFormat as KvFormat};
 use smallvec::smallvec;
 
 use crate::op::{Op, Precision, first_failure};
@@ -27,8 +28,8 @@ pub struct KvSpec {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// f32 or bf16.
-    pub dtype: Dtype,
+    /// What numbers are kept in.
+    pub format: KvFormat,
 }
 
 impl KvSpec {
@@ -38,7 +39,7 @@ impl KvSpec {
             kv_heads: self.kv_heads,
             key_dim: self.head_dim,
             value_dim: self.head_dim,
-            dtype: self.dtype,
+            format: self.format,
         }
     }
 
@@ -50,7 +51,8 @@ impl KvSpec {
 
     /// Bytes that a position takes in all layers.
     pub fn bytes_per_position(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * self.dtype.size()
+        let shape = self.page_shape();
+        self.layers * (shape.key_bytes() + shape.value_bytes()) / PAGE
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mica_array::kv::{KvCache, KvSpec, PagedSpec};
+use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
 use mica_array::transforms::{CustomFunction, checkpoint, compile, custom_function, grad, value_and_grad};
 use mica_array::{Array, Dtype, PadMode, Precision, Result, eval, memory, pending_ops};
 use mica_testkit::Rng;
@@ -688,7 +688,7 @@ fn what_fails() {
 
 #[test]
 fn appending_to_a_store_is_refused() {
-    let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 16, dtype: Dtype::F32 };
+    let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 16, format: KvFormat::F32 };
     let mut store = KvCache::new(kv, 1);
     store.reserve(1).unwrap();
     let store = Mutex::new(store);

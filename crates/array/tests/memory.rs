@@ -1,6 +1,6 @@
 //! Limits and rehearsals. One test, because both are of the whole process.
 
-use mica_array::kv::{KvCache, KvSpec, PagedSpec};
+use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
 use mica_array::{Array, Dtype, Error, Precision, eval, memory};
 
 /// A chain of products of growing sizes, of which every intermediate dies.
@@ -16,7 +16,7 @@ fn chain() -> mica_array::Result<Array> {
 
 /// A prompt through eight layers that attend over pages, with 1 MiB of queries each.
 fn attending() -> mica_array::Result<()> {
-    let kv = KvSpec { layers: 8, kv_heads: 1, head_dim: 64, dtype: Dtype::F32 };
+    let kv = KvSpec { layers: 8, kv_heads: 1, head_dim: 64, format: KvFormat::F32 };
     let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Exact };
     let mut cache = KvCache::new(kv, 1);
     cache.reserve(256)?;

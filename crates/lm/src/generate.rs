@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use mica_array::kv::KvFormat;
 use mica_array::{Dtype, Precision, eval};
 use mica_nn::Context;
 
@@ -37,7 +38,7 @@ pub struct Options {
     /// Of the products.
     pub precision: Precision,
     /// What keys and values are kept in.
-    pub kv_dtype: Dtype,
+    pub kv_format: KvFormat,
 }
 
 impl Options {
@@ -51,7 +52,7 @@ impl Options {
             stop: Vec::new(),
             ignore_eos: false,
             precision: if exact { Precision::Exact } else { Precision::Fast },
-            kv_dtype: if exact { Dtype::F32 } else { Dtype::BF16 },
+            kv_format: if exact { KvFormat::F32 } else { KvFormat::Bf16 },
         }
     }
 }
@@ -149,14 +150,14 @@ impl<'a> Generator<'a> {
             ));
         }
         let longest = prompt.len().saturating_add(options.max_tokens).min(model.info().max_positions);
-        let types = (options.kv_dtype, options.precision);
+        let types = (options.kv_format, options.precision);
         memory::check(
             memory::generation(model, prompt.len(), longest, 1, types)?,
             &format!("generating after {} tokens, up to {longest} in all,", prompt.len()),
             "shorten the prompt, or lower the number of tokens to generate (--max-tokens)",
         )?;
         let started = Instant::now();
-        let mut cache = model.new_cache(1, options.kv_dtype);
+        let mut cache = model.new_cache(1, options.kv_format);
         let logits = prefill(model, &mut cache, prompt, options.precision)?;
         let statistics = Statistics {
             prompt_tokens: prompt.len(),

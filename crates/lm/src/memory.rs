@@ -1,6 +1,7 @@
 //! Whether something fits in memory, asked before it is begun.
 
-use mica_array::{Dtype, Precision, memory};
+use mica_array::kv::KvFormat;
+use mica_array::{Precision, memory};
 use mica_nn::{Context, parameters};
 
 use crate::generate::PREFILL;
@@ -80,9 +81,9 @@ pub fn generation(
     prompt: usize,
     length: usize,
     batch: usize,
-    (dtype, precision): (Dtype, Precision),
+    (format, precision): (KvFormat, Precision),
 ) -> Result<u64> {
-    let cache = model.new_cache(1, dtype);
+    let cache = model.new_cache(1, format);
     let page = mica_array::kv::PAGE;
     let positions = length.div_ceil(page) as u64 * page as u64 * batch as u64;
     let kept = positions * cache.kv.spec().bytes_per_position() as u64;

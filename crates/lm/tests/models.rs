@@ -1,6 +1,7 @@
 //! Logits of tiny models against the programs that made them.
 
-use mica_array::{Array, Dtype, Precision};
+use mica_array::kv::KvFormat;
+use mica_array::{Array, Precision};
 use mica_lm::generate::check_tokens;
 use mica_lm::load::{Loaded, load};
 use mica_lm::models::Input;
@@ -62,7 +63,7 @@ impl Case {
     /// Through the cache in pieces of these lengths, the last repeated.
     fn cached(&self, pieces: &[usize]) -> Vec<f32> {
         let context = Context::new(Precision::Exact);
-        let mut cache = self.loaded.model.new_cache(self.rows.len(), Dtype::F32);
+        let mut cache = self.loaded.model.new_cache(self.rows.len(), KvFormat::F32);
         let (mut parts, mut from, mut index) = (Vec::new(), 0, 0);
         while from < self.length() {
             let to = (from + pieces[index.min(pieces.len() - 1)]).min(self.length());
@@ -117,7 +118,7 @@ fn the_last_position_alone_has_the_same_bits() {
             let (model, context) = (&case.loaded.model, Context::new(precision));
             let logits = |last_only: bool| {
                 let input = Input { last_only, ..case.input(0, case.length()) };
-                let mut cache = model.new_cache(case.rows.len(), Dtype::F32);
+                let mut cache = model.new_cache(case.rows.len(), KvFormat::F32);
                 cache.reserve(case.length()).unwrap();
                 [None, Some(&mut cache)].map(|cache| model.logits(&input, cache, &context).unwrap())
             };

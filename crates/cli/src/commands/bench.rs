@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use mica_array::{Dtype, Precision, profile};
+use mica_array::kv::KvFormat;
+use mica_array::{Precision, profile};
 use mica_ceiling::Ceilings;
 use mica_lm::cache::Cache;
 use mica_lm::generate::{Options, advance, prefill};
@@ -12,7 +13,7 @@ use mica_lm::models::Input;
 use mica_nn::Context;
 use mica_simd::Isa;
 
-use super::{ModelArgs, bench_train};
+use super::{KvArgs, ModelArgs, bench_train};
 use crate::exit::Usage;
 use crate::machine::{self, peak_memory_gb};
 use crate::output::say;
@@ -40,6 +41,8 @@ pub struct Args {
     /// Form products exactly in f32
     #[arg(long)]
     exact: bool,
+    #[command(flatten)]
+    kv: KvArgs,
     #[command(flatten)]
     train: bench_train::Args,
     /// Print one JSON document
@@ -73,8 +76,12 @@ struct Run {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.train.train {
-        if args.model.adapter_path.is_some() || args.depth.is_some() || args.exact {
-            let text = "--adapter-path, --depth and --exact have no meaning with --train";
+        if args.model.adapter_path.is_some()
+            || args.depth.is_some()
+            || args.exact
+            || args.kv.kv_bits.is_some()
+        {
+            let text = "--adapter-path, --depth, --exact and --kv-bits have no meaning with --train";
             return Err(Usage(text.to_string()).into());
         }
         return bench_train::run(&args.model.model, &args.train, args.batch, args.json);
@@ -97,14 +104,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         .into());
     }
     let defaults = Options::for_model(&loaded);
-    let (precision, kv_dtype) =
-        if args.exact { (Precision::Exact, Dtype::F32) } else { (defaults.precision, defaults.kv_dtype) };
-    let types = (kv_dtype, precision);
+    let (precision, kv_format) =
+        if args.exact { (Precision::Exact, KvFormat::F32) } else { (defaults.precision, defaults.kv_format) };
+    let kv_format = args.kv.format(kv_format)?;
+    let types = (kv_format, precision);
     let model = loaded.model.as_ref();
     let needed = mica_lm::memory::generation(model, args.prompt_tokens, longest, args.batch, types)?;
     let what = format!("{longest} tokens in each of {} sequences", args.batch);
     mica_lm::memory::check(needed, &what, "lower -p, -g, --depth or --batch")?;
-    let bench = Bench { args: &args, loaded: &loaded, precision, kv_dtype };
+    let bench = Bench { args: &args, loaded: &loaded, precision, kv_format };
     let filling = Instant::now();
     let filled = if depth == args.prompt_tokens { None } else { Some(bench.filled(depth)?) };
     if filled.is_some() && filling.elapsed() > PATIENCE {
@@ -197,7 +205,7 @@ struct Bench<'a> {
     args: &'a Args,
     loaded: &'a Loaded,
     precision: Precision,
-    kv_dtype: Dtype,
+    kv_format: KvFormat,
 }
 
 impl Bench<'_> {
@@ -208,7 +216,7 @@ impl Bench<'_> {
     /// A cache that holds so many tokens.
     fn filled(&self, depth: usize) -> anyhow::Result<Cache> {
         let model = self.loaded.model.as_ref();
-        let mut cache = model.new_cache(1, self.kv_dtype);
+        let mut cache = model.new_cache(1, self.kv_format);
         let tokens: Vec<u32> = (0..depth.max(1)).map(|i| self.token(i)).collect();
         prefill(model, &mut cache, &tokens, self.precision)?;
         Ok(cache)
@@ -239,7 +247,7 @@ impl Bench<'_> {
         self.decode(cache, args.generate_tokens)?;
         let seconds = started.elapsed().as_secs_f64();
         let bandwidth = (before + sample()) / 2.0;
-        let spec = model.new_cache(1, self.kv_dtype).kv.spec().clone();
+        let spec = model.new_cache(1, self.kv_format).kv.spec().clone();
         let positions = depth as f64 + args.generate_tokens as f64 / 2.0;
         let kv_bytes = spec.bytes_per_position() as f64 * positions * args.batch as f64;
         let steps_per_second = args.generate_tokens as f64 / seconds;

@@ -199,7 +199,7 @@ impl Chat<'_> {
         let messages = self.conversation();
         let request = ChatRequest { add_generation_prompt: true, ..ChatRequest::new(&messages) };
         let prompt = self.template.encode(&request, &self.tokenizer)?.ids;
-        let options = self.args.sampling.options(&self.loaded);
+        let options = self.args.sampling.options(&self.loaded)?;
         let model = self.loaded.model.as_ref();
         let eos = self.tokenizer.eos_ids();
         let mut answer = String::new();

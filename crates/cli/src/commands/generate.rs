@@ -65,7 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
         _ => unreachable!("a prompt was given, and text has a tokenizer"),
     };
-    let mut options = args.sampling.options(&loaded);
+    let mut options = args.sampling.options(&loaded)?;
     options.sampling.logprobs = args.json;
     let eos =
         tokenizer.as_ref().map_or(loaded.config.eos_ids.clone(), |tokenizer| tokenizer.eos_ids().to_vec());

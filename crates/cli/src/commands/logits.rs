@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use mica_array::kv::KvFormat;
 use mica_array::{Array, Dtype, Precision};
 use mica_lm::generate::{Options, check_tokens};
 use mica_lm::models::Input;
 use mica_lm::tokenizer::{Specials, Tokenizer};
 use mica_nn::Context;
 
-use super::{ModelArgs, Tokens, parse_tokens};
+use super::{KvArgs, ModelArgs, Tokens, parse_tokens};
 use crate::exit::Usage;
 
 /// Write a model's logits as [tokens, vocabulary] f32 to a npy file
@@ -32,8 +33,10 @@ pub struct Args {
     #[arg(long, conflicts_with = "exact")]
     bf16: bool,
     /// One pass over all tokens without a cache, instead of token by token
-    #[arg(long)]
+    #[arg(long, conflicts_with = "kv_bits")]
     no_cache: bool,
+    #[command(flatten)]
+    kv: KvArgs,
 }
 
 /// Runs the command.
@@ -50,14 +53,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     check_tokens(loaded.model.as_ref(), &tokens)?;
     let defaults = Options::for_model(&loaded);
-    let (precision, kv_dtype) = match (args.exact, args.bf16) {
-        (true, _) => (Precision::Exact, Dtype::F32),
-        (_, true) => (Precision::Bf16, Dtype::BF16),
-        _ => (defaults.precision, defaults.kv_dtype),
+    let (precision, kv_format) = match (args.exact, args.bf16) {
+        (true, _) => (Precision::Exact, KvFormat::F32),
+        (_, true) => (Precision::Bf16, KvFormat::Bf16),
+        _ => (defaults.precision, defaults.kv_format),
     };
+    let kv_format = args.kv.format(kv_format)?;
     let context = Context::new(precision);
     let model = loaded.model.as_ref();
-    let (kept, needed) = (4 * (tokens.len() * model.info().vocabulary) as u64, (kv_dtype, precision));
+    let (kept, needed) = (4 * (tokens.len() * model.info().vocabulary) as u64, (kv_format, precision));
     let needed = match args.no_cache {
         true => mica_lm::memory::forward(model, tokens.len(), true, precision)?,
         false => kept + mica_lm::memory::generation(model, 1, tokens.len(), 1, needed)?,
@@ -71,7 +75,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let rows = if args.no_cache {
         vec![model.logits(&Input::new(&[&tokens], &[0])?, None, &context)?]
     } else {
-        let mut cache = model.new_cache(1, kv_dtype);
+        let mut cache = model.new_cache(1, kv_format);
         let mut rows = Vec::with_capacity(tokens.len());
         for (position, token) in tokens.iter().enumerate() {
             cache.reserve(1)?;

@@ -15,6 +15,7 @@ pub mod train;
 
 use std::path::PathBuf;
 
+use mica_array::kv::{KvCodes, KvFormat};
 use mica_lm::chat::{ChatRequest, ChatTemplate, Message};
 use mica_lm::generate::Options;
 use mica_lm::load::{Loaded, load};
@@ -77,11 +78,38 @@ pub struct SamplingArgs {
     /// Form products exactly in f32, instead of with int8 or bf16 activations
     #[arg(long)]
     pub exact: bool,
+    #[command(flatten)]
+    pub kv: KvArgs,
+}
+
+/// How keys and values are kept.
+#[derive(clap::Args, Clone, Copy)]
+pub struct KvArgs {
+    /// Keep keys and values in 8 or 4 bits: about half or a quarter of the memory, and of what long contexts read
+    #[arg(long, value_name = "BITS")]
+    pub kv_bits: Option<usize>,
+    /// So many of them share a scale: 32, 64 (the default) or 128
+    #[arg(long, value_name = "N", requires = "kv_bits")]
+    pub kv_group_size: Option<usize>,
+}
+
+impl KvArgs {
+    /// What was asked for, else `otherwise`.
+    pub fn format(&self, otherwise: KvFormat) -> Result<KvFormat, Usage> {
+        let Some(bits) = self.kv_bits else { return Ok(otherwise) };
+        let group = self.kv_group_size.unwrap_or(64);
+        let codes = KvCodes::new(bits, group).map_err(|_| {
+            Usage(format!(
+                "--kv-bits {bits} --kv-group-size {group}: expected 4 or 8 bits and groups of 32, 64 or 128"
+            ))
+        })?;
+        Ok(KvFormat::Codes(codes))
+    }
 }
 
 impl SamplingArgs {
     /// As options for this model.
-    pub fn options(&self, loaded: &Loaded) -> Options {
+    pub fn options(&self, loaded: &Loaded) -> Result<Options, Usage> {
         let mut options = Options::for_model(loaded);
         options.max_tokens = self.max_tokens;
         options.stop = self.stop.clone();
@@ -94,9 +122,10 @@ impl SamplingArgs {
         sampling.seed = self.seed;
         if self.exact {
             options.precision = mica_array::Precision::Exact;
-            options.kv_dtype = mica_array::Dtype::F32;
+            options.kv_format = KvFormat::F32;
         }
-        options
+        options.kv_format = self.kv.format(options.kv_format)?;
+        Ok(options)
     }
 }
 

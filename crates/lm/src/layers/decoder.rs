@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mica_array::kv::KvSpec;
+use mica_array::kv::{KvFormat, KvSpec};
 use mica_array::{Array, Dtype, Result};
 use mica_nn::{Context, Embedding, Layer, Linear, Module, RmsNorm, join, module};
 
@@ -138,13 +138,13 @@ impl LanguageModel for Decoder {
         self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight)
     }
 
-    fn new_cache(&self, batch: usize, dtype: Dtype) -> Cache {
+    fn new_cache(&self, batch: usize, format: KvFormat) -> Cache {
         let info = &self.info;
         let spec = KvSpec {
             layers: self.model.layers.len(),
             kv_heads: info.kv_heads,
             head_dim: info.head_dim,
-            dtype,
+            format,
         };
         Cache::new(spec, batch, 0)
     }

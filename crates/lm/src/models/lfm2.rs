@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mica_array::kv::KvSpec;
+use mica_array::kv::{KvFormat, KvSpec};
 use mica_array::{Array, Dtype};
 use mica_nn::{Context, Embedding, Layer, Linear, Module, RmsNorm, join, module};
 
@@ -203,9 +203,9 @@ impl LanguageModel for Lfm2 {
         self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight)
     }
 
-    fn new_cache(&self, batch: usize, dtype: Dtype) -> Cache {
+    fn new_cache(&self, batch: usize, format: KvFormat) -> Cache {
         let layers = self.model.layers.len() - self.conv_layers;
-        let spec = KvSpec { layers, kv_heads: self.info.kv_heads, head_dim: self.info.head_dim, dtype };
+        let spec = KvSpec { layers, kv_heads: self.info.kv_heads, head_dim: self.info.head_dim, format };
         Cache::new(spec, batch, self.conv_layers)
     }
 

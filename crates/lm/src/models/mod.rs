@@ -7,7 +7,8 @@ mod qwen2;
 mod qwen3;
 mod reader;
 
-use mica_array::{Array, Dtype, transforms};
+use mica_array::kv::KvFormat;
+use mica_array::{Array, transforms};
 use mica_nn::{Context, Linear, Module};
 
 use self::reader::Reader;
@@ -33,8 +34,8 @@ pub trait LanguageModel: Send + Sync + std::fmt::Debug {
     /// The output head [vocabulary, hidden], plain or packed; the embedding itself if it is tied.
     fn head(&self) -> &Array;
 
-    /// An empty memory for `batch` sequences with keys and values of this dtype.
-    fn new_cache(&self, batch: usize, dtype: Dtype) -> Cache;
+    /// An empty memory for `batch` sequences that keeps keys and values in this format.
+    fn new_cache(&self, batch: usize, format: KvFormat) -> Cache;
 
     /// How many blocks there are.
     fn layers(&self) -> usize;

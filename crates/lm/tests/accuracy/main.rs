@@ -11,6 +11,7 @@ mod reference;
 use std::path::Path;
 
 use mica_array::files::save_safetensors;
+use mica_array::kv::KvFormat;
 use mica_array::{Array, Dtype, Precision};
 use mica_lm::config::{QuantMode, QuantSpec};
 use mica_lm::convert::{Recipe, convert};
@@ -114,7 +115,7 @@ impl Case {
     /// Token by token, with keys and values kept in bf16, as in generation.
     fn generating(&self) -> Vec<f32> {
         let context = Context::new(Precision::Fast);
-        let mut cache = self.loaded.model.new_cache(1, Dtype::BF16);
+        let mut cache = self.loaded.model.new_cache(1, KvFormat::Bf16);
         let mut all = Vec::new();
         for (position, &token) in self.tokens.iter().enumerate() {
             cache.reserve(1).unwrap();

@@ -16,7 +16,7 @@ use mica_threads::Task;
 use super::{Lowered, by_reference, input, output, wanted};
 use crate::Result;
 use crate::backend::Step;
-use crate::kv::PagedStep;
+use crate::kv::{KvFormat, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision, RopeSpec};
 
 pub(super) fn lower(step: &Step) -> Result<Lowered> {
@@ -192,7 +192,7 @@ fn over_pages(step: &Step, paged: &PagedStep) -> Result<Lowered> {
     }
     let ((q_shape, q_strides), (out_shape, out_strides)) =
         (flat(&q.shape, &q.strides), flat(&out.shape, &out.strides));
-    let exact = paged.kv.dtype == Dtype::F32;
+    let exact = paged.kv.format == KvFormat::F32;
     let args = PagedArgs {
         q: DynView { shape: q_shape[..].into(), strides: q_strides[..].into(), ..q },
         pages,

@@ -1,13 +1,13 @@
 //! Norms, rotary positions, attention, short convolution.
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::dense::Dense;
+use crate::Result;
 use crate::backend::Step;
-use crate::kv::{PAGE, PagedStep};
+use crate::kv::{KvCodes, KvFormat, PAGE, PagedStep};
 use crate::op::{AttentionSpec, ConvSpec, RopeSpec};
 use crate::shape::size_of;
-use crate::{Dtype, Error, Result};
 
 pub(super) fn rms_norm(eps: f32, x: &Dense, weight: &Dense) -> Dense {
     let (rows, width) = x.rows();
@@ -216,14 +216,12 @@ pub(super) fn paged_attention(paged: &PagedStep, step: &Step) -> Result<()> {
         for t in 0..length {
             let (keys, values) = pages[(start + t) / PAGE].layer(paged.layer)?;
             for h in 0..kv_heads {
-                for i in 0..dim {
-                    let from = ((row * length + t) * kv_heads + h) * dim + i;
-                    let to = (h * PAGE + (start + t) % PAGE) * dim + i;
-                    // SAFETY: inside the page's [kv_heads, PAGE, head_dim]; the token orders writers.
-                    unsafe {
-                        put(keys, to, paged.kv.dtype, k.at(from))?;
-                        put(values, to, paged.kv.dtype, v.at(from))?;
-                    }
+                let from = ((row * length + t) * kv_heads + h) * dim;
+                let to = h * PAGE + (start + t) % PAGE;
+                for (page, array) in [(keys, &k), (values, &v)] {
+                    let values: Vec<f32> = (from..from + dim).map(|i| array.at(i) as f32).collect();
+                    // SAFETY: inside the page's [kv_heads, PAGE] rows; the token orders writers.
+                    unsafe { put(page, to, paged.kv.format, &values) };
                 }
             }
         }
@@ -233,13 +231,9 @@ pub(super) fn paged_attention(paged: &PagedStep, step: &Step) -> Result<()> {
         for s in 0..total {
             let (keys, values) = pages[s / PAGE].layer(paged.layer)?;
             for h in 0..kv_heads {
-                for i in 0..dim {
-                    let at = (h * PAGE + s % PAGE) * dim + i;
+                for (side, page) in sides.iter_mut().zip([keys, values]) {
                     // SAFETY: inside the page, and written before.
-                    unsafe {
-                        sides[0].push(get(keys, at, paged.kv.dtype)?);
-                        sides[1].push(get(values, at, paged.kv.dtype)?);
-                    }
+                    side.extend(unsafe { get(page, h * PAGE + s % PAGE, paged.kv.format, dim) });
                 }
             }
         }
@@ -265,32 +259,81 @@ pub(super) fn paged_attention(paged: &PagedStep, step: &Step) -> Result<()> {
     Dense::floats(&q.shape, rows).store(step.outputs[0].host()?)
 }
 
+/// Writes row `at` of a page as its format holds it; of codes first each group's scale and bias, then the codes.
+///
 /// # Safety
-/// Element `at` is inside the memory.
-unsafe fn put(base: *mut u8, at: usize, dtype: Dtype, value: f64) -> Result<()> {
+/// The row is inside the memory, which has room for rows of this length in this format.
+unsafe fn put(page: *mut u8, at: usize, format: KvFormat, row: &[f32]) {
     // SAFETY: promised by the caller.
     unsafe {
-        match dtype {
-            Dtype::F32 => base.cast::<f32>().add(at).write(value as f32),
-            Dtype::BF16 => base.cast::<bf16>().add(at).write(bf16::from_f64(value)),
-            Dtype::F16 => base.cast::<f16>().add(at).write(f16::from_f64(value)),
-            other => return Err(Error::unsupported("paged_attention", format!("a store of {other}"))),
+        match format {
+            KvFormat::F32 => page.cast::<f32>().add(at * row.len()).copy_from(row.as_ptr(), row.len()),
+            KvFormat::Bf16 => {
+                let to = page.cast::<bf16>().add(at * row.len());
+                row.iter().enumerate().for_each(|(i, &x)| to.add(i).write(bf16::from_f32(x)));
+            }
+            KvFormat::Codes(codes) => {
+                let place = CodedRow::new(page, at, codes, row.len());
+                for (g, group) in row.chunks(codes.group()).enumerate() {
+                    let mut found = vec![0; group.len()];
+                    let (scale, bias) = codes.encode(group, &mut found);
+                    place.ends.add(2 * g).write_unaligned(scale);
+                    place.ends.add(2 * g + 1).write_unaligned(bias);
+                    for (i, code) in (g * codes.group()..).zip(found) {
+                        let (byte, shift) = place.place(i);
+                        let mask = ((1u16 << codes.bits()) - 1) as u8;
+                        byte.write(byte.read() & !(mask << shift) | code << shift);
+                    }
+                }
+            }
         }
     }
-    Ok(())
 }
 
+/// Reads a row that [`put`] wrote.
+///
 /// # Safety
-/// Element `at` is inside the memory and was written.
-unsafe fn get(base: *mut u8, at: usize, dtype: Dtype) -> Result<f64> {
+/// It wrote this row, of this length and format.
+unsafe fn get(page: *mut u8, at: usize, format: KvFormat, dim: usize) -> Vec<f64> {
     // SAFETY: promised by the caller.
     unsafe {
-        Ok(match dtype {
-            Dtype::F32 => base.cast::<f32>().add(at).read() as f64,
-            Dtype::BF16 => base.cast::<bf16>().add(at).read().to_f64(),
-            Dtype::F16 => base.cast::<f16>().add(at).read().to_f64(),
-            other => return Err(Error::unsupported("paged_attention", format!("a store of {other}"))),
-        })
+        match format {
+            KvFormat::F32 => (0..dim).map(|i| page.cast::<f32>().add(at * dim + i).read() as f64).collect(),
+            KvFormat::Bf16 => {
+                (0..dim).map(|i| page.cast::<bf16>().add(at * dim + i).read().to_f64()).collect()
+            }
+            KvFormat::Codes(codes) => {
+                let place = CodedRow::new(page, at, codes, dim);
+                let value = |i: usize| {
+                    let ends = place.ends.add(i / codes.group() * 2);
+                    let (byte, shift) = place.place(i);
+                    let code = byte.read() >> shift & ((1u16 << codes.bits()) - 1) as u8;
+                    let value = codes.decode(code, (ends.read_unaligned(), ends.add(1).read_unaligned()));
+                    bf16::from_f32(value).to_f64()
+                };
+                (0..dim).map(value).collect()
+            }
+        }
+    }
+}
+
+/// Where a row of codes lies in a page.
+struct CodedRow {
+    ends: *mut bf16,
+    codes: *mut u8,
+    bits: usize,
+}
+
+impl CodedRow {
+    fn new(page: *mut u8, at: usize, codes: KvCodes, dim: usize) -> CodedRow {
+        let ends = codes.groups(dim) * 2 * std::mem::size_of::<bf16>();
+        let row = page.wrapping_add(at * (ends + (dim * codes.bits()).div_ceil(8)));
+        CodedRow { ends: row.cast(), codes: row.wrapping_add(ends), bits: codes.bits() }
+    }
+
+    /// The byte of a code, and how far it lies from its lowest bit.
+    fn place(&self, i: usize) -> (*mut u8, usize) {
+        (self.codes.wrapping_add(i * self.bits / 8), i * self.bits % 8)
     }
 }
 
