@@ -46,10 +46,11 @@ pub struct Cell {
     pub ratio: f64,
 }
 
-/// The middle one, or of two the upper.
+/// The middle one, or the mean of the two in the middle.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    let middle = values.len() / 2;
+    if values.len().is_multiple_of(2) { (values[middle - 1] + values[middle]) / 2.0 } else { values[middle] }
 }
 
 /// What a program prints, if anything.

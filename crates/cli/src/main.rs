@@ -13,7 +13,7 @@ mod training;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-/// Run, fine-tune, quantize and serve language models on this machine.
+/// Run, fine-tune and quantize language models on this machine.
 #[derive(Parser)]
 #[command(name = "mica", version, about, max_term_width = 100, disable_help_subcommand = true)]
 struct Cli {

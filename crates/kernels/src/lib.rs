@@ -3,10 +3,10 @@
 //! A kernel is a struct that implements [`mica_threads::Task`]. Its constructor takes
 //! [`View`]s, checks every size, and fails with a [`KernelError`]; after that running it cannot
 //! go out of bounds. Kernels know no graph and no Array, draw nothing and allocate nothing but
-//! scratch. Each says which inputs may alias its output.
+//! scratch and the memory of packed weights. Each says which inputs may alias its output.
 //!
-//! The numeric contract is docs/NUMERICS.md: work is cut by shape, every reduction has one
-//! order, a row's result does not depend on its neighbours.
+//! The numeric contract is docs/NUMERICS.md: every reduction has one order,
+//! however the work was cut, a row's result does not depend on its neighbours.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

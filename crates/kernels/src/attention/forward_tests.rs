@@ -330,8 +330,7 @@ fn codes_are_off_by_half_a_step_and_reach_both_ends() {
         let steps = (1u32 << bits) as f32 - 1.0;
         for scale in [1e-30, 1e-3, 1.0, 300.0] {
             for offset in [0.0, -5.0, 7.0] {
-                let values: Vec<f32> =
-                    (0..32).map(|_| (rng.uniform(-1.0, 1.0) + offset) * scale).collect();
+                let values: Vec<f32> = (0..32).map(|_| (rng.uniform(-1.0, 1.0) + offset) * scale).collect();
                 let mut found = [0; 32];
                 let ends = codes.encode(&values, &mut found);
                 let low = values.iter().copied().fold(f32::INFINITY, f32::min);

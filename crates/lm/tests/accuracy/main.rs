@@ -3,7 +3,7 @@
 //! The models are made here, with 28 layers, over which errors add up as in real models of this size. They have a
 //! quarter of the width of Qwen3-0.6B and an eighth of that of Llama-3.2-1B, because the reference is a forward pass
 //! of its own in f64. The error of a model this narrow differs by a quarter from one draw of its weights to the next
-//! (that of a real width does not), so the limits hold for the mean over several draws. docs/performance.md has the
+//! (that of a real width does not), so the limits hold for the mean over several draws. docs/NUMERICS.md has the
 //! figures of a real width.
 
 mod reference;

@@ -1,7 +1,8 @@
 //! The base model of the quickstart: made from nothing with mica itself, and read from the program.
 //!
 //! `mica quickstart --rebuild-base FOLDER` writes the corpus' tokenizer and trains a small Llama on the
-//! generated corpus (`mica_tune::quickstart`). The files that ship are the result of exactly that.
+//! generated corpus (`mica_tune::quickstart`). The files that ship were made so, with AMX,
+//! by an earlier state of mica: where an order of summation has changed since, a rebuild has other roundings.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
