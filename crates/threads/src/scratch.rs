@@ -125,9 +125,9 @@ impl Scratch {
     #[allow(clippy::mut_from_ref)] // each call lends a different range
     pub fn take<T: Plain>(&self, count: usize) -> &mut [T] {
         let bytes = count.saturating_mul(size_of::<T>()).saturating_add(ALIGN - 1) / ALIGN * ALIGN;
-        self.wanted.set(self.wanted.get() + bytes);
+        self.wanted.set(self.wanted.get().saturating_add(bytes));
         let block = self.block.get();
-        let pointer = if self.used.get() + bytes <= block.bytes {
+        let pointer = if bytes <= block.bytes - self.used.get() {
             let at = self.used.get();
             self.used.set(at + bytes);
             // SAFETY: at + bytes is inside the block.

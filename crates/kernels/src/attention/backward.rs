@@ -23,7 +23,7 @@ use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
-use crate::error::KernelError;
+use crate::error::{KernelError, check_tier};
 use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
@@ -68,6 +68,7 @@ pub struct AttentionBackwardArgs {
 /// The gradients of [`super::attention`].
 pub fn attention_backward(isa: Isa, args: AttentionBackwardArgs) -> Result<Plan, KernelError> {
     let name = "attention_backward";
+    check_tier(name, isa)?;
     let Sizes { batch, heads, kv_heads, length, keys, shape } = sizes(name, &args.q, &args.k, &args.v)?;
     args.rule.check(name, [batch, heads, length], keys)?;
     let out_shape = [batch, heads, length, shape.value_dim];
@@ -334,7 +335,7 @@ impl<P: Products<Operand: Stored>> Kernel for Unit<'_, P> {
             }
         }
         if let Some(to) = &task.dq {
-            for (row, sums) in rows.dq.chunks(widths.dq).enumerate() {
+            for (row, sums) in rows.dq.chunks(widths.dq.max(1)).enumerate() {
                 let (l, head) = (row / group, kv_head * group + row % group);
                 // SAFETY: the rows of this unit are written by this chunk alone.
                 unsafe { to.store::<V>(batch, head, l, &sums[..key_dim]) };

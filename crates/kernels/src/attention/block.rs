@@ -71,6 +71,11 @@ pub(crate) trait Stored: Element {
     const LINES: gemm::block::Into;
     /// How they read and write rows of it.
     const VALUES: (gemm::block::From, gemm::block::Into);
+    /// Rounds 16 values as the movers do. Subnormal ones may become zeros.
+    ///
+    /// # Safety
+    /// `to` is valid for 16 values.
+    unsafe fn write<V: Vector>(values: V, to: *mut Self);
     /// Place of (lane, parity) in a pair.
     fn inner(lane: usize, parity: usize) -> usize;
 }
@@ -78,6 +83,12 @@ pub(crate) trait Stored: Element {
 impl Stored for f32 {
     const LINES: gemm::block::Into = gemm::block::Into::F32;
     const VALUES: (gemm::block::From, gemm::block::Into) = (gemm::block::From::F32, gemm::block::Into::F32);
+
+    #[inline(always)]
+    unsafe fn write<V: Vector>(values: V, to: *mut f32) {
+        // SAFETY: promised by the caller.
+        unsafe { values.store(to) }
+    }
 
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {
@@ -88,6 +99,12 @@ impl Stored for f32 {
 impl Stored for bf16 {
     const LINES: gemm::block::Into = gemm::block::Into::Pairs;
     const VALUES: (gemm::block::From, gemm::block::Into) = (gemm::block::From::High, gemm::block::Into::High);
+
+    #[inline(always)]
+    unsafe fn write<V: Vector>(values: V, to: *mut bf16) {
+        // SAFETY: promised by the caller.
+        unsafe { values.store_bf16_normal(to) }
+    }
 
     #[inline(always)]
     fn inner(lane: usize, parity: usize) -> usize {
@@ -138,6 +155,6 @@ pub(crate) unsafe fn write_step<V: Vector, T: Stored>(to: *mut T, k: usize, pair
 fn rounded<V: Vector, T: Stored>(row: &[f32]) -> [T; TILE] {
     let mut values = [T::from_f32(0.0); TILE];
     // SAFETY: the array holds a vector.
-    unsafe { T::store(V::from_slice(&row[..row.len().min(TILE)], 0.0), values.as_mut_ptr()) };
+    unsafe { T::write(V::from_slice(&row[..row.len().min(TILE)], 0.0), values.as_mut_ptr()) };
     values
 }

@@ -23,7 +23,7 @@ use super::product::{Halves, Products, Single, Widened, are_few, product};
 use super::{Precision, Rule};
 use crate::dtype::{Dtype, DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
-use crate::error::KernelError;
+use crate::error::{KernelError, check_tier};
 use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape, store_run};
@@ -99,6 +99,7 @@ pub(super) fn sizes(name: &'static str, q: &DynView, k: &DynView, v: &DynView) -
 /// softmax(scores)·v for each query and head; see the module's documentation.
 pub fn attention(isa: Isa, args: AttentionArgs) -> Result<Plan, KernelError> {
     let name = "attention";
+    check_tier(name, isa)?;
     let Sizes { batch, heads, kv_heads, length, keys, shape } = sizes(name, &args.q, &args.k, &args.v)?;
     args.rule.check(name, [batch, heads, length], keys)?;
     check_shape(name, "out", &args.out.shape, &[batch, heads, length, shape.value_dim])?;
@@ -696,7 +697,7 @@ fn finish<V: Vector>(
     (mut max, mut sum): (f32, f32),
     out: &mut [f32],
 ) {
-    if let Some(sink) = forward.rule.sink(head) {
+    if let Some(sink) = forward.rule.sink(head).filter(|&sink| sink != f32::NEG_INFINITY) {
         // One more block of one key, without a value.
         let largest = if max > sink { max } else { sink };
         let exps =

@@ -108,7 +108,7 @@ impl Heads {
                     });
                 }
             }
-            for (i, row) in rows.chunks(width).take(here).enumerate() {
+            for (i, row) in rows.chunks(width.max(1)).take(here).enumerate() {
                 // SAFETY: promised by the caller.
                 unsafe { heads.store::<V>(base, head, position + first + i, &row[..dim]) };
             }

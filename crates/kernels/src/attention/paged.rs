@@ -10,7 +10,7 @@ use super::product::{Halves, Single, Widened};
 use super::{Precision, Rule};
 use crate::dtype::{DynView, DynViewMut};
 use crate::elementwise::tile::check_output;
-use crate::error::KernelError;
+use crate::error::{KernelError, check_tier};
 use crate::gemm::uses_pairs;
 use crate::plan::{Plan, Workspace};
 use crate::rows::{check_float, check_shape};
@@ -57,6 +57,7 @@ pub struct PagedArgs {
 /// written by nobody else. (Pages of other positions are not touched and may be anything.)
 pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelError> {
     let name = "paged_attention";
+    check_tier(name, isa)?;
     let PageShape { kv_heads, key_dim, value_dim, format } = args.pages;
     args.pages.check(name)?;
     check_float(name, "q", args.q.dtype)?;
@@ -66,8 +67,11 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
         return Err(KernelError::new(name, message));
     }
     let (tokens, heads) = (args.q.shape[0], args.q.shape[1]);
-    if heads % kv_heads != 0 {
-        return Err(KernelError::new(name, format!("{heads} heads are no multiple of {kv_heads} KV heads")));
+    if heads == 0 || heads % kv_heads != 0 {
+        return Err(KernelError::new(
+            name,
+            format!("{heads} heads are not one or several for each of {kv_heads} KV heads"),
+        ));
     }
     check_shape(name, "out", &args.out.shape, &[tokens, heads, value_dim])?;
     check_output(name, &args.out)?;

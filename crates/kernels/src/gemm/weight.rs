@@ -57,7 +57,8 @@ impl Tiles {
 pub struct FloatWeight {
     tiles: Tiles,
     out: usize,
-    owner: Arc<dyn Any + Send + Sync>,
+    /// Keeps the packed copy alive.
+    _owner: Arc<dyn Any + Send + Sync>,
 }
 
 // SAFETY: packed bytes are only read once the weight exists; the owner keeps them alive.
@@ -121,7 +122,7 @@ impl FloatWeight {
             return Err(not_a_matrix(source.shape()));
         };
         let tiles = Tiles { pointer, float: source.float_type(), inputs };
-        Ok(WeightPacking { weight: FloatWeight { tiles, out, owner }, source })
+        Ok(WeightPacking { weight: FloatWeight { tiles, out, _owner: owner }, source })
     }
 
     /// Takes bytes that were packed before, for example by another handle.
@@ -136,7 +137,7 @@ impl FloatWeight {
         float: FloatType,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> FloatWeight {
-        FloatWeight { tiles: Tiles { pointer: pointer.cast_mut(), float, inputs }, out, owner }
+        FloatWeight { tiles: Tiles { pointer: pointer.cast_mut(), float, inputs }, out, _owner: owner }
     }
 
     /// Outputs: rows of the logical matrix.
@@ -162,11 +163,6 @@ impl FloatWeight {
     /// The start of the packed copy.
     pub fn pointer(&self) -> *const u8 {
         self.tiles.pointer
-    }
-
-    /// What keeps the packed copy alive.
-    pub fn owner(&self) -> &Arc<dyn Any + Send + Sync> {
-        &self.owner
     }
 
     /// Plans Y = X·Wᵀ: `x [.., in]`, `out [.., out]`.
@@ -336,6 +332,8 @@ impl FloatWeight {
 
 /// Outputs of a panel.
 const PANEL: usize = 16;
+/// What sums over outputs are padded to where tiles multiply.
+const STEP: usize = 32;
 
 /// Refuses outputs that a weight does not have, or that do not begin with a panel of its packed copy.
 pub(crate) fn check_part(
@@ -343,10 +341,14 @@ pub(crate) fn check_part(
     outputs: &Range<usize>,
     out: usize,
 ) -> Result<(), KernelError> {
-    if outputs.start <= outputs.end && outputs.end <= out && outputs.start.is_multiple_of(PANEL) {
+    // Sums over a part read whole steps of it: what stands behind its end must be nothing.
+    let whole = outputs.end == out || outputs.len().is_multiple_of(STEP);
+    if outputs.start <= outputs.end && outputs.end <= out && outputs.start.is_multiple_of(PANEL) && whole {
         return Ok(());
     }
-    let message = format!("outputs {outputs:?} of {out}: expected a range from a multiple of {PANEL} on");
+    let message = format!(
+        "outputs {outputs:?} of {out}: expected a range from a multiple of {PANEL} on, of a multiple of {STEP} or to the end"
+    );
     Err(KernelError::new(kernel, message))
 }
 

@@ -11,8 +11,8 @@ use super::fast::FastTask;
 use super::float::Dequantized;
 use super::sink::{Epilogue, Sink};
 use super::stage::{Stage, Staged};
-use super::tier;
 use super::weight::QuantWeight;
+use crate::error::check_tier;
 use crate::gemm::{self, FloatView, Gemm, check_part};
 use crate::{KernelError, ViewMut};
 
@@ -40,7 +40,7 @@ impl QuantWeight {
         epilogue: Epilogue<'a>,
         isa: Isa,
     ) -> Result<Box<dyn Task + 'a>, KernelError> {
-        tier::check(FORWARD, isa)?;
+        check_tier(FORWARD, isa)?;
         let wanted = self.spec().group_size();
         if x.group != wanted {
             let message =
@@ -109,7 +109,7 @@ impl QuantWeight {
         isa: Isa,
     ) -> Result<ProductPlan<'a>, KernelError> {
         let kernel = if transposed { TRANSPOSED } else { FORWARD };
-        tier::check(kernel, isa)?;
+        check_tier(kernel, isa)?;
         let precision = match precision {
             Precision::Exact => gemm::Precision::Exact,
             Precision::Bf16 => gemm::Precision::Bf16,

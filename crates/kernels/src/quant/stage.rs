@@ -10,8 +10,9 @@ use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
 use super::lanes::Lanes;
-use super::tier::{self, PerTier, at_tier};
+use super::tier::{PerTier, at_tier};
 use crate::KernelError;
+use crate::error::check_tier;
 use crate::gemm::FloatView;
 
 const NAME: &str = "stage rows";
@@ -39,7 +40,7 @@ impl<'a> Stage<'a> {
     /// Plans to quantize `rows` `[m, k]` of contiguous rows, in groups of 32, 64 or 128 that divide
     /// k, with the code of tier `isa`.
     pub fn new(rows: impl Into<FloatView<'a>>, group: usize, isa: Isa) -> Result<Stage<'a>, KernelError> {
-        tier::check(NAME, isa)?;
+        check_tier(NAME, isa)?;
         let rows = rows.into();
         let &[m, k] = rows.shape() else {
             return Err(KernelError::new(NAME, format!("expected rows [m, k], got {:?}", rows.shape())));

@@ -3,7 +3,6 @@
 use mica_simd::Isa;
 
 use super::lanes::{Lanes, Scalar};
-use crate::KernelError;
 
 /// Work that is compiled once per tier.
 pub(super) trait PerTier {
@@ -20,7 +19,7 @@ pub(super) trait PerTier {
 /// Runs `work` at a tier. AMX has the lanes of AVX-512; what uses its tiles asks for them itself.
 ///
 /// # Safety
-/// The machine has the tier ([`check`] says so), and what the work itself asks.
+/// The machine has the tier ([`crate::error::check_tier`] says so), and what the work itself asks.
 pub(super) unsafe fn at_tier<W: PerTier>(isa: Isa, work: W) -> W::Output {
     // SAFETY: promised by the caller.
     unsafe {
@@ -46,13 +45,4 @@ unsafe fn avx512<W: PerTier>(work: W) -> W::Output {
 unsafe fn avx2<W: PerTier>(work: W) -> W::Output {
     // SAFETY: the features are enabled here.
     unsafe { work.run::<super::lanes::Avx2>() }
-}
-
-/// Refuses a tier that this machine does not have.
-pub(super) fn check(kernel: &'static str, isa: Isa) -> Result<(), KernelError> {
-    if Isa::available().contains(&isa) {
-        return Ok(());
-    }
-    let names: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
-    Err(KernelError::new(kernel, format!("this machine has no {isa}: it has {}", names.join(", "))))
 }
