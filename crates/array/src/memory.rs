@@ -21,7 +21,9 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use machine::{Bound, Room, peak_resident, process_limit, resident, room, set_process_limit, total};
+pub use machine::{
+    Bound, Room, most, peak_resident, process_limit, resident, room, set_process_limit, total,
+};
 
 use crate::{Error, Result};
 use shelves::{Address, Shelves, bucket};

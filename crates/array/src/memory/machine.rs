@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The limit on the whole process; `u64::MAX` is none.
 static LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 
-/// Memory that may still be taken.
+/// Memory that a process may take, still ([`room`]) or in all ([`most`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     /// Bytes.
@@ -70,9 +70,26 @@ pub fn room() -> Option<Room> {
     });
     let machine =
         read_kib("/proc/meminfo", "MemAvailable:").map(|bytes| Room { bytes, bound: Bound::Machine });
-    let group = group_room(Path::new("/sys/fs/cgroup"), &read("/proc/self/cgroup"))
-        .map(|bytes| Room { bytes, bound: Bound::Group });
-    [within_limit, machine, group, address_space()].into_iter().flatten().min_by_key(|room| room.bytes)
+    let group = groups().iter().map(Group::room).min().map(|bytes| Room { bytes, bound: Bound::Group });
+    let addresses = address_space().and_then(|limit| {
+        Some(Room { bytes: limit.saturating_sub(status("VmSize:")?), bound: Bound::AddressSpace })
+    });
+    least([within_limit, machine, group, addresses])
+}
+
+/// How much memory this process may have in all, its own of now included, whoever else uses how much; `None` where
+/// nothing is known.
+pub fn most() -> Option<Room> {
+    let limit = process_limit().map(|bytes| Room { bytes, bound: Bound::Limit(bytes) });
+    let machine = total().map(|bytes| Room { bytes, bound: Bound::Machine });
+    let group =
+        groups().iter().map(|group| group.limit).min().map(|bytes| Room { bytes, bound: Bound::Group });
+    let addresses = address_space().map(|bytes| Room { bytes, bound: Bound::AddressSpace });
+    least([limit, machine, group, addresses])
+}
+
+fn least(bounds: [Option<Room>; 4]) -> Option<Room> {
+    bounds.into_iter().flatten().min_by_key(|room| room.bytes)
 }
 
 /// Memory of the machine; `None` where the system does not say.
@@ -95,10 +112,28 @@ fn read_kib(path: &str, key: &str) -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The least room of the control groups that this process is in, of version 2 or 1. `groups` is the text of
+/// A control group with a limit on memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Group {
+    limit: u64,
+    /// What of it is used and would not be given up: cached files are, before anything is refused.
+    used: u64,
+}
+
+impl Group {
+    fn room(&self) -> u64 {
+        self.limit.saturating_sub(self.used)
+    }
+}
+
+fn groups() -> Vec<Group> {
+    groups_of(Path::new("/sys/fs/cgroup"), &read("/proc/self/cgroup"))
+}
+
+/// The control groups that this process is in and that limit it, of version 2 or 1. `groups` is the text of
 /// `/proc/self/cgroup`: lines `number:controllers:path`.
-fn group_room(root: &Path, groups: &str) -> Option<u64> {
-    let mut rooms = Vec::new();
+fn groups_of(root: &Path, groups: &str) -> Vec<Group> {
+    let mut found = Vec::new();
     for line in groups.lines() {
         let mut parts = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
@@ -121,11 +156,10 @@ fn group_room(root: &Path, groups: &str) -> Option<u64> {
         loop {
             let number = |name: &str| read(folder.join(name)).trim().parse::<u64>().ok();
             if let (Some(limit), Some(usage)) = (number(limit), number(usage)) {
-                // Cached files are given up before anything is refused.
                 let stat = read(folder.join("memory.stat"));
                 let cached =
                     stat.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse::<u64>().ok());
-                rooms.push(limit.saturating_sub(usage.saturating_sub(cached.unwrap_or(0))));
+                found.push(Group { limit, used: usage.saturating_sub(cached.unwrap_or(0)) });
             }
             if folder == base || !folder.pop() {
                 break;
@@ -133,22 +167,21 @@ fn group_room(root: &Path, groups: &str) -> Option<u64> {
         }
     }
     // Version 1 says "no limit" with a number near 2⁶³.
-    rooms.into_iter().filter(|&bytes| bytes < 1 << 60).min()
+    found.retain(|group| group.limit < 1 << 60);
+    found
 }
 
+/// The limit on addresses, if there is one.
 #[cfg(unix)]
-fn address_space() -> Option<Room> {
+fn address_space() -> Option<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the pointer is to a struct of the type that the call fills.
-    if unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) } != 0 || limit.rlim_cur == libc::RLIM_INFINITY {
-        return None;
-    }
-    let bytes = limit.rlim_cur.saturating_sub(status("VmSize:")?);
-    Some(Room { bytes, bound: Bound::AddressSpace })
+    let answer = unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) };
+    (answer == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
 #[cfg(not(unix))]
-fn address_space() -> Option<Room> {
+fn address_space() -> Option<u64> {
     None
 }
 
@@ -174,16 +207,19 @@ mod tests {
         put("memory/c/memory.stat", "total_inactive_file 500");
         put("memory/memory.limit_in_bytes", "9223372036854771712");
         put("memory/memory.usage_in_bytes", "0");
+        let (v2, v1) = (Group { limit: 1000, used: 500 }, Group { limit: 5000, used: 500 });
         for (name, groups, expected) in [
-            ("the group above bounds", "0::/a/b\n", Some(500)),
-            ("version 1", "3:cpu:/x\n4:memory,hugetlb:/c\n", Some(4500)),
-            ("no limit in version 1", "4:memory:/\n", None),
-            ("a path of the outside", "0::/elsewhere\n", None),
-            ("both", "4:memory:/c\n0::/a\n", Some(500)),
-            ("none", "", None),
+            ("the group above bounds", "0::/a/b\n", vec![v2]),
+            ("version 1", "3:cpu:/x\n4:memory,hugetlb:/c\n", vec![v1]),
+            ("no limit in version 1", "4:memory:/\n", vec![]),
+            ("a path of the outside", "0::/elsewhere\n", vec![]),
+            ("both", "4:memory:/c\n0::/a\n", vec![v1, v2]),
+            ("none", "", vec![]),
         ] {
-            assert_eq!(group_room(root.path(), groups), expected, "{name}");
+            assert_eq!(groups_of(root.path(), groups), expected, "{name}");
         }
+        assert_eq!(v1.room(), 4500);
+        assert_eq!(Group { limit: 10, used: 12 }.room(), 0, "over its limit");
     }
 
     #[cfg(target_os = "linux")]
@@ -191,6 +227,8 @@ mod tests {
     fn linux_says_how_much_there_is() {
         let (resident, peak) = (resident().unwrap(), peak_resident().unwrap());
         assert!(resident > 100_000 && peak >= resident / 2, "{resident} {peak}");
-        assert!(room().unwrap().bytes <= total().unwrap());
+        let most = most().unwrap();
+        assert!(room().unwrap().bytes <= most.bytes, "{most:?}");
+        assert!(most.bytes <= total().unwrap(), "{most:?}");
     }
 }
