@@ -60,7 +60,7 @@ pub fn facts(model: &str) -> anyhow::Result<ModelFacts> {
 /// The settings of a run that is to go on: those it was begun with. Ones given anew may only say how long it
 /// is, and what it reports, evaluates and saves.
 pub fn resumed(given: Option<RunConfig>, output: &Path) -> anyhow::Result<RunConfig> {
-    const FREE: [&str; 9] = [
+    const FREE: [&str; 10] = [
         "duration",
         "report_every",
         "eval_every",
@@ -69,6 +69,8 @@ pub fn resumed(given: Option<RunConfig>, output: &Path) -> anyhow::Result<RunCon
         "test",
         "train",
         "cache_limit",
+        // Which a run finds itself.
+        "recomputed_blocks",
         "output",
     ];
     let begun = output.join("config.yaml");

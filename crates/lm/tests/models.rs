@@ -133,6 +133,24 @@ fn the_last_position_alone_has_the_same_bits() {
     }
 }
 
+/// Blocks that would be computed again in a backward pass compute the same forward.
+#[test]
+fn checkpointed_blocks_have_the_same_bits() {
+    for name in FLOAT.into_iter().chain(QUANTIZED) {
+        let case = open(name, Packing::Frozen);
+        let context = Context::new(Precision::Bf16);
+        let bits = |checkpoint| {
+            let input = Input { checkpoint, ..case.input(0, case.length()) };
+            let logits = case.loaded.model.logits(&input, None, &context).unwrap().to_vec::<f32>().unwrap();
+            logits.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let kept = bits(0..0);
+        for checkpoint in [0..1, 1..2, 0..usize::MAX] {
+            assert_eq!(bits(checkpoint.clone()), kept, "{name}, {checkpoint:?}");
+        }
+    }
+}
+
 #[test]
 fn both_dialects_of_the_configuration_open() {
     for name in FLOAT {

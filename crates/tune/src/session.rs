@@ -3,6 +3,8 @@
 //! Resolving settings and finding the model is the caller's business, and so is showing events and turning
 //! outcomes into exit codes.
 
+mod fitting;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +13,6 @@ use std::time::Instant;
 
 use mica_array::{Dtype, Precision, memory};
 use mica_lm::load::{Loaded, load};
-use mica_lm::memory::size as memory_size;
 use mica_lm::models::LanguageModel;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
@@ -22,7 +23,6 @@ use crate::adapters::config::to_mlx;
 use crate::adapters::files;
 use crate::adapters::names::{Form, TensorName};
 use crate::config::{Duration, FineTune, ModelFacts, Optimizer, RunConfig};
-use crate::data::batch::{Batch, Shape};
 use crate::data::encode::Encode;
 use crate::data::loader::{Loader, Options};
 use crate::data::read::{BadLines, Source, Splits};
@@ -36,10 +36,7 @@ use crate::run::metrics::METRICS;
 use crate::trainer::update::evaluate;
 use crate::trainer::{HeldOut, Outcome, Plan, Run, Update, UpdateSettings, train};
 use crate::{Error, Result, report};
-
-/// Positions that are computed at once where the settings leave it open. Their activations take about 100 bytes a
-/// position, layer and unit of width, so this is 0.2 GB a layer at a width of 1,024.
-const POSITIONS: usize = 2048;
+use fitting::{Fitting, fitting, loader_options, micro_batch};
 
 /// How a run begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,17 +98,12 @@ pub fn run(
     let precision = precision(&loaded);
     let mut outcome = Outcome::Finished(Default::default());
     if let Some(samples) = data.train.take() {
-        let update = UpdateSettings {
-            optimizer,
-            clip: config.clip,
-            precision,
-            recompute: config.grad_checkpoint,
-            seed: config.seed,
-        };
+        let update =
+            UpdateSettings { optimizer, clip: config.clip, precision, recompute: 0, seed: config.seed };
         let probe = Update::new(&*loaded.model, &names, update)?;
-        let Fitting { micro, loader, options } =
-            fitting(config, &samples, &mut *loaded.model, &probe, observer)?;
-        drop(probe);
+        let Fitting { micro, recompute, loader, options } =
+            fitting(config, &samples, &mut *loaded.model, probe, observer)?;
+        let update = UpdateSettings { recompute, ..update };
         let accumulate = config.accumulate(micro);
         let steps = config.total_steps(loader.batches_in_epoch(0)?, accumulate);
         let plan = Plan {
@@ -130,7 +122,9 @@ pub fn run(
             (None, Start::New(existing)) => RunFolder::create(&config.output, existing)?,
             (None, Start::Resume) => RunFolder::resume(&config.output)?,
         };
-        folder.write_config(&RunConfig { micro_batch_size: Some(micro), ..config.clone() })?;
+        let resolved =
+            RunConfig { micro_batch_size: Some(micro), recomputed_blocks: recompute, ..config.clone() };
+        folder.write_config(&resolved)?;
         let mut export = |model: &dyn LanguageModel, count: u64| export(config, model, count);
         outcome = train(
             Run {
@@ -250,135 +244,6 @@ fn trained_before(
         observer.event(&Event::Note { warning: true, text });
     }
     Ok(Vec::new())
-}
-
-/// How micro-batches are formed so that they fit in memory.
-struct Fitting {
-    micro: usize,
-    loader: Loader,
-    options: Options,
-}
-
-/// What running takes beside arrays: pages of the program's code, scratch memory of its threads, batches made ahead.
-/// Measured on x86-64 with 2 threads, where it was 6 to 9 MB with all models.
-const BESIDES: u64 = 8_000_000;
-
-/// Batches of an epoch of which the largest is looked for.
-const LOOKED_AT: usize = 4096;
-
-/// Finds the micro-batch, the given one or the largest that fits, by rehearsing a step over the largest batch that
-/// the data will give.
-///
-/// # Errors
-/// [`Error::Memory`] if none fits, with what would.
-fn fitting(
-    config: &RunConfig,
-    samples: &Arc<dyn Samples>,
-    model: &mut dyn LanguageModel,
-    update: &Update,
-    observer: &mut dyn Observer,
-) -> Result<Fitting> {
-    let first = micro_batch(config);
-    // What was given is not changed.
-    let smallest = if config.micro_batch_size.is_some() { first } else { 1 };
-    let mut left = (smallest..=first).rev().filter(|rows| config.batch_size.is_multiple_of(*rows)).peekable();
-    loop {
-        let Some(micro) = left.next() else {
-            return Err(Error::Config(format!("batch_size {} has no micro-batch", config.batch_size)));
-        };
-        let options = loader_options(config, micro);
-        let loader = Loader::new(samples.clone(), options.clone())?;
-        let batch = largest(Loader::new(samples.clone(), options.clone())?)?;
-        // All micro-batches after the first of a window take the same.
-        let window = vec![batch; config.accumulate(micro).clamp(1, 2)];
-        let needed =
-            if window[0].labelled > 0 { update.rehearse(model, &Sft, &window)? } else { 0 } + BESIDES;
-        memory::clear_cache();
-        let (before, room) = (memory::resident(), memory::room());
-        match room.filter(|room| room.bytes < needed) {
-            None => {
-                tell(before.unwrap_or(0) + needed, first, micro, observer);
-                return Ok(Fitting { micro, loader, options });
-            }
-            Some(_) if left.peek().is_some() => {}
-            Some(room) => return Err(Error::Memory(too_little(config, micro, &window[0], needed, room))),
-        }
-    }
-}
-
-/// The batch of the first epoch with the most positions, and among those with the most targets.
-fn largest(mut loader: Loader) -> Result<Batch> {
-    let mut found: Option<Batch> = None;
-    for _ in 0..LOOKED_AT {
-        if loader.state().epoch > 0 {
-            break;
-        }
-        let Some(batch) = loader.next_batch()? else { break };
-        let size = |batch: &Batch| (batch.rows * batch.length, batch.labelled);
-        if found.as_ref().is_none_or(|found| size(&batch) > size(found)) {
-            found = Some(batch);
-        }
-    }
-    found.ok_or_else(|| Error::NothingToLearn("the data gives no batch".into()))
-}
-
-/// Tells the estimate, which is compared with the peak at the end.
-fn tell(peak: u64, asked: usize, micro: usize, observer: &mut dyn Observer) {
-    let mut note = |warning, text| observer.event(&Event::Note { warning, text });
-    if micro < asked {
-        note(false, format!("Micro-batches of {micro} rows: {asked} would not fit in memory"));
-    }
-    note(false, format!("Estimated peak memory {:.3} GB", peak as f64 / 1e9));
-    if let Some(total) = memory::total().filter(|total| peak > total / 10 * 7) {
-        note(
-            true,
-            format!("that is more than 70 % of this machine's {}: it may begin to swap", memory_size(total)),
-        );
-    }
-}
-
-fn too_little(config: &RunConfig, micro: usize, batch: &Batch, needed: u64, room: memory::Room) -> String {
-    let counted = matches!(config.duration, Duration::Iters(_));
-    let mut todo = Vec::new();
-    if micro > 1 {
-        todo.push(format!("--{} {}", if counted { "batch-size" } else { "micro-batch-size" }, micro / 2));
-    }
-    if !config.grad_checkpoint {
-        todo.push("--grad-checkpoint (recomputes activations)".into());
-    }
-    if batch.length > 64 {
-        todo.push(format!("--max-seq-length {} (cuts longer samples)", batch.length / 2));
-    }
-    if config.fine_tune == FineTune::Full {
-        todo.push("--fine-tune-type lora (trains few parameters)".into());
-    }
-    todo.push("a smaller or quantized model (mica convert -q)".into());
-    format!(
-        "a training step over {} × {} tokens needs {} more memory, and {} are left {}; try {}",
-        batch.rows,
-        batch.length,
-        memory_size(needed),
-        memory_size(room.bytes),
-        room.bound,
-        todo.join(", or ")
-    )
-}
-
-/// The largest divisor of the batch whose rows stay within [`POSITIONS`].
-fn micro_batch(config: &RunConfig) -> usize {
-    let fits =
-        |rows: &usize| rows * config.rules.max_length <= POSITIONS && config.batch_size.is_multiple_of(*rows);
-    config.micro_batch_size.unwrap_or_else(|| (1..=config.batch_size).rev().find(fits).unwrap_or(1))
-}
-
-fn loader_options(config: &RunConfig, micro: usize) -> Options {
-    let shape = Shape {
-        rows: micro,
-        max_length: config.rules.max_length,
-        gather: config.gather,
-        lengths: config.lengths.clone(),
-    };
-    Options { shape, shuffle: true, seed: config.seed, window: Options::DEFAULT_WINDOW, epochs: None }
 }
 
 /// The tokenized sets of a run; empty ones are `None`.

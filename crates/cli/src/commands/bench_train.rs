@@ -121,7 +121,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
         optimizer: AdamWConfig::default(),
         clip: None,
         precision: precision(&loaded),
-        recompute: args.grad_checkpoint,
+        recompute: if args.grad_checkpoint { usize::MAX } else { 0 },
         seed: 0,
     };
     let mut update = Update::new(&*loaded.model, &names, settings)?;

@@ -129,7 +129,8 @@ impl LanguageModel for Decoder {
         let (layers, all) = (&self.model.layers, input.of_all());
         for (index, layer) in layers.iter().enumerate() {
             let input = if index + 1 < layers.len() { &all } else { input };
-            x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
+            let run = |x: &Array, cache: Option<&mut Cache>| layer.forward(x, input, cache, context);
+            x = input.layer(index, x, cache.as_deref_mut(), run)?;
         }
         self.model.norm.forward(&x, context)
     }

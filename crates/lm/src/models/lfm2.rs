@@ -194,7 +194,8 @@ impl LanguageModel for Lfm2 {
         let (layers, all) = (&self.model.layers, input.of_all());
         for (index, layer) in layers.iter().enumerate() {
             let input = if index + 1 < layers.len() { &all } else { input };
-            x = input.layer(x, cache.as_deref_mut(), |x, cache| layer.forward(x, input, cache, context))?;
+            let run = |x: &Array, cache: Option<&mut Cache>| layer.forward(x, input, cache, context);
+            x = input.layer(index, x, cache.as_deref_mut(), run)?;
         }
         self.model.embedding_norm.forward(&x, context)
     }

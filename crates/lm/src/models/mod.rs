@@ -7,6 +7,8 @@ mod qwen2;
 mod qwen3;
 mod reader;
 
+use std::ops::Range;
+
 use mica_array::kv::KvFormat;
 use mica_array::{Array, transforms};
 use mica_nn::{Context, Linear, Module};
@@ -90,8 +92,8 @@ pub struct Input {
     pub positions: Array,
     /// Packed rows: index of the first token of each token's own sequence, [batch, length] i32.
     pub key_start: Option<Array>,
-    /// Compute each block again in the backward pass instead of keeping what it needs.
-    pub checkpoint: bool,
+    /// Blocks that are computed again in the backward pass instead of keeping what it needs of them.
+    pub checkpoint: Range<usize>,
     /// Of the states after the last block, only those of the last position are asked for: that block then computes no
     /// more of them than it must.
     pub last_only: bool,
@@ -116,7 +118,7 @@ impl Input {
             tokens: Array::from_slice(&tokens, &shape)?,
             positions: Array::from_slice(&positions, &shape)?,
             key_start: None,
-            checkpoint: false,
+            checkpoint: 0..0,
             last_only: false,
         })
     }
@@ -134,14 +136,15 @@ impl Input {
         }
     }
 
-    /// Runs a block, checkpointed if asked for.
+    /// Runs the block with this index, checkpointed if asked for.
     pub(crate) fn layer(
         &self,
+        index: usize,
         x: Array,
         cache: Option<&mut Cache>,
         block: impl FnOnce(&Array, Option<&mut Cache>) -> mica_array::Result<Array>,
     ) -> mica_array::Result<Array> {
-        if !self.checkpoint || cache.is_some() {
+        if !self.checkpoint.contains(&index) || cache.is_some() {
             return block(&x, cache);
         }
         let mut outputs = transforms::checkpoint(|inputs| Ok(vec![block(&inputs[0], None)?]), &[x])?;

@@ -148,6 +148,7 @@ pub fn is_adapter(name: &str) -> bool {
     TensorName::parse(name).is_some()
 }
 
-fn block_of(name: &str) -> Option<usize> {
+/// The block that a parameter belongs to, if it is of one.
+pub(crate) fn block_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }

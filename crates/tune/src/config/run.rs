@@ -153,8 +153,12 @@ pub struct RunConfig {
     pub rate: Rate,
     /// Gradients are scaled down to this norm; `None` leaves them.
     pub clip: Option<f64>,
-    /// Recompute activations in the backward pass to save memory.
+    /// Recompute the activations of all blocks in the backward pass to save memory, also where they would fit.
     pub grad_checkpoint: bool,
+    /// In a run folder: how many blocks the last start recomputes. Each start finds it anew, for the memory that it
+    /// has; no result depends on it.
+    #[serde(default)]
+    pub recomputed_blocks: usize,
     /// Steps between report lines (micro-batches if the duration counts those; the next three too).
     pub report_every: u64,
     /// Steps between validations; 0 means none.

@@ -173,6 +173,7 @@ impl TrainConfig {
                 given => Some(given.unwrap_or(1.0)),
             },
             grad_checkpoint: self.grad_checkpoint.unwrap_or(false),
+            recomputed_blocks: 0,
             report_every: self.report_every.unwrap_or(1),
             eval_every: self.eval_every.unwrap_or(save_every.max(200)),
             val_batches: batches("val_batches", self.val_batches.unwrap_or(5))?,

@@ -5,6 +5,8 @@
 
 pub mod sft;
 
+use std::ops::Range;
+
 use mica_array::Array;
 use mica_lm::models::{Input, LanguageModel};
 use mica_nn::Context;
@@ -15,18 +17,18 @@ use crate::data::batch::Batch;
 pub trait Method: Send + Sync {
     /// The summed loss of a batch over its `labelled` targets, an f32 number; the batch has at least one.
     ///
-    /// `recompute` asks for blocks to be computed again in the backward pass, to save memory.
+    /// The blocks in `recompute` are computed again in the backward pass, to save memory.
     fn loss(
         &self,
         model: &dyn LanguageModel,
         batch: &Batch,
-        recompute: bool,
+        recompute: Range<usize>,
         context: &Context,
     ) -> mica_array::Result<Array>;
 }
 
 /// A batch as a model's input.
-pub fn input(batch: &Batch, recompute: bool) -> mica_array::Result<Input> {
+pub fn input(batch: &Batch, recompute: Range<usize>) -> mica_array::Result<Input> {
     let shape = [batch.rows, batch.length];
     let i32s = |values: &[u32]| values.iter().map(|&value| value as i32).collect::<Vec<i32>>();
     // Plain rows need no isolation: padding comes after the sample, where no target looks.

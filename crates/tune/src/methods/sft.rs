@@ -4,6 +4,8 @@
 //! applied to the labelled positions alone (what is called a sparse loss elsewhere, and exact), and logits are
 //! never stored.
 
+use std::ops::Range;
+
 use mica_array::Array;
 use mica_array::op::CrossEntropySpec;
 use mica_lm::models::LanguageModel;
@@ -21,7 +23,7 @@ impl Method for Sft {
         &self,
         model: &dyn LanguageModel,
         batch: &Batch,
-        recompute: bool,
+        recompute: Range<usize>,
         context: &Context,
     ) -> mica_array::Result<Array> {
         let hidden = model.hidden(&input(batch, recompute)?, None, context)?;

@@ -5,6 +5,7 @@ use mica_lm::models::LanguageModel;
 use mica_nn::optim::{AdamWConfig, FusedAdamW};
 use mica_nn::{Context, Item, ItemMut, Module, gradients, parameters, set_parameters};
 
+use crate::adapters::attach::block_of;
 use crate::data::batch::Batch;
 use crate::methods::Method;
 use crate::rng::Rng;
@@ -22,8 +23,9 @@ pub struct UpdateSettings {
     pub clip: Option<f64>,
     /// Of products: exact for f32 models, bf16 for bf16 models.
     pub precision: Precision,
-    /// Compute activations again in the backward pass.
-    pub recompute: bool,
+    /// How many blocks compute their activations again in the backward pass, which saves memory and changes no bit:
+    /// from the lowest that trains on, whose values would be kept for longest. `usize::MAX` is all.
+    pub recompute: usize,
     /// Where dropout starts.
     pub seed: u64,
 }
@@ -33,6 +35,8 @@ pub struct UpdateSettings {
 pub struct Update {
     /// Last layer first: the order in which gradients come into being, so that each is consumed at once.
     names: Vec<String>,
+    /// The lowest block that a gradient goes through; those below keep nothing for the backward pass.
+    lowest: usize,
     settings: UpdateSettings,
     optimizer: FusedAdamW,
 }
@@ -78,12 +82,24 @@ impl Update {
                 ordered.len()
             )));
         }
-        Ok(Update { names: ordered, settings, optimizer: FusedAdamW::new(settings.optimizer) })
+        // What is in no block may stand below all of them, as the embedding does.
+        let lowest = ordered.iter().map(|name| block_of(name).unwrap_or(0)).min().unwrap_or(0);
+        Ok(Update { names: ordered, lowest, settings, optimizer: FusedAdamW::new(settings.optimizer) })
     }
 
     /// The names of the trained parameters, last layer first.
     pub fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// How many blocks keep activations for the backward pass, unless they are recomputed.
+    pub fn blocks(&self, model: &dyn LanguageModel) -> usize {
+        model.layers().saturating_sub(self.lowest)
+    }
+
+    /// Changes [`UpdateSettings::recompute`].
+    pub fn set_recompute(&mut self, blocks: usize) {
+        self.settings.recompute = blocks;
     }
 
     /// The optimizer, whose state a checkpoint holds.
@@ -114,7 +130,7 @@ impl Update {
     ) -> Result<(Array, Vec<Array>)> {
         let key = random::key(Rng::new(self.settings.seed, &[DROPOUT, micro]).next_u64())?;
         let context = Context::training(self.settings.precision, key);
-        let recompute = self.settings.recompute;
+        let recompute = self.lowest..self.lowest.saturating_add(self.settings.recompute);
         let grads = gradients(&mut Tree(model), &self.names, |tree| {
             Ok(vec![method.loss(&*tree.0, batch, recompute, &context)?])
         })?;
@@ -154,6 +170,7 @@ impl Update {
         drop(all);
         let mut twin = Update {
             names: self.names.clone(),
+            lowest: self.lowest,
             settings: self.settings,
             optimizer: FusedAdamW::new(self.settings.optimizer),
         };
@@ -282,7 +299,7 @@ pub fn evaluate(
     let (mut sum, mut tokens) = (0.0, 0u64);
     while let Some(batch) = next()? {
         if batch.labelled > 0 {
-            sum += f64::from(method.loss(model, &batch, false, &context)?.item::<f32>()?);
+            sum += f64::from(method.loss(model, &batch, 0..0, &context)?.item::<f32>()?);
             tokens += batch.labelled as u64;
         }
     }

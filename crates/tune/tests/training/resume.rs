@@ -132,7 +132,7 @@ fn run(case: Case, folder: &Path, steps: u64, stop_after: Option<u64>, resume: b
         optimizer: AdamWConfig { weight_decay: 0.01, ..AdamWConfig::default() },
         clip: case.clip,
         precision: case.precision,
-        recompute: false,
+        recompute: 0,
         seed: 3,
     };
     let run = Run {

@@ -90,7 +90,7 @@ pub fn rebuild(folder: &Path, steps: u64) -> anyhow::Result<()> {
                 optimizer: AdamWConfig { beta2: 0.98, ..AdamWConfig::default() },
                 clip: Some(1.0),
                 precision: Precision::Bf16,
-                recompute: false,
+                recompute: 0,
                 seed: SEED,
             },
             folder: &held,

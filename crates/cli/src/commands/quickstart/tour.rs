@@ -127,7 +127,7 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
                     optimizer: AdamWConfig::default(),
                     clip: Some(1.0),
                     precision: arithmetic,
-                    recompute: false,
+                    recompute: 0,
                     seed: size.seed,
                 },
                 folder: &folder,
