@@ -96,7 +96,7 @@ struct Flags {
     /// Most tokens of a sample; longer ones are cut and counted
     #[arg(long)]
     max_seq_length: Option<usize>,
-    /// Recompute activations in the backward pass, to save memory
+    /// Recompute the activations of all blocks in the backward pass; without it, of as few as memory asks for
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     grad_checkpoint: Option<bool>,
     /// Freed memory that is kept for reuse, as 1GB or in bytes; 0 leaves it to the allocator

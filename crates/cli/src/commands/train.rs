@@ -123,7 +123,7 @@ struct Flags {
     /// Gradients are scaled down to this norm; 0 turns it off
     #[arg(long, value_parser = crate::parse_finite)]
     max_grad_norm: Option<f64>,
-    /// Recompute activations in the backward pass, to save memory
+    /// Recompute the activations of all blocks in the backward pass; without it, of as few as memory asks for
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     grad_checkpoint: Option<bool>,
     /// Steps between report lines
