@@ -17,7 +17,7 @@ use mica_threads::{FnTask, Pool, Task};
 fn main() {
     let mut arguments = std::env::args().skip(1).map(|text| text.parse::<usize>().expect("a number"));
     let mut next = |default| arguments.next().unwrap_or(default);
-    let (bits, threads) = (next(4), next(std::thread::available_parallelism().map_or(1, usize::from)));
+    let (bits, threads) = (next(4), next(mica_threads::default_threads()));
     let (out, inner) = (next(256 * 1024), next(1024));
     let isa = Isa::get();
     let pool = Pool::new(threads);

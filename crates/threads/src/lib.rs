@@ -7,11 +7,13 @@
 //!
 //! The pool knows nothing of arrays or kernels.
 
+mod cores;
 mod lines;
 mod place;
 mod pool;
 mod scratch;
 
+pub use cores::default_threads;
 pub use lines::Lines;
 pub use pool::{Pool, TaskPanic};
 pub use scratch::{Account, Plain, Scratch, set_account};
