@@ -12,6 +12,7 @@ mod lines;
 mod place;
 mod pool;
 mod scratch;
+mod wait;
 
 pub use cores::default_threads;
 pub use lines::Lines;

@@ -4,25 +4,28 @@
 //! are awake join the phase that is open, take chunks, and leave. The last to leave, when no chunk is
 //! left, opens the next one. A worker that wakes late joins where the others are, or finds nothing open
 //! and goes back to sleep: waking one takes from some microseconds to a millisecond, which is longer
-//! than most lists.
+//! than most lists. Within a list workers sleep too, but not before a phase has been closed to them for
+//! longer than that.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::place::Places;
 use crate::scratch::Refused;
+use crate::wait::{Sleep, Wait};
 use crate::{Lines, Scratch, Task};
 
 /// How long a worker looks for a job before it parks: longer than the gap between two lists of a decoded
 /// token, shorter than anything a neighbour would notice.
 const PATIENCE: Duration = Duration::from_micros(100);
-/// How long it looks before it offers its core between looks.
-const GRACE: Duration = Duration::from_micros(10);
+/// The same within a list, where the others wait for something that will come, often soon: a worker that sleeps then
+/// comes up to a millisecond late to the next phase, which this keeps small beside what it waited.
+const LONG: Duration = Duration::from_millis(2);
 
 /// A chunk panicked. The rest of the list did not run.
 #[derive(Debug, thiserror::Error)]
@@ -49,10 +52,10 @@ struct Shared {
     threads: usize,
     state: State,
     job: UnsafeCell<Job>,
-    /// Workers that are parked, or about to be.
-    sleepers: AtomicUsize,
-    sleep: Mutex<()>,
-    wake: Condvar,
+    /// Where workers sleep until there is a list.
+    idle: Sleep,
+    /// Where they sleep until a phase is over.
+    late: Sleep,
     stop: AtomicBool,
     failed: AtomicBool,
     failure: Mutex<Option<TaskPanic>>,
@@ -116,7 +119,7 @@ impl State {
     fn next(&self, flag: u64) {
         let now = self.0.load(Ordering::Relaxed);
         debug_assert!(now & (BUSY | IDLE) != 0 && now & CREW == 0);
-        // In one order with `sleepers`: either a worker sees this, or it is seen to sleep.
+        // In one order with the flags of [`Sleep`].
         self.0.store(((now / PHASE + 1) * PHASE) | flag, Ordering::SeqCst);
     }
 }
@@ -171,9 +174,8 @@ impl Pool {
             threads,
             state: State(AtomicU64::new(IDLE)),
             job: UnsafeCell::new(Job { task: no_task, rest: no_tasks }),
-            sleepers: AtomicUsize::new(0),
-            sleep: Mutex::new(()),
-            wake: Condvar::new(),
+            idle: Sleep::default(),
+            late: Sleep::default(),
             stop: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -275,9 +277,7 @@ impl Drop for Pool {
         // What failed has nobody left to be told.
         let _ = self.finish();
         self.shared.stop.store(true, Ordering::SeqCst);
-        if let Ok(_guard) = self.shared.sleep.lock() {
-            self.shared.wake.notify_all();
-        }
+        self.shared.idle.tell();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
@@ -305,7 +305,10 @@ fn worker_loop(shared: &Shared, worker: usize) {
                 return;
             }
             if wait.moment() > PATIENCE {
-                shared.park();
+                // Until a phase is open, or the pool ends.
+                shared.idle.until(|| {
+                    shared.state.0.load(Ordering::SeqCst) & IDLE == 0 || shared.stop.load(Ordering::SeqCst)
+                });
             }
         }
         if shared.places.note(worker) {
@@ -328,9 +331,8 @@ impl Shared {
                 std::mem::transmute::<*const [&'a (dyn Task + 'a)], *const [&'static dyn Task]>(tasks);
         }
         self.open_next(scratch);
-        if self.state.load() & IDLE == 0 && self.sleepers.load(Ordering::SeqCst) > 0 {
-            let _guard = self.sleep.lock().expect("no code panics while it holds this");
-            self.wake.notify_all();
+        if self.state.load() & IDLE == 0 {
+            self.idle.tell();
         }
     }
 
@@ -340,16 +342,6 @@ impl Shared {
             Some(panic) => Err(panic),
             None => Ok(()),
         }
-    }
-
-    /// Sleeps until a phase is open, or the pool ends.
-    fn park(&self) {
-        let mut guard = self.sleep.lock().expect("no code panics while it holds this");
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while self.state.0.load(Ordering::SeqCst) & IDLE != 0 && !self.stop.load(Ordering::SeqCst) {
-            guard = self.wake.wait(guard).expect("no code panics while it holds this");
-        }
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Runs small tasks up to the next that has several chunks, deals these out and opens its phase; or
@@ -376,6 +368,7 @@ impl Shared {
             }
             _ => self.state.next(IDLE),
         }
+        self.late.tell();
     }
 }
 
@@ -392,7 +385,13 @@ fn take_part(shared: &Shared, worker: usize, scratch: &mut Scratch) {
         }
         if state & BUSY != 0 || over == Some(state / PHASE) {
             coming.ask(ASKED);
-            wait.moment();
+            if wait.moment() > LONG {
+                // In this phase there is nothing more for this worker to do: who has been through finds no chunk
+                // left, and who sees it closed can't join.
+                let phase = state / PHASE;
+                shared.late.until(|| shared.state.0.load(Ordering::SeqCst) / PHASE != phase);
+                wait = Wait::default();
+            }
         } else if shared.state.join(state) {
             // SAFETY: the phase is open and stays so while this worker takes part, and the job with it.
             let task = unsafe { &*(*shared.job.get()).task };
@@ -416,31 +415,6 @@ fn coming_lines(rest: &[&dyn Task], worker: usize, threads: usize) -> Lines {
     match rest.iter().find(|task| task.chunks() > 1) {
         Some(task) => task.begins_with(task.chunks() * worker / threads),
         None => Lines::default(),
-    }
-}
-
-/// Looking again and again.
-#[derive(Default)]
-struct Wait {
-    looks: u32,
-    since: Option<Instant>,
-}
-
-impl Wait {
-    /// Waits for a moment, or offers the core if it has been long: whoever is waited for may have been woken
-    /// on the same one. How long it has been, now and then, since the clock costs more than a look.
-    fn moment(&mut self) -> Duration {
-        std::hint::spin_loop();
-        self.looks += 1;
-        if !self.looks.is_multiple_of(64) {
-            return Duration::ZERO;
-        }
-        let now = Instant::now();
-        let waited = now - *self.since.get_or_insert(now);
-        if waited > GRACE {
-            std::thread::yield_now();
-        }
-        waited
     }
 }
 
@@ -519,161 +493,4 @@ fn message_of(payload: &(dyn Any + Send)) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::FnTask;
-
-    #[test]
-    fn every_chunk_runs_once_and_tasks_are_ordered() {
-        for threads in [1, 2, 3, 7] {
-            let pool = Pool::new(threads);
-            let counts: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-            let list: Vec<Box<dyn Task + '_>> = (0..5)
-                .map(|round| {
-                    let counts = &counts;
-                    let count_all = move |chunk: usize, _: &mut Scratch| {
-                        assert_eq!(counts[chunk].fetch_add(1, Ordering::Relaxed), round);
-                    };
-                    Box::new(FnTask::new("count", 1000, count_all)) as Box<dyn Task + '_>
-                })
-                .collect();
-            pool.run(&list).unwrap();
-            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 5), "{threads} threads");
-        }
-    }
-
-    #[test]
-    fn a_panic_comes_back_and_the_pool_still_works() {
-        let pool = Pool::new(3);
-        let ran_after = AtomicBool::new(false);
-        let list: Vec<Box<dyn Task + '_>> = vec![
-            Box::new(FnTask::new("bad", 10, |chunk, _: &mut Scratch| assert!(chunk != 4, "chunk four"))),
-            Box::new(FnTask::new("after", 1, |_, _: &mut Scratch| ran_after.store(true, Ordering::Relaxed))),
-        ];
-        let error = pool.run(&list).unwrap_err();
-        assert_eq!(error.to_string(), "bad panicked: chunk four");
-        assert!(!ran_after.load(Ordering::Relaxed));
-        for _ in 0..100 {
-            pool.run(&[Box::new(FnTask::new("fine", 8, |_, _: &mut Scratch| ()))]).unwrap();
-        }
-    }
-
-    #[test]
-    fn every_chunk_runs_once_whether_workers_sleep_or_not() {
-        // Lists of tasks of all sizes, after pauses in which workers fall asleep and without.
-        let pool = Pool::new(4);
-        for round in 0..200 {
-            let ran: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
-            let list: Vec<Box<dyn Task + '_>> = [64, 1, 0, 3, 64]
-                .into_iter()
-                .map(|chunks| {
-                    let ran = &ran;
-                    let count = move |chunk: usize, _: &mut Scratch| {
-                        ran[chunk].fetch_add(1, Ordering::Relaxed);
-                    };
-                    Box::new(FnTask::new("count", chunks, count)) as Box<dyn Task + '_>
-                })
-                .collect();
-            pool.run(&list).unwrap();
-            let total: usize = ran.iter().map(|count| count.load(Ordering::Relaxed)).sum();
-            assert_eq!(total, 64 + 1 + 3 + 64, "round {round}");
-            if round % 20 == 0 {
-                // Long enough for all to park.
-                std::thread::sleep(PATIENCE * 20);
-            }
-        }
-    }
-
-    #[test]
-    fn what_one_task_wrote_the_next_reads() {
-        let pool = Pool::new(3);
-        let cells: Vec<AtomicUsize> = (0..97).map(|_| AtomicUsize::new(0)).collect();
-        for _ in 0..300 {
-            cells.iter().for_each(|cell| cell.store(0, Ordering::Relaxed));
-            let list: Vec<Box<dyn Task + '_>> = (0..20)
-                .map(|step| {
-                    let cells = &cells;
-                    // Each chunk reads what another chunk of the task before has written.
-                    let shift = move |chunk: usize, _: &mut Scratch| {
-                        if step % 2 == 0 {
-                            cells[chunk].fetch_add(1, Ordering::Relaxed);
-                        } else {
-                            let other = cells[(chunk * 31 + 7) % 97].load(Ordering::Relaxed);
-                            assert_eq!(other, step / 2 + 1);
-                        }
-                    };
-                    Box::new(FnTask::new("shift", 97, shift)) as Box<dyn Task + '_>
-                })
-                .collect();
-            pool.run(&list).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_list_that_was_begun_runs_meanwhile_and_is_finished() {
-        let mut pool = Pool::new(3);
-        for round in 0..100 {
-            let ran: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
-            let count = |chunk: usize, _: &mut Scratch| {
-                ran[chunk].fetch_add(1, Ordering::Relaxed);
-            };
-            let tasks = [1, 64, 1, 5].map(|chunks| FnTask::new("count", chunks, count));
-            let list: Vec<&dyn Task> = tasks.iter().map(|task| task as &dyn Task).collect();
-            // SAFETY: the list is finished below.
-            assert!(unsafe { pool.begin(&list) }.unwrap());
-            if round % 2 == 0 {
-                // The others do all of it.
-                while ran.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>() < 71 {
-                    std::thread::yield_now();
-                }
-            }
-            pool.finish().unwrap();
-            assert_eq!(ran.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>(), 71);
-            pool.finish().unwrap();
-            pool.run_all(&list).unwrap();
-        }
-        let fail = FnTask::new("bad", 4, |chunk, _: &mut Scratch| assert!(chunk != 2, "chunk two"));
-        // SAFETY: the list is finished in the next line.
-        assert!(unsafe { pool.begin(&[&fail]) }.unwrap());
-        assert_eq!(pool.finish().unwrap_err().to_string(), "bad panicked: chunk two");
-    }
-
-    #[test]
-    fn a_pool_ends_what_was_begun_before_it_goes_and_one_thread_begins_nothing() {
-        let ran = AtomicUsize::new(0);
-        let count = |_: usize, _: &mut Scratch| {
-            ran.fetch_add(1, Ordering::Relaxed);
-        };
-        let task = FnTask::new("count", 9, count);
-        let list: [&dyn Task; 2] = [&task, &task];
-        let mut pool = Pool::new(2);
-        // SAFETY: the pool is dropped before the list.
-        assert!(unsafe { pool.begin(&list) }.unwrap());
-        drop(pool);
-        assert_eq!(ran.load(Ordering::Relaxed), 18);
-        let mut alone = Pool::new(1);
-        // SAFETY: as above.
-        assert!(!unsafe { alone.begin(&list) }.unwrap());
-        alone.finish().unwrap();
-        assert_eq!(ran.load(Ordering::Relaxed), 18);
-    }
-
-    #[test]
-    fn several_threads_take_turns() {
-        let pool = Pool::new(2);
-        let total = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..50 {
-                        let add = |_: usize, _: &mut Scratch| {
-                            total.fetch_add(1, Ordering::Relaxed);
-                        };
-                        pool.run(&[Box::new(FnTask::new("add", 3, add))]).unwrap();
-                    }
-                });
-            }
-        });
-        assert_eq!(total.load(Ordering::Relaxed), 600);
-    }
-}
+mod tests;
