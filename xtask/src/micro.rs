@@ -66,7 +66,7 @@ enum What {
 impl Micro {
     pub fn run(self) -> anyhow::Result<()> {
         ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
-        set_threads(self.threads);
+        set_threads(self.threads)?;
         let mut table = Table::new(&self.mica, self.threads)?;
         let bandwidth = self.bandwidth()?;
         let mut peer = Peer::start(&self.python, self.threads)?;

@@ -59,7 +59,7 @@ fn count(part: &str, nodes: usize, one: &Array) {
 }
 
 fn main() {
-    set_threads(1);
+    set_threads(1).expect("the calling thread is one");
     let one = Array::from_slice(&[1.0f32, 2.0, 3.0, 4.0], &[4]).expect("four values");
     let words: Vec<String> = std::env::args().collect();
     if let Some(at) = words.iter().position(|word| word == "--count") {

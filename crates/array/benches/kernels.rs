@@ -44,7 +44,7 @@ impl Bench {
         let begun = Instant::now();
         let mut rounds = Vec::new();
         while rounds.len() < ROUNDS && (rounds.len() < 3 || begun.elapsed() < LONGEST) {
-            let measured = self.ceilings.measure();
+            let measured = mica_array::with_pool(|pool| self.ceilings.measure(pool));
             let session = profile::start();
             (0..in_a_row.max(1)).for_each(|_| run(&inputs));
             let rows = session.finish();
@@ -105,7 +105,7 @@ fn evaluate(result: mica_array::Result<Array>) {
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let bench = Bench { words, ceilings: Ceilings::new(mica_array::threads(), BLOCK) };
+    let bench = Bench { words, ceilings: Ceilings::new(BLOCK) };
     println!("{} threads, {}", mica_array::threads(), Isa::get());
     products(&bench);
     heads(&bench);

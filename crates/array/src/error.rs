@@ -51,6 +51,9 @@ pub enum Error {
         /// Shapes, how many there are, and whether it came from outside.
         message: Arc<str>,
     },
+    /// The system does not start as many threads as were asked for.
+    #[error("[threads] {0}")]
+    Threads(Arc<mica_threads::TooManyThreads>),
     /// A kernel panicked: a defect of mica, reported instead of aborting.
     #[error("[eval] internal error: {0}")]
     Kernel(Arc<str>),
@@ -97,6 +100,12 @@ impl Error {
 
     pub(crate) fn dtype(op: &'static str, expected: &str, got: Dtype) -> Error {
         Error::invalid(op, format!("expected {expected}, got {got}"))
+    }
+}
+
+impl From<mica_threads::TooManyThreads> for Error {
+    fn from(error: mica_threads::TooManyThreads) -> Error {
+        Error::Threads(Arc::new(error))
     }
 }
 

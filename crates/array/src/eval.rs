@@ -61,29 +61,27 @@ thread_local! {
 }
 
 fn engine() -> MutexGuard<'static, Option<Engine>> {
-    let mut engine = ENGINE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if engine.is_none() {
-        *engine = Some(Engine {
-            backend: Box::new(Cpu::new(default_threads())),
-            epoch: 1,
-            walk: 0,
-            steps: 0,
-            weights: Vec::new(),
-            pages: Vec::new(),
-            visits: Vec::new(),
-            order: Vec::new(),
-        });
-    }
+    let mut engine = lock();
+    engine.get_or_insert_with(|| Engine::new(Box::new(default_backend())));
     engine
 }
 
-/// `MICA_THREADS`, or the cores that this process may use.
-fn default_threads() -> usize {
+fn lock() -> MutexGuard<'static, Option<Engine>> {
+    ENGINE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// With `MICA_THREADS` threads, or one for each physical (or performance) core that this process may use; with fewer
+/// if the system does not start so many, which is said.
+fn default_backend() -> Cpu {
     let asked = threads_of_environment().unwrap_or_else(|error| {
         eprintln!("mica: {error}; it is ignored");
         None
     });
-    asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |count| count.get()))
+    let (backend, error) = Cpu::up_to(asked.unwrap_or_else(mica_threads::default_threads));
+    if let Some(error) = error {
+        eprintln!("mica: {error}; {} compute", backend.threads());
+    }
+    backend
 }
 
 /// What the variable `MICA_THREADS` asks for, if it is set (and not empty).
@@ -105,8 +103,12 @@ fn parse_threads(text: &str) -> std::result::Result<usize, String> {
 }
 
 /// Sets how many threads compute, from the next evaluation on. Results do not depend on it.
-pub fn set_threads(threads: usize) {
-    set_backend(Box::new(Cpu::new(threads)));
+///
+/// # Errors
+/// [`Error::Threads`]: the system does not start so many. Nothing has changed then.
+pub fn set_threads(threads: usize) -> Result<()> {
+    set_backend(Box::new(Cpu::new(threads)?));
+    Ok(())
 }
 
 /// How many threads compute.
@@ -116,11 +118,16 @@ pub fn threads() -> usize {
 
 /// Sets the backend that computes, from the next evaluation on.
 pub fn set_backend(backend: Box<dyn Backend>) {
-    engine().as_mut().expect("made by engine()").backend = backend;
+    match &mut *lock() {
+        Some(engine) => engine.backend = backend,
+        // The threads of a default backend are not even started.
+        none => *none = Some(Engine::new(backend)),
+    }
 }
 
-/// Work on the backend's pool that is no op of a graph: repacking weights.
-pub(crate) fn with_pool<R>(work: impl FnOnce(&Pool) -> R) -> R {
+/// Work on the backend's pool that is no op of a graph: repacking weights, measuring the machine. Evaluations wait
+/// meanwhile, so `work` must not evaluate. A backend that has no pool leaves the work to the calling thread.
+pub fn with_pool<R>(work: impl FnOnce(&Pool) -> R) -> R {
     let engine = engine();
     match engine.as_ref().expect("made by engine()").backend.pool() {
         Some(pool) => work(pool),
@@ -223,6 +230,19 @@ impl NodePointer {
 }
 
 impl Engine {
+    fn new(backend: Box<dyn Backend>) -> Engine {
+        Engine {
+            backend,
+            epoch: 1,
+            walk: 0,
+            steps: 0,
+            weights: Vec::new(),
+            pages: Vec::new(),
+            visits: Vec::new(),
+            order: Vec::new(),
+        }
+    }
+
     fn eval(&mut self, roots: &[Array]) -> Result<()> {
         let mut order = std::mem::take(&mut self.order);
         order.clear();

@@ -34,7 +34,7 @@ pub mod transforms;
 pub use array::Array;
 pub use dtype::{Complex32, Dtype, Element, promote};
 pub use error::{Error, Result};
-pub use eval::{eval, set_backend, set_threads, threads, threads_of_environment};
+pub use eval::{eval, set_backend, set_threads, threads, threads_of_environment, with_pool};
 pub use export::{FunctionExporter, ImportedFunction, Signature, export_function, import_function};
 pub use inspect::{buffer_bytes, pending_ops};
 pub use nan::set_check_nan;

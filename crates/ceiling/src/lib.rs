@@ -23,9 +23,8 @@ pub enum Arithmetic {
     Int8,
 }
 
-/// Memory and threads to measure ceilings with.
+/// Memory to measure ceilings with. The pool is lent: the threads that compute are those that are measured.
 pub struct Ceilings {
-    pool: Pool,
     block: Option<Block>,
 }
 
@@ -56,21 +55,21 @@ pub struct Work {
 }
 
 impl Ceilings {
-    /// With so many threads, and a block of so many bytes.
-    pub fn new(threads: usize, bytes: usize) -> Ceilings {
-        Ceilings { pool: Pool::new(threads), block: Block::new(bytes) }
+    /// With a block of so many bytes.
+    pub fn new(bytes: usize) -> Ceilings {
+        Ceilings { block: Block::new(bytes) }
     }
 
     /// Read bandwidth in GB/s, if there was memory for the block.
-    pub fn bandwidth(&self) -> Option<f64> {
-        Some(self.block.as_ref()?.bandwidth(&self.pool))
+    pub fn bandwidth(&self, pool: &Pool) -> Option<f64> {
+        Some(self.block.as_ref()?.bandwidth(pool))
     }
 
     /// All of them, on the tier that this process uses.
-    pub fn measure(&self) -> Measured {
-        let peak = |arithmetic| peak(&self.pool, Isa::get(), arithmetic);
+    pub fn measure(&self, pool: &Pool) -> Measured {
+        let peak = |arithmetic| peak(pool, Isa::get(), arithmetic);
         Measured {
-            read: self.bandwidth(),
+            read: self.bandwidth(pool),
             f32: peak(Arithmetic::F32),
             bf16: peak(Arithmetic::Bf16),
             int8: peak(Arithmetic::Int8),

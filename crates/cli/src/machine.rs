@@ -2,13 +2,18 @@
 
 use mica_array::memory;
 use mica_array::profile::{self, Row};
-pub use mica_ceiling::Measured;
-use mica_ceiling::{Arithmetic, Ceilings, Work};
+use mica_ceiling::{Arithmetic, Work};
+pub use mica_ceiling::{Ceilings, Measured};
 use serde_json::{Value, json};
 
-/// To measure with as many threads as arrays use, and a block of so many bytes.
-pub fn ceilings(bytes: usize) -> Ceilings {
-    Ceilings::new(mica_array::threads(), bytes)
+/// All ceilings, of the threads that arrays use.
+pub fn measure(ceilings: &Ceilings) -> Measured {
+    mica_array::with_pool(|pool| ceilings.measure(pool))
+}
+
+/// Their read bandwidth in GB/s, if there was memory to measure with.
+pub fn bandwidth(ceilings: &Ceilings) -> Option<f64> {
+    mica_array::with_pool(|pool| ceilings.bandwidth(pool))
 }
 
 /// What bounds an op, and the part of that ceiling it reaches.

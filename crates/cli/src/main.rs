@@ -17,7 +17,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "mica", version, about, max_term_width = 100, disable_help_subcommand = true)]
 struct Cli {
-    /// How many threads compute [default: MICA_THREADS, or the cores of this machine]
+    /// How many threads compute [default: MICA_THREADS, or the physical (or performance) cores that this process may
+    /// use]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
@@ -80,10 +81,14 @@ fn main() -> std::process::ExitCode {
     // A reader that goes away (`mica … | head`) ends the program as it ends others.
     exit::restore_broken_pipe();
     let cli = Cli::parse();
-    match (cli.threads, mica_array::threads_of_environment()) {
-        (Some(threads), _) => mica_array::set_threads(threads.into()),
-        (None, Ok(_)) => {}
+    let threads = match (cli.threads, mica_array::threads_of_environment()) {
+        (Some(threads), _) => Some(threads.into()),
+        (None, Ok(threads)) => threads,
         (None, Err(error)) => return exit::report(Err(exit::Usage(error).into())),
+    };
+    // A number that someone asked for is kept or refused; the default takes what there is.
+    if let Some(Err(error)) = threads.map(mica_array::set_threads) {
+        return exit::report(Err(error.into()));
     }
     if let Some(bytes) = cli.memory_limit {
         // Arrays heed it once a model is loaded.

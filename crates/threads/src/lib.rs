@@ -16,7 +16,7 @@ mod wait;
 
 pub use cores::default_threads;
 pub use lines::Lines;
-pub use pool::{Pool, TaskPanic};
+pub use pool::{Pool, TaskPanic, TooManyThreads};
 pub use scratch::{Account, Plain, Scratch, set_account};
 
 /// A unit of parallel work.

@@ -39,6 +39,21 @@ pub struct TaskPanic {
     pub refused: Option<usize>,
 }
 
+/// The system does not start as many threads as a pool was to have. Those that were started have ended.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{asked} threads were asked for, {possible} can compute here ({reason}): ask for fewer (--threads, MICA_THREADS), \
+     or raise the limit of processes (ulimit -u, pids.max of the control group) or of memory (ulimit -v)"
+)]
+pub struct TooManyThreads {
+    /// How many were asked for, the caller's own included.
+    pub asked: usize,
+    /// How many there were when starting one more failed, the caller's own included.
+    pub possible: usize,
+    /// What the system said.
+    pub reason: std::io::Error,
+}
+
 /// A fixed set of workers. The caller of [`Pool::run`] is worker 0.
 pub struct Pool {
     shared: Arc<Shared>,
@@ -165,9 +180,53 @@ impl Range {
 
 impl Pool {
     /// A pool of `threads` workers, the caller included; zero means one.
+    ///
+    /// # Panics
+    /// The system does not start so many threads. [`Pool::try_new`] and [`Pool::up_to`] tell, for counts that
+    /// a user chose or that are a guess.
     pub fn new(threads: usize) -> Pool {
+        Pool::try_new(threads).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// [`Pool::new`], or the error if the system does not start so many threads.
+    pub fn try_new(threads: usize) -> Result<Pool, TooManyThreads> {
+        Pool::start(threads, |worker, work| {
+            std::thread::Builder::new().name(format!("mica-{worker}")).spawn(work)
+        })
+    }
+
+    /// A pool of up to `threads` workers. If the system does not start so many, one fewer than it starts, and the
+    /// error that says so: what else the program starts, such as a reader of data, needs a thread too.
+    pub fn up_to(threads: usize) -> (Pool, Option<TooManyThreads>) {
+        Pool::most(threads, Pool::try_new)
+    }
+
+    fn most(
+        threads: usize,
+        try_new: impl Fn(usize) -> Result<Pool, TooManyThreads>,
+    ) -> (Pool, Option<TooManyThreads>) {
+        let (mut now, mut first) = (threads, None);
+        loop {
+            match try_new(now) {
+                Ok(pool) => return (pool, first),
+                Err(error) => {
+                    // One worker, the caller, is always possible.
+                    now = (error.possible - 1).max(1);
+                    first.get_or_insert(error);
+                }
+            }
+        }
+    }
+
+    fn start(
+        threads: usize,
+        spawn: impl Fn(usize, Box<dyn FnOnce() + Send>) -> std::io::Result<JoinHandle<()>>,
+    ) -> Result<Pool, TooManyThreads> {
         let threads = threads.max(1);
-        assert!(threads as u64 <= CREW, "{threads} threads, a pool has at most {CREW}");
+        if threads as u64 > CREW {
+            let reason = std::io::Error::other(format!("a pool has at most {CREW}"));
+            return Err(TooManyThreads { asked: threads, possible: CREW as usize, reason });
+        }
         let no_task: &'static dyn Task = &Nothing;
         let no_tasks: &'static [&'static dyn Task] = &[];
         let shared = Arc::new(Shared {
@@ -182,16 +241,17 @@ impl Pool {
             ranges: (0..threads).map(|_| Range::default()).collect(),
             places: Places::new(threads),
         });
-        let workers = (1..threads)
-            .map(|worker| {
-                let shared = shared.clone();
-                std::thread::Builder::new()
-                    .name(format!("mica-{worker}"))
-                    .spawn(move || worker_loop(&shared, worker))
-                    .expect("the system can start a thread")
-            })
-            .collect();
-        Pool { shared, run_lock: Mutex::new(Scratch::new()), workers, begun: false }
+        let workers = Vec::with_capacity(threads - 1);
+        let mut pool = Pool { shared, run_lock: Mutex::new(Scratch::new()), workers, begun: false };
+        for worker in 1..threads {
+            let shared = pool.shared.clone();
+            match spawn(worker, Box::new(move || worker_loop(&shared, worker))) {
+                Ok(handle) => pool.workers.push(handle),
+                // The pool goes, and ends those that were started.
+                Err(reason) => return Err(TooManyThreads { asked: threads, possible: worker, reason }),
+            }
+        }
+        Ok(pool)
     }
 
     /// The number of workers, the caller included.

@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use mica_kernels::elementwise::Dense;
 use mica_kernels::quant::ProductPlan;
-use mica_threads::{Pool, Task};
+use mica_threads::{Pool, Task, TooManyThreads};
 
 use super::{Backend, HostView, Operand, Step, StepRef};
 use crate::op::Op;
@@ -115,10 +115,23 @@ pub struct Cpu {
 
 impl Cpu {
     /// A backend with a pool of so many threads.
-    pub fn new(threads: usize) -> Cpu {
+    ///
+    /// # Errors
+    /// [`Error::Threads`]: the system does not start so many.
+    pub fn new(threads: usize) -> Result<Cpu> {
+        Ok(Cpu::with(Pool::try_new(threads)?))
+    }
+
+    /// A backend with a pool of up to so many threads, and why there are fewer, if there are.
+    pub fn up_to(threads: usize) -> (Cpu, Option<TooManyThreads>) {
+        let (pool, error) = Pool::up_to(threads);
+        (Cpu::with(pool), error)
+    }
+
+    fn with(pool: Pool) -> Cpu {
         mica_threads::set_account(memory::SCRATCH);
         Cpu {
-            pool: Pool::new(threads),
+            pool,
             plan: Vec::new(),
             started: Vec::new(),
             started_tasks: Vec::new(),

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use mica_array::kv::KvFormat;
 use mica_array::{Precision, profile};
-use mica_ceiling::Ceilings;
 use mica_lm::cache::Cache;
 use mica_lm::generate::{Options, advance, prefill};
 use mica_lm::load::Loaded;
@@ -15,7 +14,7 @@ use mica_simd::Isa;
 
 use super::{KvArgs, ModelArgs, bench_train};
 use crate::exit::Usage;
-use crate::machine::{self, peak_memory_gb};
+use crate::machine::{self, Ceilings, peak_memory_gb};
 use crate::output::say;
 
 /// Measure the speed of prefill and decoding, or of training (--train)
@@ -121,7 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // One run to warm up, whose peak is the model's own: measuring the bandwidth takes memory too.
     bench.measure(filled.as_ref(), depth, None)?;
     let peak_memory_gb = peak_memory_gb();
-    let ceilings = machine::ceilings(BLOCK);
+    let ceilings = Ceilings::new(BLOCK);
     let mut runs = Vec::with_capacity(args.runs.min(1 << 16));
     for _ in 0..args.runs {
         runs.push(bench.measure(filled.as_ref(), depth, Some(&ceilings))?);
@@ -134,7 +133,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let session = profile::start();
     bench.decode(cache, steps)?;
     let ops = session.finish();
-    let measured = ceilings.measure();
+    let measured = machine::measure(&ceilings);
     let median = |value: fn(&Run) -> f64| {
         let mut values: Vec<f64> = runs.iter().map(value).collect();
         values.sort_by(f64::total_cmp);
@@ -241,7 +240,7 @@ impl Bench<'_> {
             None => prompt,
         };
         // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
-        let sample = || ceilings.and_then(Ceilings::bandwidth).unwrap_or(f64::NAN);
+        let sample = || ceilings.and_then(machine::bandwidth).unwrap_or(f64::NAN);
         let before = sample();
         let started = Instant::now();
         self.decode(cache, args.generate_tokens)?;

@@ -22,7 +22,7 @@ use mica_tune::trainer::{Update, UpdateSettings};
 
 use super::bench::BLOCK;
 use crate::exit::Usage;
-use crate::machine::{self, peak_memory_gb};
+use crate::machine::{self, Ceilings, peak_memory_gb};
 use crate::output::say;
 
 /// Positions of a step: more than fit into any memory.
@@ -142,7 +142,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     let session = profile::start();
     update.step(&mut *loaded.model, &Sft, window, args.steps as u64, args.learning_rate)?;
     let ops = session.finish();
-    let measured = machine::ceilings(BLOCK).measure();
+    let measured = machine::measure(&Ceilings::new(BLOCK));
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let step_s = sorted[sorted.len() / 2];

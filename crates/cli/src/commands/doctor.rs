@@ -3,7 +3,7 @@
 use mica_simd::Isa;
 use serde_json::{Value, json};
 
-use crate::machine::{self, Measured};
+use crate::machine::{self, Ceilings, Measured};
 use crate::output::say;
 
 /// Show this machine: its instruction sets, its ceilings, and what models can reach under them
@@ -119,7 +119,7 @@ impl Reach {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let threads = mica_array::threads();
     let tiers: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
-    let measured = machine::ceilings(1 << 30).measure();
+    let measured = machine::measure(&Ceilings::new(1 << 30));
     let reach = SHAPES.map(|shape| Reach::of(&shape, &measured));
     if args.json {
         let document = json!({

@@ -140,6 +140,31 @@ fn variables_are_heeded_or_refused() {
     assert!(settings().contains("24"), "{}", settings());
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn threads_that_do_not_start_are_refused_or_done_without() {
+    let room = room();
+    // Stacks of a thousand threads do not fit; a few do.
+    let limited = |threads: Option<&str>, arguments: &str| {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "ulimit -v 1500000 && exec \"$@\"", "sh", env!("CARGO_BIN_EXE_mica")]);
+        command.args(room.command(arguments).get_args()).env_remove("RUST_BACKTRACE");
+        if let Some(threads) = threads {
+            command.env("MICA_THREADS", threads);
+        }
+        Ran::of(&command.output().unwrap())
+    };
+    let generate = "generate --model @llama --prompt-tokens 1 -n 1";
+    for (threads, arguments) in
+        [(None, format!("{generate} --threads 1024")), (Some("1024"), generate.into())]
+    {
+        let ran = limited(threads, &arguments);
+        ran.failed(&arguments, 1).says(&arguments, &["1024 threads", "--threads", "ulimit"]);
+        assert_eq!(ran.err.lines().count(), 1, "{}", ran.err);
+    }
+    limited(None, &format!("{generate} --threads 2")).succeeded("two");
+}
+
 #[test]
 fn what_was_not_measured_is_null() {
     let room = room();

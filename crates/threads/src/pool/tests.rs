@@ -159,6 +159,43 @@ fn several_threads_take_turns() {
 }
 
 #[test]
+fn threads_that_do_not_start_are_an_error_and_those_that_did_end() {
+    for fails in 1..5 {
+        let (started, ended) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+        let spawn = |worker, work: Box<dyn FnOnce() + Send>| {
+            if worker == fails {
+                return Err(std::io::Error::other("no more"));
+            }
+            started.fetch_add(1, Ordering::SeqCst);
+            let ended = ended.clone();
+            std::thread::Builder::new().spawn(move || {
+                work();
+                ended.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let error = Pool::start(5, spawn).err().unwrap();
+        assert_eq!((error.asked, error.possible), (5, fails), "{error}");
+        assert!(error.to_string().starts_with(&format!("5 threads were asked for, {fails} ")), "{error}");
+        let counts = [&started, &ended].map(|count| count.load(Ordering::SeqCst));
+        assert_eq!(counts, [fails - 1; 2], "worker {fails} fails");
+    }
+    let error = Pool::try_new(CREW as usize + 1).err().unwrap();
+    assert!(error.to_string().contains("65535"), "{error}");
+    assert_eq!(Pool::try_new(0).unwrap().threads(), 1);
+    let (pool, error) = Pool::up_to(3);
+    assert!(pool.threads() == 3 && error.is_none());
+    for (limit, threads) in [(5, 5), (4, 3), (2, 1), (1, 1)] {
+        let spawn = |worker, work| match worker {
+            _ if worker >= limit => Err(std::io::Error::other("no more")),
+            _ => std::thread::Builder::new().spawn(work),
+        };
+        let (pool, error) = Pool::most(5, |threads| Pool::start(threads, spawn));
+        assert_eq!(pool.threads(), threads, "with {limit} of 5");
+        assert_eq!(error.map(|error| error.possible), (limit < 5).then_some(limit), "with {limit} of 5");
+    }
+}
+
+#[test]
 fn workers_sleep_through_a_long_task_and_come_back() {
     let pool = Pool::new(3);
     let shared = &pool.shared;

@@ -243,14 +243,14 @@ fn the_number_of_threads_changes_nothing() {
     let before = mica_array::threads();
     for case in CASES {
         let runs = [1, 2, 3].map(|threads| {
-            mica_array::set_threads(threads);
+            mica_array::set_threads(threads).unwrap();
             let (folder, lines) = undisturbed(case);
             (lines, final_files(folder.path()))
         });
         assert_eq!(runs[0], runs[1], "{}", case.name);
         assert_eq!(runs[0], runs[2], "{}", case.name);
     }
-    mica_array::set_threads(before);
+    mica_array::set_threads(before).unwrap();
 }
 
 #[test]
