@@ -79,7 +79,7 @@ fn default_backend() -> Cpu {
     });
     let (backend, error) = Cpu::up_to(asked.unwrap_or_else(mica_threads::default_threads));
     if let Some(error) = error {
-        eprintln!("mica: {error}; {} compute", backend.threads());
+        eprintln!("mica: {error}; computing with {}", backend.threads());
     }
     backend
 }

@@ -42,7 +42,7 @@ pub struct TaskPanic {
 /// The system does not start as many threads as a pool was to have. Those that were started have ended.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{asked} threads were asked for, {possible} can compute here ({reason}): ask for fewer (--threads, MICA_THREADS), \
+    "{asked} threads can't be started, {possible} can ({reason}): ask for fewer (--threads, MICA_THREADS), \
      or raise the limit of processes (ulimit -u, pids.max of the control group) or of memory (ulimit -v)"
 )]
 pub struct TooManyThreads {

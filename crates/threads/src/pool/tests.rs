@@ -175,7 +175,10 @@ fn threads_that_do_not_start_are_an_error_and_those_that_did_end() {
         };
         let error = Pool::start(5, spawn).err().unwrap();
         assert_eq!((error.asked, error.possible), (5, fails), "{error}");
-        assert!(error.to_string().starts_with(&format!("5 threads were asked for, {fails} ")), "{error}");
+        assert!(
+            error.to_string().starts_with(&format!("5 threads can't be started, {fails} can ")),
+            "{error}"
+        );
         let counts = [&started, &ended].map(|count| count.load(Ordering::SeqCst));
         assert_eq!(counts, [fails - 1; 2], "worker {fails} fails");
     }
