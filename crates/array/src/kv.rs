@@ -6,6 +6,7 @@
 //! and attends over it; a token array that each call takes and gives orders the calls that write
 //! the same sequences, whatever else they depend on.
 
+use std::collections::HashSet;
 use std::sync::{Arc, OnceLock};
 
 use mica_kernels::attention::PageShape;
@@ -109,6 +110,8 @@ pub struct KvCache {
     sequences: Vec<Sequence>,
     /// Per layer, the token of the last call.
     tokens: Vec<Option<Array>>,
+    /// Per layer, the window of the last call.
+    windows: Vec<Option<usize>>,
 }
 
 /// How a layer attends over its store.
@@ -122,6 +125,15 @@ pub struct PagedSpec {
     pub softcap: Option<f32>,
     /// Of the products.
     pub precision: Precision,
+}
+
+impl PagedSpec {
+    /// How many keys `length` queries behind `before` positions read together: one outside of all their windows is
+    /// not read.
+    pub(crate) fn keys_read(window: Option<usize>, before: usize, length: usize) -> usize {
+        let seen = window.map_or(usize::MAX, |window| window.saturating_add(length.saturating_sub(1)));
+        before.saturating_add(length).min(seen)
+    }
 }
 
 /// One call's view of the store: what [`Op::PagedAttention`] carries.
@@ -140,7 +152,8 @@ pub struct PagedStep {
 impl KvCache {
     /// An empty store for `batch` sequences.
     pub fn new(spec: KvSpec, batch: usize) -> KvCache {
-        KvCache { tokens: vec![None; spec.layers], sequences: vec![Sequence::default(); batch], spec }
+        let (tokens, windows) = (vec![None; spec.layers], vec![None; spec.layers]);
+        KvCache { tokens, windows, sequences: vec![Sequence::default(); batch], spec }
     }
 
     /// Sizes.
@@ -235,6 +248,7 @@ impl KvCache {
                 .map(|sequence| (sequence.pages.clone(), sequence.length))
                 .collect(),
         };
+        self.windows[layer] = spec.window;
         let dtype = q.dtype();
         let mut inputs: crate::node::Inputs = smallvec![q.clone(), k.astype(dtype)?, v.astype(dtype)?];
         inputs.extend(self.tokens[layer].take());
@@ -273,6 +287,80 @@ impl KvCache {
             spec: self.spec.clone(),
             sequences: rows.iter().map(|&row| self.sequences[row].clone()).collect(),
             tokens: vec![None; self.spec.layers],
+            windows: self.windows.clone(),
         })
+    }
+
+    /// Gives each sequence a copy of its own of the pages that it shares with another one of this store.
+    ///
+    /// # Errors
+    /// If the copies do not fit in memory.
+    pub fn unshare(&mut self) -> Result<()> {
+        // What the pages hold must be complete before they are copied.
+        crate::eval::eval(&self.pending())?;
+        self.tokens.fill(None);
+        let mut taken = HashSet::new();
+        for page in self.sequences.iter_mut().flat_map(|sequence| &mut sequence.pages) {
+            if !taken.insert(Arc::as_ptr(page)) {
+                *page = Arc::new(page.copy()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of keys and values that a query behind so many positions of a sequence reads in all layers, its own
+    /// included. Of a layer with a window these are at most the window's, once something has attended there.
+    pub fn bytes_read(&self, before: usize) -> u64 {
+        let a_layer = (self.spec.bytes_per_position() / self.spec.layers.max(1)) as u64;
+        self.windows.iter().map(|&window| PagedSpec::keys_read(window, before, 1) as u64 * a_layer).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: KvSpec = KvSpec { layers: 2, kv_heads: 1, head_dim: 16, dtype: Dtype::F32 };
+
+    /// Appends positions to all sequences; layer 1 has a window of 40. What the layers attended.
+    fn attend(cache: &mut KvCache, length: usize, seed: u64) -> Vec<f32> {
+        let shape = [cache.batch(), length, 1, 16];
+        let key = crate::random::key(seed).unwrap();
+        let x = crate::random::normal(&shape, Dtype::F32, &key).unwrap();
+        cache.reserve(length).unwrap();
+        let mut sum = Vec::new();
+        for (layer, window) in [None, Some(40)].into_iter().enumerate() {
+            let spec = PagedSpec { scale: 0.25, window, softcap: None, precision: Precision::Exact };
+            sum.extend(cache.attend(layer, &x, &x, &x, spec).unwrap().to_vec::<f32>().unwrap());
+        }
+        cache.advance(length);
+        sum
+    }
+
+    #[test]
+    fn sequences_that_no_longer_share_pages_hold_what_they_held() {
+        for length in [PAGE - 3, 2 * PAGE, 2 * PAGE + 5] {
+            let mut one = KvCache::new(SPEC, 1);
+            attend(&mut one, length, 1);
+            let (mut shared, mut own) = (one.fork(&[0, 0, 0]).unwrap(), one.fork(&[0, 0, 0]).unwrap());
+            own.unshare().unwrap();
+            let pages: HashSet<_> = own.sequences.iter().flat_map(|s| &s.pages).map(Arc::as_ptr).collect();
+            assert_eq!(pages.len(), 3 * length.div_ceil(PAGE), "{length}");
+            assert_eq!(attend(&mut own, 1, 2), attend(&mut shared, 1, 2), "{length}");
+        }
+    }
+
+    #[test]
+    fn of_a_layer_with_a_window_no_more_keys_are_read() {
+        let mut cache = KvCache::new(SPEC, 1);
+        attend(&mut cache, 1, 3);
+        let a_key = 2 * 16 * 4;
+        for (before, keys) in [(0, 1 + 1), (39, 40 + 40), (40, 41 + 40), (1000, 1001 + 40)] {
+            assert_eq!(cache.bytes_read(before), keys * a_key, "behind {before}");
+            assert_eq!(cache.fork(&[0]).unwrap().bytes_read(before), keys * a_key, "a fork behind {before}");
+        }
+        for (window, before, length, keys) in [(None, 7, 3, 10), (Some(4), 7, 3, 6), (Some(4), 0, 3, 3)] {
+            assert_eq!(PagedSpec::keys_read(window, before, length), keys, "{window:?} {before} {length}");
+        }
     }
 }

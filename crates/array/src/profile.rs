@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
-use crate::Dtype;
 use crate::backend::{Operand, Step};
-use crate::kv::PagedStep;
-use crate::op::{Op, Precision};
+use crate::kv::{PagedSpec, PagedStep};
+use crate::op::{AttentionSpec, Op, Precision};
+use crate::{Dtype, PackedWeight};
 
 const OFF: u8 = 0;
 const OPS: u8 = 1;
@@ -159,40 +159,55 @@ fn bytes(step: &Step) -> u64 {
     }
 }
 
-/// Of each sequence: the keys that are read, and the pairs of a query and a key that it sees. (A key outside of all
-/// windows is not read.)
+/// Of each sequence: the keys that are read, and the pairs of a query and a key that it sees.
 fn seen<'a>(paged: &'a PagedStep, queries: &'a Operand) -> impl Iterator<Item = (u64, u64)> + 'a {
     let length = match queries {
-        Operand::Host(view) => view.shape.get(1).copied().unwrap_or(0) as u64,
+        Operand::Host(view) => view.shape.get(1).copied().unwrap_or(0),
         Operand::Packed(_) | Operand::Absent => 0,
     };
-    let window = paged.spec.window.map_or(u64::MAX, |window| window as u64);
-    paged.sequences.iter().map(move |(_, before)| {
-        let before = *before as u64;
-        let pairs = (1..=length).map(|i| (before + i).min(window)).sum();
-        ((before + length).min(window.saturating_add(length)), pairs)
+    let window = paged.spec.window;
+    paged.sequences.iter().map(move |&(_, before)| {
+        let keys = PagedSpec::keys_read(window, before, length) as u64;
+        (keys, causal_pairs(before as i64, length, window))
     })
 }
 
+/// Pairs of a query and a key that it sees, of queries that stand behind so many keys (with fewer keys than queries:
+/// behind less than none).
+fn causal_pairs(before: i64, queries: usize, window: Option<usize>) -> u64 {
+    let window = window.map_or(u64::MAX, |window| window as u64);
+    (1..=queries as i64).map(|i| (before + i).max(0) as u64).map(|keys| keys.min(window)).sum()
+}
+
+/// The same of attention over arrays. (The beginnings of packed rows are data, so their keys count.)
+fn pairs(spec: &AttentionSpec, queries: usize, keys: usize) -> u64 {
+    match spec.causal {
+        true => causal_pairs(keys as i64 - queries as i64, queries, spec.window),
+        false => queries as u64 * keys as u64,
+    }
+}
+
+/// What the CPU backend forms an op's products in (`backend/cpu/{products,fused}.rs`).
 fn arithmetic(step: &Step) -> Arithmetic {
-    // Products of two bf16 arrays are exact in bf16.
-    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
     let float = |precision: Precision| match precision {
-        Precision::Exact if matches!(step.op, Op::Matmul { .. }) && halves() => Arithmetic::Bf16,
         Precision::Exact => Arithmetic::F32,
         Precision::Bf16 | Precision::Fast => Arithmetic::Bf16,
     };
+    // Products of two bf16 arrays are exact in bf16.
+    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
+    let quantized = || {
+        step.inputs.iter().any(|x| matches!(x, Operand::Packed(w) if matches!(**w, PackedWeight::Quant(_))))
+    };
     match &step.op {
-        Op::Linear { precision: Precision::Fast }
-            if step.inputs.iter().any(|operand| matches!(operand, Operand::Packed(_))) =>
-        {
-            Arithmetic::Int8
-        }
+        Op::Linear { precision: Precision::Fast } if quantized() => Arithmetic::Int8,
+        Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } if halves() => Arithmetic::Bf16,
         Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
             float(*precision)
         }
         Op::LinearCrossEntropy(spec) => float(spec.precision),
         Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
+        // What is kept in f32 is not rounded for products.
+        Op::PagedAttention(paged) if paged.kv.dtype == Dtype::F32 => Arithmetic::F32,
         Op::PagedAttention(paged) => float(paged.spec.precision),
         _ => Arithmetic::None,
     }
@@ -216,11 +231,13 @@ fn operations(step: &Step) -> u64 {
             let formed = step.outputs.iter().skip(2).filter(|o| !matches!(o, Operand::Absent)).count() as u64;
             2 * size(&first) * shape(&step.inputs[1])[0] as u64 * (1 + formed)
         }
-        // Scores and sums over all keys; half as much where queries see only keys before them.
+        // Scores and sums over the keys that are seen; backward, the scores again and a product for each gradient of
+        // theirs and of the three inputs.
         Op::Attention(spec) | Op::AttentionVjp(spec) => {
-            let keys = shape(&step.inputs[1])[1] as u64;
+            let (queries, keys) = (first[1], shape(&step.inputs[1])[1]);
             let products = if matches!(step.op, Op::Attention(_)) { 2 } else { 5 };
-            2 * products * size(&first) * keys / if spec.causal { 2 } else { 1 }
+            let a_query = size(&first) / queries.max(1) as u64;
+            2 * products * a_query * pairs(spec, queries, keys)
         }
         Op::PagedAttention(paged) => {
             let pairs: u64 = seen(paged, &step.inputs[0]).map(|(_, pairs)| pairs).sum();
@@ -270,4 +287,99 @@ pub fn report() -> Option<String> {
         );
     }
     Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::HostView;
+    use crate::kv::KvSpec;
+    use crate::{Array, Quantized};
+    use std::sync::Arc;
+
+    fn plain(shape: &[usize], dtype: Dtype) -> Operand {
+        let pointer = std::ptr::null_mut();
+        let strides = mica_kernels::view::contiguous_strides(shape);
+        Operand::Host(HostView { pointer, shape: shape.into(), strides, dtype })
+    }
+
+    fn step(op: Op, inputs: &[Operand], output: &[usize]) -> Step {
+        Step {
+            op,
+            inputs: inputs.iter().cloned().collect(),
+            outputs: std::iter::once(plain(output, Dtype::F32)).collect(),
+        }
+    }
+
+    #[test]
+    fn products_have_the_name_of_what_they_are_formed_in() {
+        let float = PackedWeight::from_float(&Array::zeros(&[64, 64], Dtype::BF16)).unwrap();
+        let codes = Quantized {
+            words: Array::zeros(&[64, 8], Dtype::U32),
+            scales: Array::zeros(&[64, 1], Dtype::BF16),
+            biases: Array::zeros(&[64, 1], Dtype::BF16),
+        };
+        let quantized = PackedWeight::from_mlx(&codes, 4, 64).unwrap();
+        let [float, quantized] = [float, quantized].map(|weight| Operand::Packed(Arc::new(weight)));
+        let (halves, singles) = (plain(&[64, 64], Dtype::BF16), plain(&[64, 64], Dtype::F32));
+        let paged = |dtype| {
+            let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 64, dtype };
+            let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Fast };
+            Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Vec::new() }))
+        };
+        let linear = |precision| Op::Linear { precision };
+        let (fast, bf16, exact) = (Precision::Fast, Precision::Bf16, Precision::Exact);
+        for (name, op, weight, expected) in [
+            ("quantized", linear(fast), &quantized, Arithmetic::Int8),
+            ("packed floats have no 8-bit form", linear(fast), &float, Arithmetic::Bf16),
+            ("plain floats", linear(fast), &singles, Arithmetic::Bf16),
+            ("quantized, bf16", linear(bf16), &quantized, Arithmetic::Bf16),
+            ("quantized, exact", linear(exact), &quantized, Arithmetic::F32),
+            ("backward", Op::LinearTransposed { precision: bf16 }, &quantized, Arithmetic::Bf16),
+            ("exact", linear(exact), &halves, Arithmetic::F32),
+            ("a cache of bf16", paged(Dtype::BF16), &singles, Arithmetic::Bf16),
+            ("a cache of f32", paged(Dtype::F32), &singles, Arithmetic::F32),
+        ] {
+            assert_eq!(
+                arithmetic(&step(op, &[singles.clone(), weight.clone()], &[64, 64])),
+                expected,
+                "{name}"
+            );
+        }
+        for op in [linear(exact), Op::Matmul { precision: exact }] {
+            let inputs = [halves.clone(), halves.clone()];
+            assert_eq!(arithmetic(&step(op, &inputs, &[64, 64])), Arithmetic::Bf16, "two of bf16 are exact");
+        }
+    }
+
+    #[test]
+    fn attention_counts_the_keys_that_are_seen() {
+        let brute = |causal: bool, window: Option<usize>, queries: i64, keys: i64| {
+            let sees = |query: i64, key: i64| {
+                let own = query + keys - queries;
+                !causal || key <= own && window.is_none_or(|window| key > own - window as i64)
+            };
+            let all = (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key)));
+            all.filter(|&(query, key)| sees(query, key)).count() as u64
+        };
+        for (causal, window, queries, keys) in [
+            (false, None, 5, 7),
+            (true, None, 6, 6),
+            (true, None, 2, 9),
+            (true, None, 5, 3),
+            (true, Some(3), 8, 8),
+            (true, Some(3), 2, 9),
+            (true, Some(100), 6, 6),
+        ] {
+            let (scale, softcap, precision) = (1.0, None, Precision::Bf16);
+            let spec = AttentionSpec { scale, causal, window, softcap, key_start: false, precision };
+            let (q, k) = ([2, queries, 4, 16], [2, keys, 1, 16]);
+            let inputs = [plain(&q, Dtype::F32), plain(&k, Dtype::F32), plain(&k, Dtype::F32)];
+            let heads = 2 * 4 * 16;
+            let seen = heads * brute(causal, window, queries as i64, keys as i64);
+            let name = format!("{causal} {window:?} {queries} {keys}");
+            assert_eq!(operations(&step(Op::Attention(spec.clone()), &inputs, &q)), 4 * seen, "{name}");
+            assert_eq!(operations(&step(Op::AttentionVjp(spec), &inputs, &q)), 10 * seen, "{name}");
+        }
+    }
 }
