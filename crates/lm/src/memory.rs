@@ -1,7 +1,7 @@
 //! Whether something fits in memory, asked before it is begun.
 
 use mica_array::kv::KvFormat;
-use mica_array::{Precision, memory};
+use mica_array::{Array, Precision, memory};
 use mica_nn::{Context, parameters};
 
 use crate::generate::PREFILL;
@@ -63,16 +63,52 @@ pub fn forward(
     all_logits: bool,
     precision: Precision,
 ) -> Result<u64> {
+    pass(model, &[&vec![0; length]], all_logits, precision)
+}
+
+/// Bytes that a step of decoding takes for a moment, with a token and the logits of each of `batch` sequences.
+pub fn step(model: &dyn LanguageModel, batch: usize, precision: Precision) -> Result<u64> {
+    pass(model, &vec![&[0][..]; batch], false, precision)
+}
+
+fn pass(model: &dyn LanguageModel, rows: &[&[u32]], all_logits: bool, precision: Precision) -> Result<u64> {
     // What is still to be computed of the model must not be found computed, without values, afterwards.
     let all: Vec<_> = parameters(model.as_module()).into_iter().map(|(_, array)| array).collect();
     mica_array::eval(&all)?;
-    let tokens = vec![0; length];
     let (result, rehearsal) = memory::rehearse(|| -> Result<()> {
-        let input = Input { last_only: !all_logits, ..Input::new(&[&tokens], &[0])? };
+        let input = Input { last_only: !all_logits, ..Input::new(rows, &vec![0; rows.len()])? };
         Ok(model.logits(&input, None, &Context::new(precision))?.eval()?)
     });
     result?;
     Ok(rehearsal.bytes)
+}
+
+/// Bytes that keys and values of `batch` sequences of `length` tokens take: whole pages.
+pub fn kept(model: &dyn LanguageModel, length: usize, batch: usize, format: KvFormat) -> u64 {
+    let page = mica_array::kv::PAGE;
+    let positions = (length.div_ceil(page) as u64).saturating_mul(page as u64).saturating_mul(batch as u64);
+    positions.saturating_mul(model.new_cache(1, format).kv.spec().bytes_per_position() as u64)
+}
+
+/// Bytes of weights that a step of decoding reads, as they lie in memory: all but the table of embeddings, of which it
+/// reads a row a sequence, unless that is the output head too.
+pub fn weights_read(model: &dyn LanguageModel) -> u64 {
+    let names = parameters(model.as_module());
+    let has_head = names.iter().any(|(name, _)| name.starts_with("lm_head."));
+    let bytes = |array: &Array| match array.packed() {
+        Some(weight) => weight.bytes(),
+        None => array.size() * array.dtype().size(),
+    };
+    let sum =
+        |list: &mut dyn Iterator<Item = &(String, Array)>| list.map(|(_, array)| bytes(array) as u64).sum();
+    let table = sum(&mut names.iter().filter(|(name, _)| name.starts_with("model.embed_tokens.")));
+    read_a_step(sum(&mut names.iter()), table, !has_head)
+}
+
+/// What of these bytes of all weights a step of decoding reads, with those of the table of embeddings given, and
+/// whether that is the output head too.
+pub fn read_a_step(all: u64, table: u64, tied: bool) -> u64 {
+    if tied { all } else { all - table }
 }
 
 /// Bytes that keys and values of `batch` sequences of `length` tokens and reading `prompt` tokens into them take.
@@ -83,9 +119,6 @@ pub fn generation(
     batch: usize,
     (format, precision): (KvFormat, Precision),
 ) -> Result<u64> {
-    let cache = model.new_cache(1, format);
-    let page = mica_array::kv::PAGE;
-    let positions = length.div_ceil(page) as u64 * page as u64 * batch as u64;
-    let kept = positions * cache.kv.spec().bytes_per_position() as u64;
-    Ok(kept + forward(model, prompt.clamp(1, PREFILL), false, precision)?)
+    let pass = forward(model, prompt.clamp(1, PREFILL), false, precision)?;
+    Ok(kept(model, length, batch, format).saturating_add(pass))
 }

@@ -215,3 +215,23 @@ fn a_row_does_not_depend_on_its_neighbours_nor_on_the_cut() {
 fn alone_count(whole: &[f32], alone: &Case) -> usize {
     whole.len() / (alone.length() * alone.vocabulary)
 }
+
+#[test]
+fn of_a_table_that_is_no_head_a_step_reads_no_more_than_rows() {
+    use mica_lm::memory::{read_a_step, weights_read};
+    for (name, tied) in
+        [("llama", false), ("llama-tied", true), ("llama-4bit", false), ("llama-tied-4bit", true)]
+    {
+        let model = open(name, Packing::Frozen).loaded.model;
+        let bytes = |wanted: &str| -> u64 {
+            let all = mica_nn::parameters(model.as_module());
+            let some = all.into_iter().filter(|(name, _)| name.starts_with(wanted));
+            let of = |array: Array| array.packed().map_or(array.size() * array.dtype().size(), |w| w.bytes());
+            some.map(|(_, array)| of(array) as u64).sum()
+        };
+        let (all, table) = (bytes(""), bytes("model.embed_tokens"));
+        assert!(table > 0 && (bytes("lm_head") == 0) == tied, "{name}");
+        assert_eq!(weights_read(&*model), if tied { all } else { all - table }, "{name}");
+        assert_eq!(weights_read(&*model), read_a_step(all, table, tied), "{name}");
+    }
+}
