@@ -22,11 +22,11 @@ use series::{Models, Series};
 #[derive(Args)]
 pub struct Growth {
     /// Model folder for decoding and prompts, quantized
-    #[arg(long, value_name = "FOLDER")]
-    quantized: PathBuf,
+    #[arg(long, value_name = "FOLDER", required_unless_present = "draw")]
+    quantized: Option<PathBuf>,
     /// Model folder for training steps
-    #[arg(long, value_name = "FOLDER")]
-    float: PathBuf,
+    #[arg(long, value_name = "FOLDER", required_unless_present = "draw")]
+    float: Option<PathBuf>,
     /// More model folders to open, of other sizes
     #[arg(long, value_delimiter = ',')]
     open: Vec<PathBuf>,
@@ -68,13 +68,11 @@ impl Growth {
     /// Puts new points into the curves, and says which failed.
     fn measure(&self, curves: &mut Vec<Curve>) -> anyhow::Result<Vec<String>> {
         ensure!(self.mica.is_file(), "{} is not there: cargo build --release", self.mica.display());
-        let models = Models {
-            mica: &self.mica,
-            quantized: &self.quantized,
-            float: &self.float,
-            open: &self.open,
-            runs: self.runs as usize,
+        let (Some(quantized), Some(float)) = (&self.quantized, &self.float) else {
+            bail!("--quantized and --float are needed to measure");
         };
+        let models =
+            Models { mica: &self.mica, quantized, float, open: &self.open, runs: self.runs as usize };
         let chosen = if self.only.is_empty() { &Series::ALL } else { self.only.as_slice() };
         let without = chosen.iter().find(|series| series.places().is_none());
         if let (Some(series), false) = (without, self.at.is_empty()) {
@@ -162,6 +160,27 @@ fn write(folder: &Path, curves: &[Curve]) -> anyhow::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Words {
+        #[command(flatten)]
+        growth: Growth,
+    }
+
+    #[test]
+    fn drawing_needs_no_models() {
+        for (words, fits) in [
+            ("x --draw", true),
+            ("x --draw --output here", true),
+            ("x", false),
+            ("x --quantized a", false),
+            ("x --quantized a --float b", true),
+        ] {
+            let parsed = Words::try_parse_from(words.split(' ')).map(|words| words.growth.draw);
+            assert_eq!(parsed.is_ok(), fits, "{words}");
+        }
+    }
 
     fn curve(machine: &str, title: &str) -> Curve {
         let [file, x, y] = ["a", "tokens", "s"].map(String::from);
