@@ -105,7 +105,8 @@ fn evaluate(result: mica_array::Result<Array>) {
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let bench = Bench { words, ceilings: Ceilings::new(BLOCK) };
+    let ceilings = mica_array::with_pool(|pool| Ceilings::new(Some(BLOCK), pool));
+    let bench = Bench { words, ceilings };
     println!("{} threads, {}", mica_array::threads(), Isa::get());
     products(&bench);
     heads(&bench);

@@ -3,11 +3,13 @@
 //!
 //! A shared machine changes speed from second to second: measure a ceiling right beside what is compared with it.
 
+mod block;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use std::hint::black_box;
 use std::time::Instant;
+
+pub use block::{Block, block_bytes};
 
 use mica_simd::Isa;
 use mica_threads::{FnTask, Pool, Scratch, Task};
@@ -55,9 +57,10 @@ pub struct Work {
 }
 
 impl Ceilings {
-    /// With a block of so many bytes.
-    pub fn new(bytes: usize) -> Ceilings {
-        Ceilings { block: Block::new(bytes) }
+    /// With a block of so many bytes, written by the threads that will read it; without one, and where the system does
+    /// not give it, the bandwidth stays unknown.
+    pub fn new(bytes: Option<usize>, pool: &Pool) -> Ceilings {
+        Ceilings { block: bytes.and_then(|bytes| Block::new(bytes, pool)) }
     }
 
     /// Read bandwidth in GB/s, if there was memory for the block.
@@ -93,55 +96,6 @@ impl Measured {
         let (name, floor) = memory.into_iter().chain(products).max_by(|a, b| a.1.total_cmp(&b.1))?;
         (work.seconds > 0.0).then(|| (name, floor / work.seconds))
     }
-}
-
-/// Memory to read from, far larger than the caches should be.
-pub struct Block(Vec<u64>);
-
-impl Block {
-    /// Memory of so many bytes, all of it touched; `None` if the system does not give it.
-    pub fn new(bytes: usize) -> Option<Block> {
-        let mut words = Vec::new();
-        words.try_reserve_exact(bytes / 8).ok()?;
-        words.resize(bytes / 8, 1);
-        Some(Block(words))
-    }
-
-    /// GB/s of one pass in which every thread reads four streams, so that the memory system always has requests in
-    /// flight.
-    pub fn read(&self, pool: &Pool) -> f64 {
-        let threads = pool.threads();
-        let share = self.0.len() / threads / 32 * 32;
-        let work = |thread: usize, _: &mut Scratch| {
-            black_box(sum(&self.0[thread * share..][..share]));
-        };
-        let tasks: [Box<dyn Task + '_>; 1] = [Box::new(FnTask::new("read", threads, work))];
-        (share * threads * 8) as f64 / seconds(|| pool.run(&tasks).expect("reading can't fail")) / 1e9
-    }
-
-    /// The median of some passes.
-    pub fn bandwidth(&self, pool: &Pool) -> f64 {
-        let mut rates: Vec<f64> = (0..5).map(|_| self.read(pool)).collect();
-        rates.sort_by(f64::total_cmp);
-        rates[rates.len() / 2]
-    }
-}
-
-/// Adds four streams at once.
-fn sum(words: &[u64]) -> u64 {
-    let quarter = words.len() / 4;
-    let (a, rest) = words.split_at(quarter);
-    let (b, rest) = rest.split_at(quarter);
-    let (c, d) = rest.split_at(quarter);
-    let mut sums = [0u64; 8];
-    for (((a, b), c), d) in
-        a.chunks_exact(8).zip(b.chunks_exact(8)).zip(c.chunks_exact(8)).zip(d.chunks_exact(8))
-    {
-        for i in 0..8 {
-            sums[i] = sums[i].wrapping_add(a[i]).wrapping_add(b[i]).wrapping_add(c[i]).wrapping_add(d[i]);
-        }
-    }
-    sums.iter().fold(0, |sum, value| sum.wrapping_add(*value))
 }
 
 /// Seconds of a call.
@@ -216,13 +170,5 @@ mod tests {
         }
         let nothing = Measured { read: None, f32: None, bf16: None, int8: None };
         assert_eq!(nothing.bound(&work(int8, 1, 1)), None);
-    }
-
-    #[test]
-    fn all_words_are_read() {
-        assert_eq!(sum(&(0..64).collect::<Vec<u64>>()), 63 * 64 / 2);
-        let block = Block::new(1 << 16).expect("64 KiB");
-        assert!([1, 2, 3].map(|threads| block.bandwidth(&Pool::new(threads))).iter().all(|&rate| rate > 0.0));
-        assert!(Block::new(usize::MAX).is_none());
     }
 }

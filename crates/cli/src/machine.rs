@@ -6,6 +6,15 @@ use mica_ceiling::{Arithmetic, Work};
 pub use mica_ceiling::{Ceilings, Measured};
 use serde_json::{Value, json};
 
+/// Why a bandwidth is missing.
+pub const NO_BLOCK: &str = "not measured: too little memory is left for what would be read";
+
+/// To measure with as many threads as arrays use, on memory that leaves `reserved` bytes of what there is to others.
+pub fn ceilings(reserved: u64) -> Ceilings {
+    let room = memory::room().map(|room| room.bytes.saturating_sub(reserved));
+    mica_array::with_pool(|pool| Ceilings::new(mica_ceiling::block_bytes(room), pool))
+}
+
 /// All ceilings, of the threads that arrays use.
 pub fn measure(ceilings: &Ceilings) -> Measured {
     mica_array::with_pool(|pool| ceilings.measure(pool))
@@ -73,15 +82,16 @@ pub fn table(measured: &Measured, rows: &[Row], steps: usize) -> String {
 
 /// The ceilings as a line.
 pub fn line(measured: &Measured) -> String {
-    let rate = |value: Option<f64>| value.map_or("unknown".to_string(), |rate| format!("{rate:.0}"));
     let &Measured { read, f32, bf16, int8 } = measured;
-    format!(
-        "{} GB/s reading; {}, {} and {} GOP/s in f32, bf16 and int8",
-        read.map_or("unknown".to_string(), |rate| format!("{rate:.1}")),
-        rate(f32),
-        rate(bf16),
-        rate(int8)
-    )
+    let reading = read.map_or(format!("reading {NO_BLOCK}"), |rate| format!("{rate:.1} GB/s reading"));
+    let arithmetic = match (f32, bf16, int8) {
+        (None, None, None) => "arithmetic not measured on this tier".to_string(),
+        _ => {
+            let rate = |value: Option<f64>| value.map_or("unknown".to_string(), |rate| format!("{rate:.0}"));
+            format!("{}, {} and {} GOP/s in f32, bf16 and int8", rate(f32), rate(bf16), rate(int8))
+        }
+    };
+    format!("{reading}; {arithmetic}")
 }
 
 /// The same as JSON.
@@ -90,9 +100,9 @@ pub fn json(measured: &Measured) -> Value {
     json!({"read_gbs": read, "f32_gops": f32, "bf16_gops": bf16, "int8_gops": int8})
 }
 
-/// The most memory that this process has had resident, in GB; 0 where the system does not say.
-pub fn peak_memory_gb() -> f64 {
-    memory::peak_resident().unwrap_or(0) as f64 / 1e9
+/// The most memory that this process has had resident, in GB, if the system says.
+pub fn peak_memory_gb() -> Option<f64> {
+    Some(memory::peak_resident()? as f64 / 1e9)
 }
 
 /// Memory of the machine in GB, if the system says.

@@ -119,6 +119,78 @@ fn steps_are_told_by_op_beside_the_ceilings() {
 }
 
 #[test]
+fn what_a_bench_did_not_measure_it_leaves_out() {
+    let llama = model("llama-4bit");
+    let bench = |more: &str| -> Vec<String> {
+        let words = format!("bench --model {llama} -p 4 -n 1 {more}");
+        words.split_whitespace().map(String::from).collect()
+    };
+    let run = |more: &str| {
+        let arguments = bench(more);
+        document(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    // Nothing is decoded, behind nothing, and on too little memory for the block.
+    let (nothing, empty, small) = (run("-g 0 --json"), run("-g 3 --depth 0 --json"), "--memory-limit 120MB");
+    assert!(nothing["generation_tps"].is_null() && nothing["bandwidth_fraction"].is_null(), "{nothing}");
+    assert!(nothing["prompt_tps"].is_number() && nothing["by_op"] == serde_json::json!([]), "{nothing}");
+    assert!(empty["generation_tps"].is_number() && empty["depth"] == 0, "{empty}");
+    if cfg!(target_os = "linux") {
+        let small = run(&format!("-g 3 --json {small}"));
+        assert!(small["read_bandwidth_gbs"].is_null() && small["ceilings"]["read_gbs"].is_null(), "{small}");
+        assert!(small["bandwidth_fraction"].is_null() && small["generation_tps"].is_number(), "{small}");
+    }
+    for more in ["-g 0".to_string(), format!("-g 3 {small}")] {
+        let output = Command::new(env!("CARGO_BIN_EXE_mica")).args(bench(&more)).output().unwrap();
+        let out = String::from_utf8_lossy(&output.stdout).to_string();
+        assert!(output.status.success() && out.contains("prompt "), "{more}: {out}");
+        assert!(
+            !out.contains("NaN") && !out.contains(" 0.00 tokens/s") && !out.contains("used 0 %"),
+            "{out}"
+        );
+    }
+}
+
+#[test]
+fn a_bench_of_training_says_which_step_it_took() {
+    let llama = model("llama");
+    let words = ["bench", "--train", "--model", &llama, "--seq", "8", "--steps", "1", "--json"];
+    let run = |more: &[&str]| document(&[&words[..], more].concat());
+    let blocks = {
+        let text = std::fs::read_to_string(fixture("models/llama/config.json")).unwrap();
+        serde_json::from_str::<Value>(&text).unwrap()["num_hidden_layers"].clone()
+    };
+    for (name, more, layers, norm) in [
+        ("defaults", &[][..], &Value::from(-1), 1.0),
+        ("more layers than there are", &["--num-layers", "100"], &blocks, 1.0),
+        ("one, without clipping", &["--num-layers", "1", "--max-grad-norm", "0"], &Value::from(1), 0.0),
+        ("all weights", &["--fine-tune-type", "full"], &Value::from(-1), 1.0),
+    ] {
+        let document = run(more);
+        assert_eq!(document["num_layers"], *layers, "{name}");
+        assert_eq!(document["max_grad_norm"], norm, "{name}");
+    }
+    let all = mica(&[&words[..], &["--num-layers", "100"]].concat());
+    assert!(String::from_utf8_lossy(&all.stderr).contains("--num-layers 100"));
+}
+
+#[test]
+fn the_doctor_keeps_to_a_limit() {
+    let limited = ["doctor", "--memory-limit", "200MB"];
+    let text = mica(&limited);
+    let (out, json) =
+        (String::from_utf8_lossy(&text.stdout), document(&[&limited[..], &["--json"]].concat()));
+    assert!(text.status.success() && !out.contains("NaN"), "{out}");
+    if cfg!(target_os = "linux") {
+        assert!(json["read_bandwidth_gbs"].is_null(), "{json}");
+        assert!(out.contains("reading not measured") && out.contains("under the limit of 0.20 GB"), "{out}");
+    }
+    for model in json["models"].as_array().unwrap() {
+        assert_eq!(model["fits"], false, "{model}");
+        assert!(model["decoding_tps_expected"].is_null() || !cfg!(target_os = "linux"), "{model}");
+    }
+}
+
+#[test]
 fn the_doctor_says_what_models_can_reach() {
     let document = document(&["doctor", "--json"]);
     let bandwidth = document["read_bandwidth_gbs"].as_f64().unwrap();

@@ -43,7 +43,7 @@ impl Square {
 fn main() {
     let (threads, words) = arguments();
     let pool = Pool::new(threads);
-    let block = block(64 << 20);
+    let block = block(&pool, 64 << 20);
     let hash = |i: usize| (i as u32).wrapping_mul(0x9E37_79B1);
     let floats = Square::new(|i| (hash(i) as f32 / 4e9 - 0.5).to_bits());
     let indices = Square::new(|i| (hash(i) >> 7) % N as u32);

@@ -56,7 +56,7 @@ fn main() {
                 for m in [1, 2, 4, 8, 16] {
                     let name = format!("{isa} {precision:?} few rows {m} {kind}");
                     if is_asked_for(&name, &words) {
-                        let block = memory.get_or_insert_with(|| block(1 << 30));
+                        let block = memory.get_or_insert_with(|| block(&pool, 1 << 30));
                         few(&pool, &name, isa, precision, m, kind, block);
                     }
                 }

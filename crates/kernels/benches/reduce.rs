@@ -16,7 +16,7 @@ const N: usize = 2048;
 fn main() {
     let (threads, words) = arguments();
     let pool = Pool::new(threads);
-    let block = block(64 << 20);
+    let block = block(&pool, 64 << 20);
     let values: Vec<f32> = (0..N * N).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5).collect();
     let mut out = vec![0f32; N];
     for op in [ReduceOp::Sum, ReduceOp::Max] {

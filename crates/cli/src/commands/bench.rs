@@ -31,10 +31,11 @@ pub struct Args {
     /// Runs; the medians are reported
     #[arg(long, short = 'n', default_value_t = 5, value_name = "N", conflicts_with = "train")]
     runs: usize,
-    /// Start decoding behind this many cached tokens, instead of behind the prompt
+    /// Start decoding behind this many cached tokens, instead of behind the prompt; 0 is an empty cache
     #[arg(long, value_name = "N")]
     depth: Option<usize>,
-    /// Decode so many sequences at once, or train on so many rows
+    /// Decode so many sequences at once, each with a cache of its own, as a server does for so many people; or train on
+    /// so many rows
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_batch)]
     batch: usize,
     /// Form products exactly in f32
@@ -57,19 +58,18 @@ fn parse_batch(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Bytes of the block that bandwidth is measured on.
-pub const BLOCK: usize = 1 << 29;
 /// How long filling a cache may take before a line says that it is done.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Steps whose ops are measured one by one.
 const PROFILED: usize = 8;
 
+/// What a run measured; `None` is what it did not.
 struct Run {
     ttft_s: f64,
     prompt_tps: f64,
-    generation_tps: f64,
-    read_bandwidth_gbs: f64,
-    bandwidth_fraction: f64,
+    generation_tps: Option<f64>,
+    read_bandwidth_gbs: Option<f64>,
+    bandwidth_fraction: Option<f64>,
 }
 
 /// Runs the command.
@@ -92,26 +92,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let loaded = args.model.open()?;
     let load_s = started.elapsed().as_secs_f64();
     let depth = args.depth.unwrap_or(args.prompt_tokens);
-    let limit = loaded.model.info().max_positions;
-    let longest = depth.max(args.prompt_tokens).saturating_add(args.generate_tokens);
-    if longest > limit {
-        return Err(Usage(format!(
-            "{} cached and {} generated tokens are more than the model's {limit} positions",
-            depth.max(args.prompt_tokens),
-            args.generate_tokens
-        ))
-        .into());
-    }
     let defaults = Options::for_model(&loaded);
     let (precision, kv_format) =
         if args.exact { (Precision::Exact, KvFormat::F32) } else { (defaults.precision, defaults.kv_format) };
     let kv_format = args.kv.format(kv_format)?;
-    let types = (kv_format, precision);
-    let model = loaded.model.as_ref();
-    let needed = mica_lm::memory::generation(model, args.prompt_tokens, longest, args.batch, types)?;
-    let what = format!("{longest} tokens in each of {} sequences", args.batch);
-    mica_lm::memory::check(needed, &what, "lower -p, -g, --depth or --batch")?;
     let bench = Bench { args: &args, loaded: &loaded, precision, kv_format };
+    let needed = bench.check(depth)?;
     let filling = Instant::now();
     let filled = if depth == args.prompt_tokens { None } else { Some(bench.filled(depth)?) };
     if filled.is_some() && filling.elapsed() > PATIENCE {
@@ -120,25 +106,30 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // One run to warm up, whose peak is the model's own: measuring the bandwidth takes memory too.
     bench.measure(filled.as_ref(), depth, None)?;
     let peak_memory_gb = peak_memory_gb();
-    let ceilings = Ceilings::new(BLOCK);
+    let ceilings = machine::ceilings(needed);
     let mut runs = Vec::with_capacity(args.runs.min(1 << 16));
     for _ in 0..args.runs {
         runs.push(bench.measure(filled.as_ref(), depth, Some(&ceilings))?);
     }
     let steps = PROFILED.min(args.generate_tokens);
-    let cache = match filled {
-        Some(cache) => cache,
-        None => bench.filled(depth)?,
-    };
-    let session = profile::start();
-    bench.decode(cache, steps)?;
-    let ops = session.finish();
+    let mut ops = Vec::new();
+    if steps > 0 {
+        let cache = filled.map_or_else(|| bench.filled(depth), Ok)?;
+        let mut cache = bench.sequences(cache)?;
+        let session = profile::start();
+        bench.decode(&mut cache, steps)?;
+        ops = session.finish();
+    }
     let measured = machine::measure(&ceilings);
-    let median = |value: fn(&Run) -> f64| {
-        let mut values: Vec<f64> = runs.iter().map(value).collect();
+    let median = |value: fn(&Run) -> Option<f64>| {
+        let mut values: Vec<f64> = runs.iter().filter_map(value).collect();
         values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
+        values.get(values.len() / 2).copied()
     };
+    let [ttft_s, prompt_tps] = [median(|run| Some(run.ttft_s)), median(|run| Some(run.prompt_tps))];
+    let generation_tps = median(|run| run.generation_tps);
+    let read_bandwidth_gbs = median(|run| run.read_bandwidth_gbs);
+    let bandwidth_fraction = median(|run| run.bandwidth_fraction);
     let weights_gb = loaded.weight_bytes as f64 / 1e9;
     if args.json {
         let list: Vec<serde_json::Value> = runs
@@ -159,16 +150,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "threads": mica_array::threads(),
             "isa": Isa::get().name(),
             "load_s": load_s,
-            "ttft_s": median(|run| run.ttft_s),
+            "ttft_s": ttft_s,
             "prompt_tokens": args.prompt_tokens,
-            "prompt_tps": median(|run| run.prompt_tps),
+            "prompt_tps": prompt_tps,
             "generation_tokens": args.generate_tokens,
-            "generation_tps": median(|run| run.generation_tps),
+            "generation_tps": generation_tps,
             "depth": depth,
             "batch": args.batch,
             "peak_memory_gb": peak_memory_gb,
-            "read_bandwidth_gbs": median(|run| run.read_bandwidth_gbs),
-            "bandwidth_fraction": median(|run| run.bandwidth_fraction),
+            "read_bandwidth_gbs": read_bandwidth_gbs,
+            "bandwidth_fraction": bandwidth_fraction,
             "ceilings": machine::json(&measured),
             "by_op": machine::by_op(&measured, &ops, steps),
             "runs": list,
@@ -178,19 +169,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     say!("model        {} ({weights_gb:.2} GB, loaded in {load_s:.2} s)", args.model.model);
     say!("machine      {} threads, {}", mica_array::threads(), Isa::get());
-    say!("prompt       {:.1} tokens/s ({} tokens)", median(|run| run.prompt_tps), args.prompt_tokens);
-    say!(
-        "generation   {:.2} tokens/s ({} tokens, batch {}, behind {depth})",
-        median(|run| run.generation_tps),
-        args.generate_tokens,
-        args.batch
-    );
-    say!(
-        "memory       {:.1} GB/s read bandwidth, of which decoding used {:.0} %; peak {:.2} GB",
-        median(|run| run.read_bandwidth_gbs),
-        100.0 * median(|run| run.bandwidth_fraction),
-        peak_memory_gb
-    );
+    if let Some(speed) = prompt_tps {
+        say!("prompt       {speed:.1} tokens/s ({} tokens)", args.prompt_tokens);
+    }
+    if let Some(speed) = generation_tps {
+        let (tokens, batch) = (args.generate_tokens, args.batch);
+        say!("generation   {speed:.2} tokens/s ({tokens} tokens, batch {batch}, behind {depth})");
+    }
+    let mut memory = match read_bandwidth_gbs {
+        Some(rate) => format!("{rate:.1} GB/s read bandwidth"),
+        None => format!("read bandwidth {}", machine::NO_BLOCK),
+    };
+    if let Some(fraction) = bandwidth_fraction {
+        memory += &format!(", of which decoding used {:.0} %", 100.0 * fraction);
+    }
+    if let Some(peak) = peak_memory_gb {
+        memory += &format!("; peak {peak:.2} GB");
+    }
+    say!("memory       {memory}");
     if steps > 0 {
         say!("ceilings     {}", machine::line(&measured));
         say!("\nA decode step by op, each op alone in the pool:");
@@ -212,13 +208,71 @@ impl Bench<'_> {
         ((i * 7919) % self.loaded.model.info().vocabulary.min(15_000)) as u32
     }
 
+    /// Refuses what the model has no positions for, or the machine no memory: the prompt, filling the cache to this
+    /// depth, and decoding behind it. The most bytes that one of them takes.
+    fn check(&self, depth: usize) -> anyhow::Result<u64> {
+        let (args, model) = (self.args, self.loaded.model.as_ref());
+        let (prompt, generated, batch) = (args.prompt_tokens, args.generate_tokens, args.batch);
+        let limit = model.info().max_positions;
+        let longest = depth.saturating_add(generated);
+        if prompt > limit {
+            let text = format!("a prompt of {prompt} tokens (-p) is more than the model's {limit} positions");
+            return Err(Usage(text).into());
+        }
+        if longest > limit {
+            return Err(Usage(format!(
+                "{depth} cached and {generated} generated tokens are more than the model's {limit} positions"
+            ))
+            .into());
+        }
+        let types = (self.kv_dtype, self.precision);
+        let kept = |length, batch| mica_lm::memory::kept(model, length, batch, self.kv_dtype);
+        let reading = |length| mica_lm::memory::generation(model, length, length, 1, types);
+        // What the cache was filled with stays beside each prompt; of decoding, the first sequence shares it, but for
+        // the last page.
+        let (filled, last) = if depth == prompt { (0, 0) } else { (kept(depth, 1), kept(1, 1)) };
+        let mut parts = vec![(
+            reading(prompt)?.saturating_add(filled),
+            format!("a prompt of {prompt} tokens"),
+            "lower -p",
+        )];
+        if filled > 0 {
+            parts.push((reading(depth)?, format!("a cache of {depth} tokens"), "lower --depth"));
+        }
+        if generated > 0 {
+            let step = mica_lm::memory::step(model, batch, self.precision)?;
+            let what = format!("decoding up to {longest} tokens in each of {batch} sequences");
+            let bytes = kept(longest, batch).saturating_add(last + step);
+            parts.push((bytes, what, "lower -g, --depth or --batch"));
+        }
+        for (bytes, what, todo) in &parts {
+            mica_lm::memory::check(*bytes, what, todo)?;
+        }
+        Ok(parts.iter().map(|(bytes, ..)| *bytes).max().unwrap_or(0))
+    }
+
     /// A cache that holds so many tokens.
     fn filled(&self, depth: usize) -> anyhow::Result<Cache> {
         let model = self.loaded.model.as_ref();
         let mut cache = model.new_cache(1, self.kv_format);
-        let tokens: Vec<u32> = (0..depth.max(1)).map(|i| self.token(i)).collect();
-        prefill(model, &mut cache, &tokens, self.precision)?;
+        let tokens: Vec<u32> = (0..depth).map(|i| self.token(i)).collect();
+        if !tokens.is_empty() {
+            prefill(model, &mut cache, &tokens, self.precision)?;
+        }
         Ok(cache)
+    }
+
+    /// The sequences to decode: as many as are asked for, each with a copy of its own of what the cache holds. (What
+    /// all of them share would come from memory once.)
+    fn sequences(&self, cache: Cache) -> anyhow::Result<Cache> {
+        if self.args.batch == 1 || self.args.generate_tokens == 0 {
+            return Ok(cache);
+        }
+        let mut sequences = cache.fork(&vec![0; self.args.batch])?;
+        drop(cache);
+        sequences.kv.unshare()?;
+        mica_array::eval(&sequences.pending())?;
+        Ok(sequences)
     }
 
     /// One run: the prompt, then decoding behind it or behind the tokens of `filled`.
@@ -228,7 +282,7 @@ impl Bench<'_> {
         depth: usize,
         ceilings: Option<&Ceilings>,
     ) -> anyhow::Result<Run> {
-        let (args, model) = (self.args, self.loaded.model.as_ref());
+        let args = self.args;
         let started = Instant::now();
         let prompt = self.filled(args.prompt_tokens)?;
         let ttft_s = started.elapsed().as_secs_f64();
@@ -239,44 +293,49 @@ impl Bench<'_> {
             }
             None => prompt,
         };
+        let mut cache = self.sequences(cache)?;
         // Bandwidth is sampled on both sides of decoding: memory of shared machines changes speed.
-        let sample = || ceilings.and_then(machine::bandwidth).unwrap_or(f64::NAN);
+        let sample = || ceilings.and_then(machine::bandwidth);
         let before = sample();
         let started = Instant::now();
-        self.decode(cache, args.generate_tokens)?;
+        self.decode(&mut cache, args.generate_tokens)?;
         let seconds = started.elapsed().as_secs_f64();
-        let bandwidth = (before + sample()) / 2.0;
-        let spec = model.new_cache(1, self.kv_format).kv.spec().clone();
-        let positions = depth as f64 + args.generate_tokens as f64 / 2.0;
-        let kv_bytes = spec.bytes_per_position() as f64 * positions * args.batch as f64;
-        let steps_per_second = args.generate_tokens as f64 / seconds;
-        let moved = (self.loaded.weight_bytes as f64 + kv_bytes) * steps_per_second / 1e9;
+        let bandwidth = before.zip(sample()).map(|(before, after)| (before + after) / 2.0);
+        let decoded = args.generate_tokens > 0;
+        let moved = decoded.then(|| self.moved(&cache, depth) as f64 / seconds / 1e9);
+        let tokens = (args.generate_tokens * args.batch) as f64;
         Ok(Run {
             ttft_s,
             prompt_tps: args.prompt_tokens as f64 / ttft_s,
-            generation_tps: steps_per_second * args.batch as f64,
+            generation_tps: decoded.then_some(tokens / seconds),
             read_bandwidth_gbs: bandwidth,
-            bandwidth_fraction: moved / bandwidth,
+            bandwidth_fraction: moved.zip(bandwidth).map(|(moved, bandwidth)| moved / bandwidth),
         })
     }
 
-    /// Steps of one sequence, or of several that share the cached tokens.
-    fn decode(&self, mut cache: Cache, steps: usize) -> anyhow::Result<()> {
-        let (batch, model) = (self.args.batch, self.loaded.model.as_ref());
+    /// Bytes that the steps behind this depth had to read: weights, and keys and values of each sequence.
+    fn moved(&self, cache: &Cache, depth: usize) -> u64 {
+        let steps = depth..depth + self.args.generate_tokens;
+        let weights = mica_lm::memory::weights_read(self.loaded.model.as_ref());
+        steps.map(|before| weights + self.args.batch as u64 * cache.kv.bytes_read(before)).sum()
+    }
+
+    /// Steps of all sequences of the cache.
+    fn decode(&self, cache: &mut Cache, steps: usize) -> anyhow::Result<()> {
+        let (batch, model) = (cache.batch(), self.loaded.model.as_ref());
         if batch == 1 {
             for i in 0..steps {
-                advance(model, &mut cache, &[self.token(i)], self.precision)?;
+                advance(model, cache, &[self.token(i)], self.precision)?;
             }
             return Ok(());
         }
         let context = Context::new(self.precision);
-        let mut cache = cache.fork(&vec![0; batch])?;
         for i in 0..steps {
             let tokens: Vec<[u32; 1]> = (0..batch).map(|row| [self.token(i * batch + row)]).collect();
             let rows: Vec<&[u32]> = tokens.iter().map(|row| row.as_slice()).collect();
             cache.reserve(1)?;
             let input = Input::new(&rows, &vec![cache.length(); batch])?;
-            let logits = model.logits(&input, Some(&mut cache), &context)?;
+            let logits = model.logits(&input, Some(cache), &context)?;
             cache.advance(1);
             logits.eval()?;
         }

@@ -1,11 +1,13 @@
 //! `mica bench --train`: the speed of training steps, through the step that `mica train` takes.
 //!
+//! What a step takes is rehearsed first, and refused if there is less memory than that.
+//!
 //! One batch of random tokens, so that speed depends on no data; training on it again and again must bring its
 //! loss down. All tokens are targets, or with `--labelled` the last part of each row, like answers behind prompts.
 
 use std::time::Instant;
 
-use mica_array::profile;
+use mica_array::{memory, profile};
 use mica_lm::load::load;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
@@ -20,7 +22,6 @@ use mica_tune::rng::Rng;
 use mica_tune::session::precision;
 use mica_tune::trainer::{Update, UpdateSettings};
 
-use super::bench::BLOCK;
 use crate::exit::Usage;
 use crate::machine::{self, Ceilings, peak_memory_gb};
 use crate::output::say;
@@ -53,12 +54,15 @@ pub struct Args {
     /// Layers that get an adapter, by path or suffix [default: all linear layers]
     #[arg(long, value_delimiter = ',', value_name = "q_proj,v_proj", requires = "train")]
     lora_keys: Option<Vec<String>>,
-    /// Rank of the adapters
-    #[arg(long, value_name = "N", default_value_t = 8, requires = "train")]
-    lora_rank: usize,
+    /// Rank of the adapters [default: 8]
+    #[arg(long, value_name = "N", requires = "train")]
+    lora_rank: Option<usize>,
     /// The learning rate
     #[arg(long, value_name = "R", default_value_t = 1e-4, requires = "train", value_parser = crate::parse_finite)]
     learning_rate: f64,
+    /// Gradients are scaled down to this norm; 0 turns it off
+    #[arg(long, value_name = "R", default_value_t = 1.0, requires = "train", value_parser = parse_norm)]
+    max_grad_norm: f64,
     /// Recompute activations in the backward pass, to save memory
     #[arg(long, requires = "train")]
     grad_checkpoint: bool,
@@ -73,6 +77,13 @@ fn parse_type(text: &str) -> Result<FineTune, String> {
     }
 }
 
+fn parse_norm(text: &str) -> Result<f64, String> {
+    crate::parse_finite(text)
+        .ok()
+        .filter(|norm| *norm >= 0.0)
+        .ok_or_else(|| "expected a number of at least 0".to_string())
+}
+
 fn parse_part(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
@@ -82,16 +93,21 @@ fn parse_part(text: &str) -> Result<f64, String> {
 
 /// Runs the measurement on a batch of so many rows.
 pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow::Result<()> {
-    if args.steps == 0 || args.seq == 0 || args.lora_rank == 0 {
+    let rank = args.lora_rank.unwrap_or(8);
+    if args.steps == 0 || args.seq == 0 || rank == 0 {
         return Err(Usage("--seq, --steps and --lora-rank must be at least 1".to_string()).into());
     }
-    let layers = match args.num_layers {
+    let asked = match args.num_layers {
         -1 => None,
         n if n > 0 => Some(n as usize),
         n => return Err(Usage(format!("--num-layers must be -1 or at least 1, got {n}")).into()),
     };
-    let begun = Instant::now();
     let full = args.fine_tune_type == FineTune::Full;
+    if full && (args.lora_keys.is_some() || args.lora_rank.is_some()) {
+        let text = "--lora-keys and --lora-rank have no meaning for full fine-tuning";
+        return Err(Usage(text.to_string()).into());
+    }
+    let begun = Instant::now();
     let folder = mica_lm::locate::locate(model_name)?;
     let mut loaded = load(&folder, if full { Packing::Quantized } else { Packing::Frozen })?;
     let load_s = begun.elapsed().as_secs_f64();
@@ -104,22 +120,21 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
             format!("--batch {rows} of --seq {} tokens is more than {MOST_POSITIONS} positions", args.seq);
         return Err(Usage(text).into());
     }
+    let blocks = loaded.model.layers();
+    let num_layers = asked.map(|asked| asked.min(blocks));
+    if let Some(asked) = asked.filter(|&asked| asked > blocks) {
+        eprintln!("--num-layers {asked} is more than the model's {blocks} blocks: all are trained");
+    }
+    // As `mica train` takes it: all blocks are the whole model.
+    let layers = num_layers.filter(|&layers| layers < blocks);
     if !full {
-        let adapter = AdapterConfig {
-            rank: args.lora_rank,
-            scale: 20.0,
-            dropout: 0.0,
-            keys: args.lora_keys.clone(),
-            layers,
-        };
+        let adapter = AdapterConfig { rank, scale: 20.0, dropout: 0.0, keys: args.lora_keys.clone(), layers };
         attach(&mut *loaded.model, &adapter, args.fine_tune_type == FineTune::Dora, 0)?;
-    } else if args.lora_keys.is_some() {
-        return Err(Usage("--lora-keys has no meaning for full fine-tuning".to_string()).into());
     }
     let names = trainable(&*loaded.model, args.fine_tune_type, layers)?;
     let settings = UpdateSettings {
         optimizer: AdamWConfig::default(),
-        clip: None,
+        clip: Some(args.max_grad_norm).filter(|norm| *norm > 0.0),
         precision: precision(&loaded),
         recompute: if args.grad_checkpoint { usize::MAX } else { 0 },
         seed: 0,
@@ -132,6 +147,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     let batch = batch(rows, args.seq, args.labelled, loaded.model.info().vocabulary);
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
     let window = std::slice::from_ref(&batch);
+    check(args, rows, update.rehearse(&mut *loaded.model, &Sft, window)?)?;
     for step in 0..args.steps {
         let begun = Instant::now();
         let stepped = update.step(&mut *loaded.model, &Sft, window, step as u64, args.learning_rate)?;
@@ -142,7 +158,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     let session = profile::start();
     update.step(&mut *loaded.model, &Sft, window, args.steps as u64, args.learning_rate)?;
     let ops = session.finish();
-    let measured = machine::measure(&Ceilings::new(BLOCK));
+    let measured = machine::measure(&machine::ceilings(0));
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let step_s = sorted[sorted.len() / 2];
@@ -153,9 +169,10 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
             "threads": mica_array::threads(),
             "isa": Isa::get().name(),
             "fine_tune_type": args.fine_tune_type,
-            "num_layers": args.num_layers,
+            "num_layers": num_layers.map_or(-1, |layers| layers as i64),
             "lora_keys": args.lora_keys,
-            "lora_rank": if full { None } else { Some(args.lora_rank) },
+            "lora_rank": if full { None } else { Some(rank) },
+            "max_grad_norm": args.max_grad_norm,
             "batch": rows,
             "seq": args.seq,
             "labelled": batch.labelled,
@@ -188,11 +205,38 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     };
     say!("step       {step_s:.3} s for {rows} × {} tokens{learnt}: {tokens_per_s:.1} tokens/s", args.seq);
     say!("loss       {:.4} → {:.4} in {} steps", losses[0], losses[losses.len() - 1], losses.len());
-    say!("memory     peak {peak_memory_gb:.2} GB");
+    if let Some(peak) = peak_memory_gb {
+        say!("memory     peak {peak:.2} GB");
+    }
     say!("ceilings   {}", machine::line(&measured));
     say!("\nA step by op, each op alone in the pool:");
     say!("{}", machine::table(&measured, &ops, 1).trim_end());
     Ok(())
+}
+
+/// What a process takes beside arrays, as `mica train` reckons: pages of code, scratch memory of threads.
+const BESIDES: u64 = 8_000_000;
+
+/// Refuses steps that need more memory than there is.
+fn check(args: &Args, rows: usize, rehearsed: u64) -> anyhow::Result<()> {
+    memory::clear_cache();
+    let mut todo = Vec::new();
+    if rows > 1 {
+        todo.push(format!("--batch {}", rows / 2));
+    }
+    if !args.grad_checkpoint {
+        todo.push("--grad-checkpoint (recomputes activations)".to_string());
+    }
+    if args.seq > 64 {
+        todo.push(format!("--seq {}", args.seq / 2));
+    }
+    if args.fine_tune_type == FineTune::Full {
+        todo.push("--fine-tune-type lora (trains few parameters)".to_string());
+    }
+    todo.push("a smaller or quantized model (mica convert -q)".to_string());
+    let what = format!("a training step over {rows} × {} tokens", args.seq);
+    let todo = format!("try {}", todo.join(", or "));
+    Ok(mica_lm::memory::check(rehearsed + BESIDES, &what, &todo)?)
 }
 
 /// Random rows of which the last part is to be predicted, one token at least.

@@ -1,5 +1,7 @@
 //! `mica doctor`: what this machine is and what it should reach.
 
+use mica_array::memory::{self, Bound, Room};
+use mica_lm::memory::read_a_step;
 use mica_simd::Isa;
 use serde_json::{Value, json};
 
@@ -86,27 +88,30 @@ impl Reach {
     fn of(shape: &Shape, measured: &Measured) -> Reach {
         let (queries, keys) = shape.heads;
         let attention = 2 * shape.hidden * (queries + keys);
-        let blocks = (shape.layers * (attention + 3 * shape.hidden * shape.intermediate)) as f64;
-        let head = (shape.vocabulary * shape.hidden) as f64;
+        let blocks = shape.layers * (attention + 3 * shape.hidden * shape.intermediate);
+        let head = shape.vocabulary * shape.hidden;
+        let weights = blocks + if shape.tied { head } else { 2 * head };
+        let read = read_a_step(weights, head, shape.tied) as f64 * BYTES_PER_WEIGHT;
+        let (blocks, head) = (blocks as f64, head as f64);
         Reach {
             name: shape.name,
-            weights_gb: (blocks + if shape.tied { head } else { 2.0 * head }) * BYTES_PER_WEIGHT / 1e9,
-            decoding: measured.read.map(|rate| rate * 1e9 / ((blocks + head) * BYTES_PER_WEIGHT)),
+            weights_gb: weights as f64 * BYTES_PER_WEIGHT / 1e9,
+            decoding: measured.read.map(|rate| rate * 1e9 / read),
             prompt: measured.int8.map(|rate| rate * 1e9 / (2.0 * blocks)),
             training: measured.bf16.map(|rate| rate * 1e9 / (4.0 * (blocks + head))),
         }
     }
 
-    /// Whether weights, cache and activations have room; `None` where the system does not say.
-    fn fits(&self) -> Option<bool> {
-        Some(1.25 * self.weights_gb < machine::total_memory_gb()?)
+    /// Whether weights, cache and activations have room in what a process may have; `None` where nobody says.
+    fn fits(&self, most: Option<Room>) -> Option<bool> {
+        Some(1.25 * self.weights_gb < most?.bytes as f64 / 1e9)
     }
 
-    fn json(&self) -> Value {
+    fn json(&self, most: Option<Room>) -> Value {
         json!({
             "shape": self.name,
             "weights_gb": self.weights_gb,
-            "fits": self.fits(),
+            "fits": self.fits(most),
             "decoding_tps_at_most": self.decoding,
             "decoding_tps_expected": self.decoding.map(|rate| DECODING * rate),
             "prompt_tps_at_most": self.prompt,
@@ -119,7 +124,8 @@ impl Reach {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let threads = mica_array::threads();
     let tiers: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
-    let measured = machine::measure(&Ceilings::new(1 << 30));
+    let measured = machine::measure(&machine::ceilings(0));
+    let most = memory::most();
     let reach = SHAPES.map(|shape| Reach::of(&shape, &measured));
     if args.json {
         let document = json!({
@@ -128,9 +134,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "isa": Isa::get().name(),
             "isa_available": tiers,
             "memory_gb": machine::total_memory_gb(),
+            "memory_at_most_gb": most.map(|room| room.bytes as f64 / 1e9),
             "read_bandwidth_gbs": measured.read,
             "ceilings": machine::json(&measured),
-            "models": reach.iter().map(Reach::json).collect::<Vec<_>>(),
+            "models": reach.iter().map(|reach| reach.json(most)).collect::<Vec<_>>(),
         });
         say!("{document}");
         return Ok(());
@@ -139,26 +146,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     say!("processor          {}", or_unknown(machine::processor()));
     say!("threads            {threads}");
     say!("instruction sets   {} (using {})", tiers.join(", "), Isa::get());
-    say!("memory             {}", or_unknown(machine::total_memory_gb().map(|gb| format!("{gb:.1} GB"))));
+    let total = or_unknown(machine::total_memory_gb().map(|gb| format!("{gb:.1} GB")));
+    say!("memory             {total}{}", bounded(most));
     say!("ceilings           {}", machine::line(&measured));
-    match Isa::get() {
-        Isa::Amx => say!("bf16 and int8 products run on AMX tiles: prompts and training are fast"),
-        Isa::Avx512 | Isa::Avx512Bf16 => {
-            say!("bf16 and int8 products run on AVX-512: prompts and training are fast")
-        }
-        Isa::Avx2 => say!("no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed"),
-        Isa::Neon => say!("NEON kernels are used where they exist; others run as portable code"),
-        Isa::Scalar => say!("no vector instructions are used: everything is slow"),
-    }
+    say!("{}", products(Isa::get(), Isa::available()));
     say!(
-        "\nModels in 4 bits under these ceilings, tokens/s (what a model does reach: mica bench --model MODEL)"
+        "\nModels in 4 bits under these ceilings, tokens/s. None of them was run: what a model does reach says"
     );
+    say!("mica bench --model MODEL. Decoding as expected assumes {:.0} % of the most.", 100.0 * DECODING);
     say!(
         "{:<14} {:>8} {:>5} {:>9} {:>9} {:>12} {:>12}",
         "",
         "weights",
         "fits",
-        "decoding",
+        "expected",
         "at most",
         "prompt, most",
         "LoRA, most"
@@ -169,7 +170,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "{:<14} {:>5.2} GB {:>5} {:>9} {:>9} {:>12} {:>12}",
             reach.name,
             reach.weights_gb,
-            reach.fits().map_or("-", |fits| if fits { "yes" } else { "no" }),
+            reach.fits(most).map_or("-", |fits| if fits { "yes" } else { "no" }),
             rate(reach.decoding.map(|rate| DECODING * rate)),
             rate(reach.decoding),
             rate(reach.prompt),
@@ -179,9 +180,69 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What bounds a process, where that is less than the machine.
+fn bounded(most: Option<Room>) -> String {
+    match most {
+        Some(Room { bytes, bound }) if bound != Bound::Machine => {
+            format!(", of which this process may have {:.1} GB {bound}", bytes as f64 / 1e9)
+        }
+        _ => String::new(),
+    }
+}
+
+/// What products run on.
+fn products(isa: Isa, available: &[Isa]) -> &'static str {
+    match isa {
+        Isa::Amx => "bf16 and int8 products run on AMX tiles: prompts and training are fast",
+        Isa::Avx512Bf16 => "bf16 and int8 products run on AVX-512: prompts and training are fast",
+        Isa::Avx512 => {
+            "int8 products run on AVX-512: prompts are fast; bf16 products, those of training, run as f32 \
+             multiply-adds, at their rate"
+        }
+        Isa::Avx2 if available.contains(&Isa::Avx512) => {
+            "AVX2 was chosen (MICA_ISA) over AVX-512: prompts and training run at AVX2 speed"
+        }
+        Isa::Avx2 => "no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed",
+        Isa::Neon => "NEON kernels are used where they exist; others run as portable code",
+        Isa::Scalar => "no vector instructions are used: everything is slow",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_said_of_products_is_so_on_this_tier() {
+        let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+        for (isa, available, words, not) in [
+            (Isa::Amx, &all[..], "AMX tiles", "f32"),
+            (Isa::Avx512Bf16, &all[..4], "bf16 and int8 products run on AVX-512", "f32"),
+            (Isa::Avx512, &all[..4], "bf16 products, those of training, run as f32", "bf16 and int8"),
+            (Isa::Avx2, &all[..4], "was chosen", "no AVX-512"),
+            (Isa::Avx2, &all[..2], "no AVX-512", "chosen"),
+        ] {
+            let text = products(isa, available);
+            assert!(text.contains(words) && !text.contains(not), "{isa} of {available:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_a_process_may_have_decides_what_fits() {
+        let measured = Measured { read: None, f32: None, bf16: None, int8: None };
+        let large = Reach::of(&SHAPES[3], &measured);
+        let room = |bytes, bound| Some(Room { bytes, bound });
+        for (name, most, fits, words) in [
+            ("a large machine", room(64_000_000_000, Bound::Machine), Some(true), ""),
+            ("a container", room(4_000_000_000, Bound::Group), Some(false), "4.0 GB in this container"),
+            ("a limit", room(2_000_000_000, Bound::Limit(2_000_000_000)), Some(false), "under the limit"),
+            ("nobody says", None, None, ""),
+        ] {
+            assert_eq!(large.fits(most), fits, "{name}");
+            let said = bounded(most);
+            assert!(said.contains(words) && said.is_empty() == words.is_empty(), "{name}: {said}");
+        }
+    }
 
     #[test]
     fn weights_are_those_of_the_models() {

@@ -106,13 +106,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     writeln!(out)?;
     if std::io::stderr().is_terminal() {
+        let peak = peak_memory_gb().map_or_else(String::new, |gb| format!("; peak memory {gb:.2} GB"));
         eprintln!(
-            "prompt: {} tokens, {:.1} tokens/s; generation: {} tokens, {:.1} tokens/s; peak memory {:.2} GB",
+            "prompt: {} tokens, {:.1} tokens/s; generation: {} tokens, {:.1} tokens/s{peak}",
             statistics.prompt_tokens,
             statistics.prompt_tps(),
             statistics.generated_tokens,
             statistics.generation_tps(),
-            peak_memory_gb()
         );
     }
     Ok(())

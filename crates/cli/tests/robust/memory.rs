@@ -47,6 +47,16 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
             &["--batch-size 16", "with all activations recomputed"],
         ),
         (
+            "measuring training",
+            "bench --train --model @llama --seq 256 --batch 64 --steps 1 --memory-limit 60MB".into(),
+            &["64 × 256", "more memory", "--batch 32", "--grad-checkpoint", "--seq 128", "0.06 GB"],
+        ),
+        (
+            "measuring many sequences",
+            "bench --model @llama -p 4 --depth 200 -g 4 -n 1 --batch 4096 --memory-limit 60MB".into(),
+            &["4096 sequences", "--batch", "0.06 GB"],
+        ),
+        (
             "opening",
             "generate --model @llama --prompt-tokens 1 --memory-limit 1MB".into(),
             &["quantize", "0.00 GB"],

@@ -60,7 +60,7 @@ fn what_has_no_meaning_is_refused() {
     .unwrap();
     let huge = usize::MAX;
     let before = room.names();
-    let cases: [(&str, String, i32, &str); 21] = [
+    let cases: [(&str, String, i32, &str); 24] = [
         ("overlap", format!("perplexity --model @llama --file @d.jsonl --overlap {huge}"), 2, "--overlap"),
         ("no text", "perplexity --model @llama --file @empty.txt".into(), 7, "empty.txt"),
         ("one token", "perplexity --model @llama --file @d.jsonl --max-tokens 1".into(), 2, "--max-tokens"),
@@ -86,6 +86,14 @@ fn what_has_no_meaning_is_refused() {
         ("a depth past all numbers", format!("bench --model @llama --depth {huge} -g 2"), 2, "256"),
         ("generation in training", "bench --train --model @llama -g 2".into(), 2, "--train"),
         ("a prompt in training", "bench --train --model @llama -p 4".into(), 2, "--train"),
+        (
+            "adapters of full training",
+            "bench --train --model @llama --fine-tune-type full --lora-rank 16".into(),
+            2,
+            "--lora-rank",
+        ),
+        ("a long prompt", "bench --model @llama -p 300 --depth 4 -g 2".into(), 2, "300"),
+        ("a deep cache", "bench --model @llama -p 4 --depth 250 -g 10".into(), 2, "250"),
         ("runs in training", "bench --train --model @llama -n 1".into(), 2, "--train"),
         ("raw tokens", "generate --model @llama --prompt-tokens 1 --raw".into(), 2, "--raw"),
         (

@@ -73,6 +73,6 @@ pub fn peak(pool: &Pool, isa: Isa, precision: Precision) -> f64 {
 }
 
 /// Memory to read beside a kernel.
-pub fn block(bytes: usize) -> Block {
-    Block::new(bytes).expect("there is memory for the block")
+pub fn block(pool: &Pool, bytes: usize) -> Block {
+    Block::new(bytes, pool).expect("there is memory for the block")
 }

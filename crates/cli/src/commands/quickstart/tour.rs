@@ -187,7 +187,9 @@ pub fn run(output: &Path, from: Option<&Path>, size: Size, as_json: bool) -> any
     if let Some(speed) = summary.tokens_per_s.mean {
         println!("Training speed            {speed:.0} tokens/s");
     }
-    println!("Peak memory               {:.2} GB", peak_memory_gb());
+    if let Some(peak) = peak_memory_gb() {
+        println!("Peak memory               {peak:.2} GB");
+    }
     println!("Time in all               {seconds:.0} s");
     let (base, adapter, fused) = (base.display(), adapter.display(), output.join("fused"));
     println!("\nNext:");
