@@ -208,7 +208,9 @@ impl Setup {
             options += &format!(" --labelled {part}");
         }
         let model = self.float(shape);
-        let mut programs = vec![self.mica(&format!("bench --train --json {options}"), &model, &FIELDS)];
+        // The peers' steps do not clip.
+        let words = format!("bench --train --json --max-grad-norm 0 {options}");
+        let mut programs = vec![self.mica(&words, &model, &FIELDS)];
         programs.extend(self.script(peer, &self.torch, &model, &options, &FIELDS));
         let memory = Figure { name: format!("{name}, peak memory"), unit: Unit::Gigabytes };
         Job { figures: vec![Figure { name, unit: Unit::Seconds }, memory], programs, settled: false }
