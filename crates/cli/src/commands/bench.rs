@@ -225,8 +225,8 @@ impl Bench<'_> {
             ))
             .into());
         }
-        let types = (self.kv_dtype, self.precision);
-        let kept = |length, batch| mica_lm::memory::kept(model, length, batch, self.kv_dtype);
+        let types = (self.kv_format, self.precision);
+        let kept = |length, batch| mica_lm::memory::kept(model, length, batch, self.kv_format);
         let reading = |length| mica_lm::memory::generation(model, length, length, 1, types);
         // What the cache was filled with stays beside each prompt; of decoding, the first sequence shares it, but for
         // the last page.
