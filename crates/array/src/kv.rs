@@ -320,7 +320,7 @@ impl KvCache {
 mod tests {
     use super::*;
 
-    const SPEC: KvSpec = KvSpec { layers: 2, kv_heads: 1, head_dim: 16, dtype: Dtype::F32 };
+    const SPEC: KvSpec = KvSpec { layers: 2, kv_heads: 1, head_dim: 16, format: KvFormat::F32 };
 
     /// Appends positions to all sequences; layer 1 has a window of 40. What the layers attended.
     fn attend(cache: &mut KvCache, length: usize, seed: u64) -> Vec<f32> {

@@ -11,7 +11,7 @@ use std::sync::{Mutex, Once};
 use std::time::Duration;
 
 use crate::backend::{Operand, Step};
-use crate::kv::{PagedSpec, PagedStep};
+use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
 use crate::{Dtype, PackedWeight};
 
@@ -207,7 +207,7 @@ fn arithmetic(step: &Step) -> Arithmetic {
         Op::LinearCrossEntropy(spec) => float(spec.precision),
         Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
         // What is kept in f32 is not rounded for products.
-        Op::PagedAttention(paged) if paged.kv.dtype == Dtype::F32 => Arithmetic::F32,
+        Op::PagedAttention(paged) if paged.kv.format == KvFormat::F32 => Arithmetic::F32,
         Op::PagedAttention(paged) => float(paged.spec.precision),
         _ => Arithmetic::None,
     }
@@ -322,8 +322,8 @@ mod tests {
         let quantized = PackedWeight::from_mlx(&codes, 4, 64).unwrap();
         let [float, quantized] = [float, quantized].map(|weight| Operand::Packed(Arc::new(weight)));
         let (halves, singles) = (plain(&[64, 64], Dtype::BF16), plain(&[64, 64], Dtype::F32));
-        let paged = |dtype| {
-            let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 64, dtype };
+        let paged = |format| {
+            let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 64, format };
             let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Fast };
             Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Vec::new() }))
         };
@@ -337,8 +337,8 @@ mod tests {
             ("quantized, exact", linear(exact), &quantized, Arithmetic::F32),
             ("backward", Op::LinearTransposed { precision: bf16 }, &quantized, Arithmetic::Bf16),
             ("exact", linear(exact), &halves, Arithmetic::F32),
-            ("a cache of bf16", paged(Dtype::BF16), &singles, Arithmetic::Bf16),
-            ("a cache of f32", paged(Dtype::F32), &singles, Arithmetic::F32),
+            ("a cache of bf16", paged(KvFormat::Bf16), &singles, Arithmetic::Bf16),
+            ("a cache of f32", paged(KvFormat::F32), &singles, Arithmetic::F32),
         ] {
             assert_eq!(
                 arithmetic(&step(op, &[singles.clone(), weight.clone()], &[64, 64])),

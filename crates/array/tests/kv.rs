@@ -65,7 +65,7 @@ fn every_format_agrees_with_the_reference_and_forks_go_their_own_way() {
         let mut rng = Rng::new(5);
         match reference {
             true => set_backend(Box::new(Reference)),
-            false => set_threads(2),
+            false => set_threads(2).unwrap(),
         }
         let mut results = Vec::new();
         for format in formats() {

@@ -23,7 +23,7 @@ use mica_tune::session::precision;
 use mica_tune::trainer::{Update, UpdateSettings};
 
 use crate::exit::Usage;
-use crate::machine::{self, Ceilings, peak_memory_gb};
+use crate::machine::{self, peak_memory_gb};
 use crate::output::say;
 
 /// Positions of a step: more than fit into any memory.

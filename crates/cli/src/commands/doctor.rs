@@ -5,7 +5,7 @@ use mica_lm::memory::read_a_step;
 use mica_simd::Isa;
 use serde_json::{Value, json};
 
-use crate::machine::{self, Ceilings, Measured};
+use crate::machine::{self, Measured};
 use crate::output::say;
 
 /// Show this machine: its instruction sets, its ceilings, and what models can reach under them
