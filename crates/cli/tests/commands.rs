@@ -330,3 +330,35 @@ fn piped_chat_answers_and_obeys() {
     assert_eq!(talk["messages"][0]["content"], "one\ntwo");
     assert_eq!(talk["messages"].as_array().unwrap().len(), 2);
 }
+
+#[test]
+fn keys_and_values_in_codes_are_near_and_smaller() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = (1..60).map(|i| (i * 7 % 50).to_string()).collect::<Vec<_>>().join(",");
+    for name in ["llama", "qwen3-4bit"] {
+        let model = model(name);
+        let logits = |more: &[&str]| -> Vec<f32> {
+            let file = folder.path().join("logits.npy").display().to_string();
+            let start = ["logits", "--exact", "--model", &model, "--tokens", &tokens, "--output", &file];
+            let output = mica(&start.iter().chain(more).copied().collect::<Vec<_>>());
+            assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+            mica_array::files::load_npy(&file).unwrap().to_vec::<f32>().unwrap()
+        };
+        let exact = logits(&[]);
+        let [eight, four] =
+            [logits(&["--kv-bits", "8"]), logits(&["--kv-bits", "4", "--kv-group-size", "32"])]
+                .map(|got| mica_testkit::relative_l2(&got, &exact));
+        assert!(0.0 < eight && eight < 0.01, "{name}, 8 bits: {eight}");
+        assert!(eight < four && four < 0.15, "{name}, 4 bits: {four}");
+    }
+    let model = model("llama");
+    for (bits, more) in [("5", &[][..]), ("8", &["--kv-group-size", "48"]), ("0", &[])] {
+        let arguments = ["generate", "--model", &model, "--prompt", "a", "--kv-bits", bits];
+        let output = mica(&arguments.iter().chain(more).copied().collect::<Vec<_>>());
+        let said = String::from_utf8_lossy(&output.stderr).to_string();
+        assert_eq!(output.status.code(), Some(2), "{bits}: {said}");
+        assert!(said.contains("expected 4 or 8 bits and groups of 32, 64 or 128"), "{said}");
+    }
+    let alone = mica(&["generate", "--model", &model, "--prompt", "a", "--kv-group-size", "64"]);
+    assert_eq!(alone.status.code(), Some(2), "a group size means nothing without --kv-bits");
+}

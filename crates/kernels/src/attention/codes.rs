@@ -6,8 +6,8 @@
 //! and none is off by more than half a step before that last rounding.
 //!
 //! Codes lie as panels do (see [`super::block`]), but so that a lane's 32 bits hold what follows in the panel: four
-//! steps of 8 bits, or eight of 4. Scales and biases stand behind the codes, 256 positions for each group. A block is
-//! unpacked to panels before it is multiplied, so products are the same as over bf16 pages that hold these values.
+//! steps of 8 bits, or eight of 4. Scales and biases stand behind the codes, 256 positions for each group. A few panels
+//! at a time are unpacked and multiplied, so products are the same as over bf16 pages that hold these values.
 
 use std::ops::Range;
 
@@ -292,10 +292,10 @@ impl Plane {
         ends
     }
 
-    /// Unpacks these panels of keys, where products look for them.
+    /// Unpacks these panels of keys.
     ///
     /// # Safety
-    /// The plane is valid for reading, and `to` has the panels of a block.
+    /// The plane is valid for reading, and there is room for as many panels.
     #[inline(always)]
     pub unsafe fn unpack_keys<V: Vector, P: Products>(
         &self,
@@ -303,8 +303,48 @@ impl Plane {
         to: *mut P::Stored,
         ahead: &mut Ahead,
     ) {
-        let pairs = self.dim.div_ceil(2);
-        for panel in panels {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match self.codes.bits() {
+                4 => self.keys_of::<V, P, 4>(panels, to, ahead),
+                _ => self.keys_of::<V, P, 8>(panels, to, ahead),
+            }
+        }
+    }
+
+    /// Unpacks the words that hold these steps (from an even one on) of some panels of values.
+    ///
+    /// # Safety
+    /// As [`Plane::unpack_keys`].
+    #[inline(always)]
+    pub unsafe fn unpack_values<V: Vector, P: Products>(
+        &self,
+        panels: Range<usize>,
+        steps: Range<usize>,
+        to: *mut P::Stored,
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match self.codes.bits() {
+                4 => self.values_of::<V, P, 4>(panels, steps, to, ahead),
+                _ => self.values_of::<V, P, 8>(panels, steps, to, ahead),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Plane::unpack_keys`], of codes of so many bits.
+    #[inline(always)]
+    unsafe fn keys_of<V: Vector, P: Products, const BITS: usize>(
+        &self,
+        panels: Range<usize>,
+        to: *mut P::Stored,
+        ahead: &mut Ahead,
+    ) {
+        let (a_word, pairs) = (32 / BITS, self.dim.div_ceil(2));
+        for (at, panel) in panels.enumerate() {
+            let to = to.wrapping_add(at * pairs * PAIR);
             for g in 0..self.codes.groups(self.dim) {
                 let first = g * self.codes.group();
                 let last = (first + self.codes.group()).min(2 * pairs);
@@ -312,95 +352,87 @@ impl Plane {
                 unsafe {
                     let scale = bf16::load::<V>(self.scale(g, panel * TILE));
                     let bias = bf16::load::<V>(self.scale(g, panel * TILE).add(BLOCK));
-                    let to = to.add(panel * pairs * PAIR);
-                    self.unpack::<V, P>(panel, first..last, to, ahead, |_| [(scale, bias); 2]);
+                    for step in (first..last).step_by(a_word) {
+                        ahead.ask();
+                        let words = V::int_load(self.line(panel, step).cast());
+                        let to = to.add(step / 2 * PAIR);
+                        let ends = [[scale; 2], [bias; 2]];
+                        // All of a word, so that its loop has no branches, but for the last of odd sizes.
+                        if step + a_word <= last {
+                            (0..a_word / 2).for_each(|pair| write_pair::<V, P, BITS>(words, pair, ends, to));
+                        } else {
+                            let rest = (last - step) / 2;
+                            (0..rest).for_each(|pair| write_pair::<V, P, BITS>(words, pair, ends, to));
+                        }
+                    }
                 }
             }
         }
     }
 
-    /// Unpacks these steps (from an even one on, an even number) of all panels of values.
-    ///
     /// # Safety
-    /// As [`Plane::unpack_keys`].
+    /// As [`Plane::unpack_values`], of codes of so many bits.
     #[inline(always)]
-    pub unsafe fn unpack_values<V: Vector, P: Products>(
+    unsafe fn values_of<V: Vector, P: Products, const BITS: usize>(
         &self,
+        panels: Range<usize>,
         steps: Range<usize>,
         to: *mut P::Stored,
         ahead: &mut Ahead,
-    ) {
-        for panel in 0..self.dim.div_ceil(TILE) {
-            let g = panel * TILE / self.codes.group();
-            // SAFETY: promised by the caller.
-            unsafe {
-                let to = to.add(panel * BLOCK / 2 * PAIR);
-                self.unpack::<V, P>(panel, steps.clone(), to, ahead, |step| {
-                    [0, 1].map(|next| {
-                        let scale = self.scale(g, step + next);
-                        (V::splat((*scale).to_f32()), V::splat((*scale.add(BLOCK)).to_f32()))
-                    })
-                });
-            }
-        }
-    }
-
-    /// Unpacks steps of a panel; `ends` gives scales and biases of a step and of the next.
-    ///
-    /// # Safety
-    /// As [`Plane::unpack_keys`]; `to` is the panel.
-    #[inline(always)]
-    unsafe fn unpack<V: Vector, P: Products>(
-        &self,
-        panel: usize,
-        steps: Range<usize>,
-        to: *mut P::Stored,
-        ahead: &mut Ahead,
-        ends: impl Fn(usize) -> [(V, V); 2],
-    ) {
-        // SAFETY: promised by the caller.
-        unsafe {
-            match self.codes.bits() {
-                4 => self.unpack_of::<V, P, 4>(panel, steps, to, ahead, ends),
-                _ => self.unpack_of::<V, P, 8>(panel, steps, to, ahead, ends),
-            }
-        }
-    }
-
-    /// [`Plane::unpack`] of codes of so many bits.
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn unpack_of<V: Vector, P: Products, const BITS: usize>(
-        &self,
-        panel: usize,
-        steps: Range<usize>,
-        to: *mut P::Stored,
-        ahead: &mut Ahead,
-        ends: impl Fn(usize) -> [(V, V); 2],
     ) {
         let a_word = 32 / BITS;
-        let mask = V::int_splat((1 << BITS) - 1);
-        let mut at = steps.start;
-        while at < steps.end {
-            ahead.ask();
-            // SAFETY: promised by the caller.
-            let words = unsafe { V::int_load(self.line(panel, at).cast()) };
-            let end = (at / a_word * a_word + a_word).min(steps.end);
-            for step in (at..end).step_by(2) {
-                let code = |step: usize| {
-                    V::from_int(V::int_and(V::int_shr_logical(words, (step % a_word * BITS) as u32), mask))
-                };
-                let (low, high) = (code(step), code(step + 1));
-                let [(scale, bias), (next_scale, next_bias)] = ends(step);
-                let (low, high) = (low.mul_add(scale, bias), high.mul_add(next_scale, next_bias));
-                // SAFETY: the pair is in the panel.
-                unsafe { P::store_pair(low, high, to.add(step / 2 * PAIR)) };
+        let steps = steps.start / a_word * a_word..steps.end.next_multiple_of(a_word);
+        let (mut scales, mut biases) = ([0f32; BLOCK], [0f32; BLOCK]);
+        let mut widened = None;
+        for (at, panel) in panels.enumerate() {
+            let g = panel * TILE / self.codes.group();
+            if widened != Some(g) {
+                widened = Some(g);
+                // So that a step's is a load into all lanes.
+                for at in (steps.start / TILE * TILE..steps.end).step_by(TILE) {
+                    // SAFETY: promised by the caller; a block is whole tiles.
+                    unsafe {
+                        bf16::load::<V>(self.scale(g, at)).store(scales[at..].as_mut_ptr());
+                        bf16::load::<V>(self.scale(g, at).add(BLOCK)).store(biases[at..].as_mut_ptr());
+                    }
+                }
             }
-            at = end;
+            let to = to.wrapping_add(at * BLOCK / 2 * PAIR);
+            for step in steps.clone().step_by(a_word) {
+                ahead.ask();
+                // SAFETY: promised by the caller; the words are in the panel, and so are their steps.
+                unsafe {
+                    let words = V::int_load(self.line(panel, step).cast());
+                    let to = to.add(step / 2 * PAIR);
+                    for pair in 0..a_word / 2 {
+                        let at = step + 2 * pair;
+                        let ends = [&scales, &biases].map(|all| [V::splat(all[at]), V::splat(all[at + 1])]);
+                        write_pair::<V, P, BITS>(words, pair, ends, to);
+                    }
+                }
+            }
         }
     }
+}
+
+/// Writes a pair of a word's steps; `scales` and `biases` are of the first and of the second.
+///
+/// # Safety
+/// `to` is where the word's first pair belongs.
+#[inline(always)]
+unsafe fn write_pair<V: Vector, P: Products, const BITS: usize>(
+    words: V::Int,
+    pair: usize,
+    [scales, biases]: [[V; 2]; 2],
+    to: *mut P::Stored,
+) {
+    let mask = V::int_splat((1 << BITS) - 1);
+    let value = |next: usize| {
+        let code = V::int_shr_logical(words, ((2 * pair + next) * BITS) as u32);
+        V::from_int(V::int_and(code, mask)).mul_add(scales[next], biases[next])
+    };
+    // SAFETY: promised by the caller.
+    unsafe { P::store_pair(value(0), value(1), to.add(pair * PAIR)) };
 }
 
 /// Codes of 16 values; of lanes without one any code.

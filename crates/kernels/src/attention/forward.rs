@@ -14,7 +14,7 @@ use mica_simd::{Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Lines, Scratch, Task};
 
 use super::ahead::{Ahead, Runs};
-use super::block::{BLOCK, BlockShape, STEP, TILE, step_tiles};
+use super::block::{BLOCK, BlockShape, PAIR, STEP, TILE, step_tiles};
 use super::codes::Plane;
 use super::heads::Heads;
 use super::packing::Pack;
@@ -246,10 +246,12 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    /// Values of a block that has to be unpacked first.
+    /// Values of the panels that are unpacked at a time.
     fn unpacked(&self, block: BlockShape) -> usize {
         match &self.blocks {
-            Blocks::Pages { shape, .. } if shape.codes().is_some() => block.key_len() + block.value_len(),
+            Blocks::Pages { shape, .. } if shape.codes().is_some() => {
+                PAIR * (KEY_PANELS * block.key_pairs()).max(VALUE_PANELS * BLOCK / 2)
+            }
             _ => 0,
         }
     }
@@ -434,7 +436,7 @@ struct Rows<'a, P: Products> {
     block_max: [f32; ROWS],
     block_sum: [f32; ROWS],
     block_out: &'a mut [f32],
-    /// Room for a block that is kept as codes.
+    /// Room for the panels of a block of codes that are unpacked at a time.
     unpacked: &'a mut [P::Stored],
 }
 
@@ -508,38 +510,13 @@ impl<'a, P: Products> Rows<'a, P> {
         let same = (1..count).all(|i| within(self.ranges[i], block) == within(self.ranges[0], block));
         let bundle = if same || tiles_multiply::<P>(forward.isa) { count } else { BUNDLE };
         self.block_max = [f32::NEG_INFINITY; ROWS];
-        let [keys, values] = self.panels::<V>(forward, block, ahead);
         let mut row = 0;
         while row < count {
             // No rest of a few rows.
             let next = if count - row < 2 * bundle { count } else { row + bundle };
-            self.part::<V>(forward, block, row..next, [keys, values], ahead);
+            self.part::<V>(forward, block, row..next, ahead);
             row = next;
         }
-    }
-
-    /// The panels of a block; of one that is kept as codes, those that any row sees, unpacked.
-    #[inline(always)]
-    fn panels<V: Vector>(
-        &mut self,
-        forward: &Forward,
-        block: usize,
-        ahead: &mut Ahead,
-    ) -> [*const P::Stored; 2] {
-        let Some([keys, values]) = forward.planes::<P>(self.sequence, self.kv_head, block) else {
-            return forward.block::<P>(self.sequence, self.kv_head, block).map(|start| start.cast());
-        };
-        let to = self.unpacked.as_mut_ptr();
-        let to = [to, to.wrapping_add(forward.shape.key_len())];
-        if let Some((low, high)) = self.seen(0..self.rows.len(), block) {
-            let (tiles, pairs) = parts::<P>(forward.isa, low, high);
-            // SAFETY: the caller of `paged_attention` promised the pages; there is room for a block.
-            unsafe {
-                keys.unpack_keys::<V, P>(tiles, to[0], ahead);
-                values.unpack_values::<V, P>(2 * pairs.start..2 * pairs.end, to[1], ahead);
-            }
-        }
-        to.map(<*mut _>::cast_const)
     }
 
     /// What some rows see of a block, if anything.
@@ -556,34 +533,42 @@ impl<'a, P: Products> Rows<'a, P> {
 
     /// [`Rows::step`] of some rows.
     #[inline(always)]
-    fn part<V: Vector>(
-        &mut self,
-        forward: &Forward,
-        block: usize,
-        rows: Range<usize>,
-        [keys, values]: [*const P::Stored; 2],
-        ahead: &mut Ahead,
-    ) {
+    fn part<V: Vector>(&mut self, forward: &Forward, block: usize, rows: Range<usize>, ahead: &mut Ahead) {
         let group = forward.group();
         let Some((low, high)) = self.seen(rows.clone(), block) else { return };
         let (tiles, weighed) = parts::<P>(forward.isa, low, high);
         let pairs = forward.shape.key_pairs();
-        // SAFETY: operands and scores have all rows; a block has 16 panels of `pairs` pairs.
-        unsafe {
-            product::<P>(
-                forward.isa,
-                self.operands.as_ptr().add(rows.start * 2 * pairs),
-                2 * pairs,
-                rows.len(),
-                keys,
-                pairs * 2 * TILE,
-                tiles.clone(),
-                0..pairs,
-                self.scores.as_mut_ptr().add(rows.start * SCORES),
-                SCORES,
-                false,
-                ahead,
-            );
+        let planes = forward.planes::<P>(self.sequence, self.kv_head, block);
+        let panels = forward.block::<P>(self.sequence, self.kv_head, block).map(<*const u8>::cast);
+        let unpacked = self.unpacked.as_mut_ptr();
+        let mut multiply = |keys: *const P::Stored, panels: Range<usize>, first: usize, ahead: &mut Ahead| {
+            // SAFETY: operands and scores have all rows; panels have `pairs` pairs, and their scores begin at `first`.
+            unsafe {
+                product::<P>(
+                    forward.isa,
+                    self.operands.as_ptr().add(rows.start * 2 * pairs),
+                    2 * pairs,
+                    rows.len(),
+                    keys,
+                    pairs * 2 * TILE,
+                    panels,
+                    0..pairs,
+                    self.scores.as_mut_ptr().add(rows.start * SCORES + first * TILE),
+                    SCORES,
+                    false,
+                    ahead,
+                );
+            }
+        };
+        match &planes {
+            None => multiply(panels[0], tiles.clone(), 0, ahead),
+            Some([keys, _]) => {
+                for some in by(KEY_PANELS, tiles.clone()) {
+                    // SAFETY: the caller of `paged_attention` promised the pages; there is room for so many panels.
+                    unsafe { keys.unpack_keys::<V, P>(some.clone(), unpacked, ahead) };
+                    multiply(unpacked, 0..some.len(), some.start, &mut Ahead::none());
+                }
+            }
         }
         for i in rows.clone() {
             let at = self.rows.start + i;
@@ -620,25 +605,51 @@ impl<'a, P: Products> Rows<'a, P> {
             }
             self.block_sum[i] = sum.sum();
         }
-        // SAFETY: weights and output have all rows; values have all panels of 128 pairs. The
-        // pairs lie inside the tiles whose weights were just written.
-        unsafe {
-            product::<P>(
-                forward.isa,
-                self.weights.as_ptr().add(rows.start * WEIGHTS),
-                WEIGHTS,
-                rows.len(),
-                values,
-                BLOCK * TILE,
-                0..forward.shape.value_tiles(),
-                weighed,
-                self.block_out.as_mut_ptr().add(rows.start * forward.width()),
-                forward.width(),
-                false,
-                ahead,
-            );
+        let width = forward.width();
+        let mut multiply =
+            |values: *const P::Stored, panels: Range<usize>, first: usize, ahead: &mut Ahead| {
+                // SAFETY: weights and output have all rows; panels of values have 128 pairs, and their sums begin at
+                // `first`. The pairs lie inside the tiles whose weights were just written.
+                unsafe {
+                    product::<P>(
+                        forward.isa,
+                        self.weights.as_ptr().add(rows.start * WEIGHTS),
+                        WEIGHTS,
+                        rows.len(),
+                        values,
+                        BLOCK * TILE,
+                        panels,
+                        weighed.clone(),
+                        self.block_out.as_mut_ptr().add(rows.start * width + first * TILE),
+                        width,
+                        false,
+                        ahead,
+                    );
+                }
+            };
+        let all = 0..forward.shape.value_tiles();
+        match &planes {
+            None => multiply(panels[1], all, 0, ahead),
+            Some([_, values]) => {
+                let steps = 2 * weighed.start..2 * weighed.end;
+                for some in by(VALUE_PANELS, all) {
+                    // SAFETY: as for the keys.
+                    unsafe { values.unpack_values::<V, P>(some.clone(), steps.clone(), unpacked, ahead) };
+                    multiply(unpacked, 0..some.len(), some.start, &mut Ahead::none());
+                }
+            }
         }
     }
+}
+
+/// Panels of codes that are unpacked at a time: they stay in the nearest cache until they are multiplied.
+const KEY_PANELS: usize = 4;
+const VALUE_PANELS: usize = 2;
+
+/// A range in pieces of so many.
+fn by(count: usize, range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(count).map(move |start| start..(start + count).min(end))
 }
 
 /// The part of a range of keys that lies in a block, counted from its start.
