@@ -16,7 +16,8 @@ pub fn innermost(isa: Isa, arithmetic: Arithmetic) -> Option<Loop> {
         (Isa::Avx512 | Isa::Avx512Bf16, Arithmetic::Int8) => (avx512_int8, 12 * 128),
         (Isa::Amx, Arithmetic::Bf16) => (amx_bf16, 4 * 16 * 16 * 64),
         (Isa::Amx, Arithmetic::Int8) => (amx_int8, 4 * 16 * 16 * 128),
-        (Isa::Avx2, Arithmetic::F32 | Arithmetic::Bf16) => (avx2_f32, 12 * 16),
+        (Isa::Avx2 | Isa::Avx2Vnni, Arithmetic::F32 | Arithmetic::Bf16) => (avx2_f32, 12 * 16),
+        (Isa::Avx2Vnni, Arithmetic::Int8) => (avx2_vnni_int8, 12 * 64),
         (Isa::Avx2, Arithmetic::Int8) => (avx2_int8, 4 * 64),
         (Isa::Scalar | Isa::Neon, _) => return None,
     })
@@ -52,6 +53,7 @@ twelve!(avx512_f32, "vfmadd231ps", "zmm");
 twelve!(avx512_bf16, "vdpbf16ps", "zmm");
 twelve!(avx512_int8, "vpdpbusd", "zmm");
 twelve!(avx2_f32, "vfmadd231ps", "ymm");
+twelve!(avx2_vnni_int8, "{{vex}} vpdpbusd", "ymm");
 
 /// Bytes to pairs, pairs to fours, added: what AVX2 has in place of one instruction.
 fn avx2_int8(rounds: usize) {

@@ -421,7 +421,7 @@ fn a_row_never_depends_on_the_others() {
                     let counts: Vec<usize> = match isa {
                         Isa::Scalar => vec![2, 3, 4, 5, 9, 70],
                         // Every count on the best tiers, one of three on AVX2.
-                        Isa::Avx2 => (1..=70).step_by(3).chain([70]).collect(),
+                        Isa::Avx2 | Isa::Avx2Vnni => (1..=70).step_by(3).chain([70]).collect(),
                         _ => (1..=70).collect(),
                     };
                     for m in counts {

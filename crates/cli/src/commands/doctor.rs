@@ -199,8 +199,11 @@ fn products(isa: Isa, available: &[Isa]) -> &'static str {
             "int8 products run on AVX-512: prompts are fast; bf16 products, those of training, run as f32 \
              multiply-adds, at their rate"
         }
-        Isa::Avx2 if available.contains(&Isa::Avx512) => {
+        Isa::Avx2 | Isa::Avx2Vnni if available.contains(&Isa::Avx512) => {
             "AVX2 was chosen (MICA_ISA) over AVX-512: prompts and training run at AVX2 speed"
+        }
+        Isa::Avx2Vnni => {
+            "int8 products run on AVX-VNNI: prompts are faster than with AVX2 alone; training runs at AVX2 speed"
         }
         Isa::Avx2 => "no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed",
         Isa::Neon => "NEON kernels are used where they exist; others run as portable code",
@@ -221,6 +224,7 @@ mod tests {
             (Isa::Avx512, &all[..4], "bf16 products, those of training, run as f32", "bf16 and int8"),
             (Isa::Avx2, &all[..4], "was chosen", "no AVX-512"),
             (Isa::Avx2, &all[..2], "no AVX-512", "chosen"),
+            (Isa::Avx2Vnni, &[Isa::Scalar, Isa::Avx2, Isa::Avx2Vnni], "AVX-VNNI", "chosen"),
         ] {
             let text = products(isa, available);
             assert!(text.contains(words) && !text.contains(not), "{isa} of {available:?}: {text}");

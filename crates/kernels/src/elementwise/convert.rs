@@ -96,7 +96,7 @@ macro_rules! tiers {
         fn $pick(isa: Isa) -> Convert {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => $avx2,
+                Isa::Avx2 | Isa::Avx2Vnni => $avx2,
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => $avx512,
                 _ => $body,

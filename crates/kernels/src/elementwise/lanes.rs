@@ -174,7 +174,7 @@ where
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 if TIERS => loop1_avx2(&self.f, a, out, count),
+                Isa::Avx2 | Isa::Avx2Vnni if TIERS => loop1_avx2(&self.f, a, out, count),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx if TIERS => loop1_avx512(&self.f, a, out, count),
                 _ => loop1(&self.f, a, out, count),
@@ -195,7 +195,7 @@ where
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 if TIERS => loop2_avx2(&self.f, a, b, out, count),
+                Isa::Avx2 | Isa::Avx2Vnni if TIERS => loop2_avx2(&self.f, a, b, out, count),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx if TIERS => loop2_avx512(&self.f, a, b, out, count),
                 _ => loop2(&self.f, a, b, out, count),

@@ -86,7 +86,7 @@ pub(crate) fn mover(isa: Isa, from: From, turn: bool, into: Into) -> BlockFn {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => pick!(avx512_block; F32 High F16 Pairs Words),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => pick!(avx2_block; F32 High F16 Pairs Words),
+        Isa::Avx2 | Isa::Avx2Vnni => pick!(avx2_block; F32 High F16 Pairs Words),
         _ => pick!(scalar_block; F32 High F16 Pairs Words),
     }
 }

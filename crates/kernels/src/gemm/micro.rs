@@ -114,7 +114,7 @@ pub(super) fn select(isa: Isa, line: Line) -> Micro {
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => super::avx512::micro(line),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => super::avx2::micro(line),
+        (Isa::Avx2 | Isa::Avx2Vnni, _) => super::avx2::micro(line),
         _ => super::scalar::micro(line),
     }
 }

@@ -50,7 +50,7 @@ pub(super) fn storer(isa: Isa) -> StoreFn {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => store_avx512,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => store_avx2,
+        Isa::Avx2 | Isa::Avx2Vnni => store_avx2,
         _ => store_portable,
     }
 }

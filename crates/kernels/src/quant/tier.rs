@@ -27,6 +27,8 @@ pub(super) unsafe fn at_tier<W: PerTier>(isa: Isa, work: W) -> W::Output {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512(work),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx2Vnni => avx2_vnni(work),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(work),
             _ => work.run::<Scalar>(),
         }
@@ -44,5 +46,12 @@ unsafe fn avx512<W: PerTier>(work: W) -> W::Output {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn avx2<W: PerTier>(work: W) -> W::Output {
     // SAFETY: the features are enabled here.
-    unsafe { work.run::<super::lanes::Avx2>() }
+    unsafe { work.run::<super::lanes::Avx2<false>>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn avx2_vnni<W: PerTier>(work: W) -> W::Output {
+    // SAFETY: the features are enabled here.
+    unsafe { work.run::<super::lanes::Avx2<true>>() }
 }

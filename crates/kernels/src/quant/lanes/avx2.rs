@@ -1,6 +1,6 @@
 //! Lanes as two AVX2 registers.
 //!
-//! `vpmaddubsw` adds pairs of products in 16 bits with saturation: 2·127·127 fits, 2·255·127 does
+//! AVX-VNNI multiplies bytes in one instruction. Without it `vpmaddubsw` adds pairs of products in 16 bits with saturation: 2·127·127 fits, 2·255·127 does
 //! not, so 8-bit codes are multiplied nibble by nibble.
 
 use std::arch::x86_64::*;
@@ -8,9 +8,10 @@ use std::arch::x86_64::*;
 use super::Lanes;
 use crate::quant::tile::ScaleType;
 
-/// Two ymm registers: lanes 0-7 and 8-15.
+/// Two ymm registers: lanes 0-7 and 8-15. With or without AVX-VNNI: products of integers are exact, so the bits are the
+/// same.
 #[derive(Clone, Copy)]
-pub(in crate::quant) struct Avx2;
+pub(in crate::quant) struct Avx2<const VNNI: bool>;
 
 type I = [__m256i; 2];
 type F = [__m256; 2];
@@ -41,11 +42,13 @@ unsafe fn bf16_bits(a: __m256) -> __m256i {
 
 /// Four products per lane of unsigned q and signed a, added to acc.
 #[inline(always)]
-unsafe fn dot_half<const WIDE: bool>(acc: __m256i, q: __m256i, a: __m256i) -> __m256i {
+unsafe fn dot_half<const WIDE: bool, const VNNI: bool>(acc: __m256i, q: __m256i, a: __m256i) -> __m256i {
     // SAFETY: as below.
     unsafe {
         let ones = _mm256_set1_epi16(1);
-        if WIDE {
+        if VNNI {
+            _mm256_dpbusd_avx_epi32(acc, q, a)
+        } else if WIDE {
             let nibble = _mm256_set1_epi8(15);
             let low = _mm256_and_si256(q, nibble);
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(q), nibble);
@@ -69,7 +72,7 @@ unsafe fn widen_bf16(from: *const u8) -> __m256 {
 }
 
 // SAFETY of every block below: the features are enabled and the pointers valid, as `Lanes` asks.
-impl Lanes for Avx2 {
+impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     type I = I;
     type F = F;
 
@@ -140,7 +143,7 @@ impl Lanes for Avx2 {
         // SAFETY: as above.
         unsafe {
             let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
-            [dot_half::<WIDE>(acc[0], q[0], a), dot_half::<WIDE>(acc[1], q[1], a)]
+            [dot_half::<WIDE, VNNI>(acc[0], q[0], a), dot_half::<WIDE, VNNI>(acc[1], q[1], a)]
         }
     }
     #[inline(always)]
