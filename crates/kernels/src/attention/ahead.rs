@@ -30,17 +30,24 @@ pub(crate) struct Ahead {
     /// The run.
     line: *const u8,
     left: usize,
+    far: bool,
 }
 
 impl Ahead {
     /// Asks for nothing.
     pub fn none() -> Ahead {
-        Ahead { parts: [Runs::NONE; 4], part: 4, line: std::ptr::null(), left: 0 }
+        Ahead { parts: [Runs::NONE; 4], part: 4, line: std::ptr::null(), left: 0, far: false }
+    }
+
+    /// Whether what is read comes from memory.
+    pub fn is_far(&self) -> bool {
+        self.far
     }
 
     /// Through the keys and values of this chunk and of the next, whose first lines the last chunk asked for.
     pub fn new(this: [Runs; 2], next: [Runs; 2]) -> Ahead {
-        let mut ahead = Ahead { parts: [this[0], this[1], next[0], next[1]], part: 0, ..Ahead::none() };
+        let mut ahead =
+            Ahead { parts: [this[0], this[1], next[0], next[1]], part: 0, far: true, ..Ahead::none() };
         let mut skip = AHEAD / LINE;
         while skip > 0 && (ahead.left > 0 || ahead.next_run()) {
             let lines = skip.min(ahead.left);

@@ -1,13 +1,13 @@
 //! Keys and values as codes of 8 or 4 bits: half or a quarter of the memory of bf16.
 //!
 //! A group of dimensions of one position and head has a scale and a bias, both bf16, and a value counts as
-//! `code · scale + bias`, one fused multiply-add, then rounded to bf16. The bias is the least value of the group rounded
-//! down, the scale the rest of the range by the largest code rounded up, so no value lies outside of what codes reach,
-//! and none is off by more than half a step before that last rounding.
+//! `code · scale + bias`, one fused multiply-add. The bias is the least value of the group rounded down, the scale the
+//! rest of the range by the largest code rounded up, so no value lies outside of what codes reach, and none is off by
+//! more than half a step.
 //!
 //! Codes lie as panels do (see [`super::block`]), but so that a lane's 32 bits hold what follows in the panel: four
 //! steps of 8 bits, or eight of 4. Scales and biases stand behind the codes, 256 positions for each group. A few panels
-//! at a time are unpacked and multiplied, so products are the same as over bf16 pages that hold these values.
+//! at a time are unpacked and multiplied, so products are the same as over f32 arrays that hold these values.
 
 use std::ops::Range;
 
@@ -95,7 +95,7 @@ impl Codes {
         (bf16::from_f32(ends.scale), bf16::from_f32(ends.bias))
     }
 
-    /// What a code counts as, before it is rounded to bf16.
+    /// What a code counts as.
     pub fn decode(self, code: u8, (scale, bias): (bf16, bf16)) -> f32 {
         f32::from(code).mul_add(scale.to_f32(), bias.to_f32())
     }
@@ -173,6 +173,12 @@ impl Plane {
         self.start.wrapping_add((panel * self.words + step / self.codes.steps()) * WORDS)
     }
 
+    /// [`Plane::line`] of codes of so many bits: without a division.
+    #[inline(always)]
+    fn word<const BITS: usize>(&self, panel: usize, step: usize) -> *const u8 {
+        self.start.wrapping_add((panel * self.words + step * BITS / 32) * WORDS)
+    }
+
     /// Bytes of a panel.
     pub fn panel_bytes(&self) -> usize {
         self.words * WORDS
@@ -199,7 +205,7 @@ impl Plane {
             (word, *self.scale(group, position), *self.scale(group, position).add(BLOCK))
         };
         let code = word >> (k % self.codes.steps() * bits) & ((1 << bits) - 1);
-        bf16::from_f32(self.codes.decode(code as u8, (scale, bias))).to_f32()
+        self.codes.decode(code as u8, (scale, bias))
     }
 
     /// Writes one position as lane `at` of the panels (keys).
@@ -354,7 +360,7 @@ impl Plane {
                     let bias = bf16::load::<V>(self.scale(g, panel * TILE).add(BLOCK));
                     for step in (first..last).step_by(a_word) {
                         ahead.ask();
-                        let words = V::int_load(self.line(panel, step).cast());
+                        let words = V::int_load(self.word::<BITS>(panel, step).cast());
                         let to = to.add(step / 2 * PAIR);
                         let ends = [[scale; 2], [bias; 2]];
                         // All of a word, so that its loop has no branches, but for the last of odd sizes.
@@ -402,7 +408,7 @@ impl Plane {
                 ahead.ask();
                 // SAFETY: promised by the caller; the words are in the panel, and so are their steps.
                 unsafe {
-                    let words = V::int_load(self.line(panel, step).cast());
+                    let words = V::int_load(self.word::<BITS>(panel, step).cast());
                     let to = to.add(step / 2 * PAIR);
                     for pair in 0..a_word / 2 {
                         let at = step + 2 * pair;

@@ -129,9 +129,9 @@ pub unsafe fn paged_attention(isa: Isa, args: PagedArgs) -> Result<Plan, KernelE
     };
     Ok(if uses_pairs(isa, args.precision) {
         plan::<Halves>(forward, None)
-    } else if format == PageFormat::F32 {
-        plan::<Single>(forward, None)
-    } else {
+    } else if format == PageFormat::Bf16 {
         plan::<Widened>(forward, None)
+    } else {
+        plan::<Single>(forward, None)
     })
 }

@@ -162,7 +162,7 @@ impl Products for Halves {
 /// AMX sums blocks of 16 pairs (docs/NUMERICS.md), counted from `pairs.start`: for bits that do not
 /// depend on the range it has to be a multiple of 16.
 ///
-/// Of few rows, a line is asked for with `ahead` for each that is read.
+/// Of few rows whose panels come from memory, a line is asked for with `ahead` for each that is read.
 ///
 /// Never inlined, so that its unrolled bodies exist once a tier and not once a call.
 ///
@@ -219,8 +219,8 @@ impl<P: Products> Kernel for Body<'_, P> {
         // need two or four registers a vector.
         let big = matches!(V::ISA, Isa::Avx512);
         // Few rows leave the time to memory, and one panel after the other is one stream: Zen 5 reads two or
-        // four side by side a fifth slower.
-        let few = are_few(V::ISA, rows);
+        // four side by side a fifth slower. From a cache, several side by side hide the products' latency.
+        let few = ahead.is_far() && are_few(V::ISA, rows);
         let mut p = panels.start;
         while p < panels.end {
             let left = panels.end - p;

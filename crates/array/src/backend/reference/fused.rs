@@ -309,7 +309,7 @@ unsafe fn get(page: *mut u8, at: usize, format: KvFormat, dim: usize) -> Vec<f64
                     let (byte, shift) = place.place(i);
                     let code = byte.read() >> shift & ((1u16 << codes.bits()) - 1) as u8;
                     let value = codes.decode(code, (ends.read_unaligned(), ends.add(1).read_unaligned()));
-                    bf16::from_f32(value).to_f64()
+                    f64::from(value)
                 };
                 (0..dim).map(value).collect()
             }
