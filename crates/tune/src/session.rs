@@ -36,6 +36,7 @@ use crate::run::metrics::METRICS;
 use crate::trainer::update::evaluate;
 use crate::trainer::{HeldOut, Outcome, Plan, Run, Update, UpdateSettings, train};
 use crate::{Error, Result, report};
+pub use fitting::BESIDES;
 use fitting::{Fitting, fitting, loader_options, micro_batch};
 
 /// How a run begins.

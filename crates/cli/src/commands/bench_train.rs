@@ -19,7 +19,7 @@ use mica_tune::data::batch::Batch;
 use mica_tune::data::sample::Sample;
 use mica_tune::methods::sft::Sft;
 use mica_tune::rng::Rng;
-use mica_tune::session::precision;
+use mica_tune::session::{BESIDES, precision};
 use mica_tune::trainer::{Update, UpdateSettings};
 
 use crate::exit::Usage;
@@ -213,9 +213,6 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     say!("{}", machine::table(&measured, &ops, 1).trim_end());
     Ok(())
 }
-
-/// What a process takes beside arrays, as `mica train` reckons: pages of code, scratch memory of threads.
-const BESIDES: u64 = 8_000_000;
 
 /// Refuses steps that need more memory than there is.
 fn check(args: &Args, rows: usize, rehearsed: u64) -> anyhow::Result<()> {
