@@ -17,7 +17,8 @@ use mica_threads::{Scratch, Task};
 
 use super::ahead::Ahead;
 use super::block::{BLOCK, BlockShape, PAIR, STEP, Stored, TILE, step_tiles};
-use super::forward::{Sizes, sizes, take};
+use super::block_rows::take;
+use super::forward::{Sizes, sizes};
 use super::heads::{Heads, Part, turn};
 use super::product::{Halves, Products, Single, Widened, product};
 use super::{Precision, Rule};

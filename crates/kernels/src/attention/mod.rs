@@ -16,6 +16,7 @@
 mod ahead;
 mod backward;
 mod block;
+mod block_rows;
 mod codes;
 mod forward;
 mod heads;
