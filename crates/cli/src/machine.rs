@@ -25,6 +25,13 @@ pub fn bandwidth(ceilings: &Ceilings) -> Option<f64> {
     mica_array::with_pool(|pool| ceilings.bandwidth(pool))
 }
 
+/// The one in the middle, of an even number the mean of the two; `None` of nothing.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.get(values.len().saturating_sub(1) / 2..values.len() / 2 + 1)?;
+    Some(middle.iter().sum::<f64>() / middle.len() as f64)
+}
+
 /// What bounds an op, and the part of that ceiling it reaches.
 fn bound(measured: &Measured, row: &Row) -> Option<(&'static str, f64)> {
     let arithmetic = match row.arithmetic {

@@ -121,13 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ops = session.finish();
     }
     let measured = machine::measure(&ceilings);
-    let median = |value: fn(&Run) -> Option<f64>| {
-        let mut values: Vec<f64> = runs.iter().filter_map(value).collect();
-        values.sort_by(f64::total_cmp);
-        // Of an even number the mean of the two in the middle.
-        let middle = values.get(values.len().saturating_sub(1) / 2..values.len() / 2 + 1)?;
-        Some(middle.iter().sum::<f64>() / middle.len() as f64)
-    };
+    let median = |value: fn(&Run) -> Option<f64>| machine::median(runs.iter().filter_map(value).collect());
     let [ttft_s, prompt_tps] = [median(|run| Some(run.ttft_s)), median(|run| Some(run.prompt_tps))];
     let generation_tps = median(|run| run.generation_tps);
     let read_bandwidth_gbs = median(|run| run.read_bandwidth_gbs);

@@ -159,9 +159,7 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
     update.step(&mut *loaded.model, &Sft, window, args.steps as u64, args.learning_rate)?;
     let ops = session.finish();
     let measured = machine::measure(&machine::ceilings(0));
-    let mut sorted = seconds.clone();
-    sorted.sort_by(f64::total_cmp);
-    let step_s = sorted[sorted.len() / 2];
+    let step_s = machine::median(seconds.clone()).expect("at least one step was run");
     let tokens_per_s = (rows * args.seq) as f64 / step_s;
     if as_json {
         let document = serde_json::json!({

@@ -98,11 +98,8 @@ impl KvArgs {
     pub fn format(&self, otherwise: KvFormat) -> Result<KvFormat, Usage> {
         let Some(bits) = self.kv_bits else { return Ok(otherwise) };
         let group = self.kv_group_size.unwrap_or(64);
-        let codes = KvCodes::new(bits, group).map_err(|_| {
-            Usage(format!(
-                "--kv-bits {bits} --kv-group-size {group}: expected 4 or 8 bits and groups of 32, 64 or 128"
-            ))
-        })?;
+        let codes =
+            KvCodes::new(bits, group).map_err(|error| Usage(format!("--kv-bits: {}", error.message)))?;
         Ok(KvFormat::Codes(codes))
     }
 }

@@ -169,14 +169,10 @@ impl Plane {
     }
 
     /// The words of a panel, from the one that holds a step on.
-    pub fn line(&self, panel: usize, step: usize) -> *mut u8 {
-        self.start.wrapping_add((panel * self.words + step / self.codes.steps()) * WORDS)
-    }
-
-    /// [`Plane::line`] of codes of so many bits: without a division.
     #[inline(always)]
-    fn word<const BITS: usize>(&self, panel: usize, step: usize) -> *const u8 {
-        self.start.wrapping_add((panel * self.words + step * BITS / 32) * WORDS)
+    pub fn line(&self, panel: usize, step: usize) -> *mut u8 {
+        // No division by how many steps a word has: this is in the loops that read and write.
+        self.start.wrapping_add((panel * self.words + step * self.codes.bits() / 32) * WORDS)
     }
 
     /// Bytes of a panel.
@@ -360,7 +356,7 @@ impl Plane {
                     let bias = bf16::load::<V>(self.scale(g, panel * TILE).add(BLOCK));
                     for step in (first..last).step_by(a_word) {
                         ahead.ask();
-                        let words = V::int_load(self.word::<BITS>(panel, step).cast());
+                        let words = V::int_load(self.line(panel, step).cast());
                         let to = to.add(step / 2 * PAIR);
                         let ends = [[scale; 2], [bias; 2]];
                         // All of a word, so that its loop has no branches, but for the last of odd sizes.
@@ -408,7 +404,7 @@ impl Plane {
                 ahead.ask();
                 // SAFETY: promised by the caller; the words are in the panel, and so are their steps.
                 unsafe {
-                    let words = V::int_load(self.word::<BITS>(panel, step).cast());
+                    let words = V::int_load(self.line(panel, step).cast());
                     let to = to.add(step / 2 * PAIR);
                     for pair in 0..a_word / 2 {
                         let at = step + 2 * pair;
