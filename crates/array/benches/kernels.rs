@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
 use mica_array::op::{AttentionSpec, CrossEntropySpec, RopeSpec};
 use mica_array::profile::{self, Row};
+use mica_array::quantized::{QuantMode, QuantSpec, QuantizedArray};
 use mica_array::transforms::{compile, vjp};
-use mica_array::{Array, Dtype, PackedWeight, Precision, Quantized, eval, random};
+use mica_array::{Array, Dtype, PackedWeight, Precision, eval, random};
 use mica_ceiling::{Arithmetic, Ceilings, Measured, Work, seconds};
 use mica_simd::Isa;
 
@@ -88,15 +89,29 @@ fn normal(shape: &[usize], dtype: Dtype) -> Array {
     values
 }
 
-/// Random codes in groups of 64, packed.
-fn packed([out, inputs]: [usize; 2], bits: usize) -> Array {
+/// Random affine codes in groups of 64, packed.
+fn packed(shape: [usize; 2], bits: usize) -> Array {
+    packed_as(shape, QuantSpec::affine(bits, 64).expect("a width that exists"))
+}
+
+/// Random codes, packed.
+fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> Array {
     let key = random::key(11).expect("a seed");
-    let words = random::bits(&[out, inputs * bits / 32], 4, &key).expect("words");
-    let groups = [out, inputs / 64];
-    let scales = Array::full(&groups, 0.01, Dtype::BF16);
-    let biases = Array::full(&groups, -0.08, Dtype::BF16);
-    let weight = PackedWeight::from_mlx(&Quantized { words, scales, biases }, bits, 64).expect("sizes fit");
-    Array::from_packed(weight)
+    let words = random::bits(&[out, format.words(inputs)], 4, &key).expect("words");
+    let groups = [out, inputs / format.group_size()];
+    let (words, scales, biases) = match format.mode() {
+        QuantMode::Affine => {
+            let of = |value| Array::full(&groups, value, Dtype::BF16);
+            (words, of(0.01), Some(of(-0.08)))
+        }
+        // One of small magnitude, and no 8-bit float that is NaN.
+        _ => {
+            let numbers = words.bitwise_and(&Array::full(&[1], f64::from(0xbfbf_bfbfu32), Dtype::U32));
+            (numbers.expect("integers"), Array::full(&groups, 56.0, Dtype::U8), None)
+        }
+    };
+    let codes = QuantizedArray::new(words, scales, biases, format, None).expect("sizes fit");
+    Array::from_packed(PackedWeight::from_mlx(&codes).expect("sizes fit"))
 }
 
 fn evaluate(result: mica_array::Result<Array>) {
@@ -127,7 +142,25 @@ fn products(bench: &Bench) {
             );
         }
     }
+    for mode in [QuantMode::Mxfp4, QuantMode::Nvfp4, QuantMode::Mxfp8] {
+        for m in [1, 8] {
+            bench.line(
+                &format!("quantized {}, {m} rows", mode.name()),
+                "linear",
+                || (normal(&[m, LONG[1]], Dtype::F32), packed_as(LONG, QuantSpec::usual(mode))),
+                |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
+            );
+        }
+    }
     const SQUARE: [usize; 2] = [4096, 4096];
+    for mode in [QuantMode::Mxfp4, QuantMode::Nvfp4, QuantMode::Mxfp8] {
+        bench.line(
+            &format!("quantized {}, 512 rows", mode.name()),
+            "linear",
+            || (normal(&[512, SQUARE[1]], Dtype::F32), packed_as(SQUARE, QuantSpec::usual(mode))),
+            |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
+        );
+    }
     for bits in [4, 8] {
         for (name, precision) in
             [("int8", Precision::Fast), ("bf16", Precision::Bf16), ("f32", Precision::Exact)]

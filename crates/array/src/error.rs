@@ -109,6 +109,13 @@ impl From<mica_threads::TooManyThreads> for Error {
     }
 }
 
+impl From<mica_codec::CodecError> for Error {
+    fn from(error: mica_codec::CodecError) -> Error {
+        let text = error.to_string();
+        Error::invalid("quantize", text.strip_prefix("[quantize] ").unwrap_or(&text))
+    }
+}
+
 impl From<mica_kernels::KernelError> for Error {
     fn from(error: mica_kernels::KernelError) -> Error {
         Error::Invalid { op: error.kernel, message: error.message.into() }

@@ -10,7 +10,7 @@ use mica_io::safetensors::{SafeTensors, TensorInfo, Writer};
 
 use crate::{Array, Dtype, Error, Result};
 
-pub use gguf::{GgufContent, load_gguf, save_gguf};
+pub use gguf::{GgufContent, load_gguf, open_gguf, pack_gguf, save_gguf};
 pub use mica_io::gguf::Value as GgufValue;
 pub use numpy::{load_npy, load_npz, save_npy, save_npz, save_npz_compressed};
 

@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-use mica_codec::QuantSpec;
+use mica_codec::gguf::GgufBlock;
 use mica_kernels::gemm::{FloatType, FloatWeight};
 pub use mica_kernels::quant::Part;
 use mica_kernels::quant::{QuantWeight, ScaleType, ScaleVec, Scales, Unpacked};
 
 use crate::backend::{self, Operand};
 use crate::eval::with_pool;
+use crate::ops::quantized::{QuantMode, QuantSpec, QuantizedArray, quantize};
 use crate::{Array, Dtype, Error, Result, Shape};
 
 /// A weight [out, in] that was repacked once, at load, for the kernels. Packing is a bijection:
@@ -20,17 +20,6 @@ pub enum PackedWeight {
     Float(FloatWeight),
     /// Quantized in groups.
     Quant(QuantWeight),
-}
-
-/// MLX's three arrays of a quantized weight.
-#[derive(Debug, Clone)]
-pub struct Quantized {
-    /// u32 [out, in · bits / 32]
-    pub words: Array,
-    /// [out, in / group_size]
-    pub scales: Array,
-    /// [out, in / group_size]
-    pub biases: Array,
 }
 
 impl PackedWeight {
@@ -66,75 +55,119 @@ impl PackedWeight {
     }
 
     /// A quantized weight [out, in] from somewhere else, packed as it comes: `read` writes these rows of one of MLX's
-    /// three arrays, as [`PackedWeight::read_float`]'s does. Scales and biases are of `dtype`.
+    /// arrays, as [`PackedWeight::read_float`]'s does. Affine scales and biases are of `dtype`; the other modes have
+    /// scales of bytes and no biases.
+    ///
+    /// Codes and scales that are floats must not be NaN ([`first_nan`]).
     pub fn read_mlx<E: From<Error> + Send>(
         shape: [usize; 2],
-        bits: usize,
-        group_size: usize,
+        format: QuantSpec,
         dtype: Dtype,
         read: impl Fn(Part, Range<usize>, &mut [u8]) -> Result<(), E> + Sync + Send,
     ) -> Result<PackedWeight, E> {
-        let bad = |message: String| Error::invalid("quantized_weight", message);
-        let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
-        let scale = match dtype {
-            Dtype::F32 => ScaleType::F32,
-            Dtype::BF16 => ScaleType::Bf16,
-            Dtype::F16 => ScaleType::F16,
-            other => return Err(bad(format!("scales of {other}")).into()),
-        };
+        let scale = scale_type(format, dtype)?;
         let weight =
-            with_pool(|pool| QuantWeight::read(pool, spec, shape, scale, read)).map_err(Error::from)??;
+            with_pool(|pool| QuantWeight::read(pool, format, shape, scale, read)).map_err(Error::from)??;
         Ok(PackedWeight::Quant(weight))
     }
 
-    /// From MLX's three arrays.
-    pub fn from_mlx(quantized: &Quantized, bits: usize, group_size: usize) -> Result<PackedWeight> {
-        let bad = |message: String| Error::invalid("quantized_weight", message);
-        let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
-        let Quantized { words, scales, biases } = quantized;
-        if words.rank() != 2 || words.dtype() != Dtype::U32 || words.dim(1) * 32 % bits != 0 {
-            return Err(bad(format!("words should be uint32 [out, in · {bits} / 32], got {words:?}")));
-        }
-        let shape = [words.dim(0), words.dim(1) * 32 / bits];
-        let expected = [shape[0], shape[1] / group_size];
-        if scales.shape() != expected || biases.shape() != expected || scales.dtype() != biases.dtype() {
+    /// From MLX's arrays of a matrix.
+    pub fn from_mlx(quantized: &QuantizedArray) -> Result<PackedWeight> {
+        let QuantizedArray { words, scales, biases, format, global_scale } = quantized;
+        if words.rank() != 2 || global_scale.is_some() {
+            let global = if global_scale.is_some() { " and a global scale" } else { "" };
             return Err(bad(format!(
-                "scales and biases should be {expected:?} of one dtype, got {scales:?}, {biases:?}"
+                "expected a matrix [out, in] without global scale, got words {words:?}{global}"
             )));
         }
-        let (scales, biases) = (scale_vec(scales)?, scale_vec(biases)?);
-        let words = words.to_vec::<u32>()?;
+        let shape = [words.dim(0), quantized.columns()];
+        let scale = scale_type(*format, scales.dtype())?;
+        let codes = words.to_vec::<u32>()?;
+        let (scales, biases) =
+            (scale_vec(scales, scale)?, biases.as_ref().map(|b| scale_vec(b, scale)).transpose()?);
+        if let Scales::E8m0(bytes) | Scales::E4m3(bytes) = scales.as_scales()
+            && let Some(at) = first_nan(*format, Part::Scales, bytes)
+        {
+            return Err(bad(format!("scale {at} of {shape:?} is NaN")));
+        }
+        if let Some(at) = words.with_bytes(|bytes| first_nan(*format, Part::Words, bytes))? {
+            return Err(bad(format!("value {at} of {shape:?} is NaN")));
+        }
         let packed = with_pool(|pool| {
-            QuantWeight::pack(pool, spec, shape, &words, scales.as_scales(), biases.as_scales())
+            let biases = biases.as_ref().map(ScaleVec::as_scales);
+            QuantWeight::pack(pool, *format, shape, &codes, scales.as_scales(), biases)
         })?;
         Ok(PackedWeight::Quant(packed))
     }
 
     /// Quantizes a plain array as MLX does, and packs it.
-    pub fn quantize(weight: &Array, bits: usize, group_size: usize) -> Result<PackedWeight> {
-        PackedWeight::from_mlx(&quantize(weight, bits, group_size)?, bits, group_size)
+    pub fn quantize(weight: &Array, format: QuantSpec) -> Result<PackedWeight> {
+        PackedWeight::from_mlx(&quantize(weight, format, None)?)
     }
 
-    /// MLX's three arrays of a quantized weight, bit for bit as they were packed.
-    pub fn to_mlx(&self) -> Result<Quantized> {
-        let PackedWeight::Quant(weight) = self else {
-            return Err(Error::invalid("quantized_weight", "this weight is not quantized"));
+    /// A weight [out, in] of ggml's blocks from somewhere else, packed as it comes: `read` writes the blocks of these
+    /// rows, as [`PackedWeight::read_float`]'s does.
+    ///
+    /// # Errors
+    /// Of `read`, and if a block's scale is NaN or infinite.
+    pub fn read_gguf<E: From<Error> + Send>(
+        shape: [usize; 2],
+        block: GgufBlock,
+        read: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync + Send,
+    ) -> Result<PackedWeight, E> {
+        let read = |rows: Range<usize>, into: &mut [u8]| -> Result<(), E> {
+            let first = rows.start * (into.len() / block.bytes() / rows.len().max(1));
+            read(rows, into)?;
+            match block.first_not_finite(into) {
+                None => Ok(()),
+                Some(at) => {
+                    let name = block.name();
+                    Err(bad(format!("block {} of {name} has a scale that is NaN or infinite", first + at))
+                        .into())
+                }
+            }
         };
-        let Unpacked { words, scales, biases, .. } = weight.unpack();
-        let [out, inner] = weight.shape();
-        let groups = [out, inner / weight.spec().group_size()];
-        Ok(Quantized {
-            words: Array::from_slice(&words, &[out, inner * weight.spec().bits() / 32])?,
-            scales: scale_array(&scales, &groups)?,
-            biases: scale_array(&biases, &groups)?,
-        })
+        let weight =
+            with_pool(|pool| QuantWeight::read_gguf(pool, block, shape, read)).map_err(Error::from)??;
+        Ok(PackedWeight::Quant(weight))
     }
 
-    /// Bits and group size, if it is quantized.
-    pub fn quantization(&self) -> Option<(usize, usize)> {
+    /// MLX's arrays of a quantized weight: bit for bit as they were packed, or of ggml's blocks those that hold the
+    /// same numbers.
+    ///
+    /// # Errors
+    /// If MLX has no such format ([`PackedWeight::quantization`]), or a bias is too large for half precision.
+    pub fn to_mlx(&self) -> Result<QuantizedArray> {
+        let PackedWeight::Quant(weight) = self else {
+            return Err(bad("this weight is not quantized".to_string()));
+        };
+        let (Some(Unpacked { words, scales, biases }), Some(format)) = (weight.unpack(), weight.spec())
+        else {
+            return Err(bad(
+                "MLX has no format for groups of 16 integers: dequantize this weight".to_string()
+            ));
+        };
+        if let Some(ScaleVec::F16(biases)) = &biases
+            && biases.iter().any(|bias| bias.is_infinite())
+        {
+            return Err(bad("a scale is so large that its bias is infinite as float16".to_string()));
+        }
+        let [out, inner] = weight.shape();
+        let groups = [out, inner / format.group_size()];
+        QuantizedArray::new(
+            Array::from_slice(&words, &[out, format.words(inner)])?,
+            scale_array(&scales, &groups)?,
+            biases.map(|biases| scale_array(&biases, &groups)).transpose()?,
+            format,
+            None,
+        )
+    }
+
+    /// How it is coded, if it is quantized in a format that MLX has. Of ggml's blocks that are `Q6_K` it has none.
+    pub fn quantization(&self) -> Option<QuantSpec> {
         match self {
             PackedWeight::Float(_) => None,
-            PackedWeight::Quant(weight) => Some((weight.spec().bits(), weight.spec().group_size())),
+            PackedWeight::Quant(weight) => weight.spec(),
         }
     }
 
@@ -154,7 +187,7 @@ impl PackedWeight {
         }
     }
 
-    /// The dtype of the logical weight: a quantized one has that of its scales.
+    /// The dtype of the logical weight: a quantized one has that of its scales, or bf16 where these are bytes.
     pub fn dtype(&self) -> Dtype {
         match self {
             PackedWeight::Float(weight) => match weight.float_type() {
@@ -164,49 +197,53 @@ impl PackedWeight {
             },
             PackedWeight::Quant(weight) => match weight.scale_type() {
                 ScaleType::F32 => Dtype::F32,
-                ScaleType::Bf16 => Dtype::BF16,
+                ScaleType::Bf16 | ScaleType::E8m0 | ScaleType::E4m3 => Dtype::BF16,
                 ScaleType::F16 => Dtype::F16,
             },
         }
     }
 }
 
-/// Words, scales and biases of a float array [.., in], as `mlx.core.quantize` makes them.
-pub fn quantize(weight: &Array, bits: usize, group_size: usize) -> Result<Quantized> {
-    let bad = |message: String| Error::invalid("quantize", message);
-    let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
-    if weight.rank() != 2 {
-        return Err(bad(format!("needs two dimensions, got {weight:?}")));
-    }
-    let [rows, columns] = [weight.dim(0), weight.dim(1)];
-    let groups = spec.groups(columns).map_err(|error| bad(error.to_string()))?;
-    let mut words = vec![0u32; rows * spec.words(columns)];
-    macro_rules! run {
-        ($t:ty) => {{
-            let values = weight.to_vec::<$t>()?;
-            let zero = <$t>::from_bits(0);
-            let (mut scales, mut biases) = (vec![zero; rows * groups], vec![zero; rows * groups]);
-            mica_codec::affine::quantize(&values, columns, spec, &mut words, &mut scales, &mut biases)
-                .map_err(|error| bad(error.to_string()))?;
-            let shape = [rows, groups];
-            (Array::from_slice(&scales, &shape)?, Array::from_slice(&biases, &shape)?)
-        }};
-    }
-    let (scales, biases) = match weight.dtype() {
-        Dtype::F32 => run!(f32),
-        Dtype::BF16 => run!(bf16),
-        Dtype::F16 => run!(f16),
-        other => return Err(bad(format!("needs float32, bfloat16 or float16, got {other}"))),
+/// The first NaN among these bytes of one of a quantized weight's arrays, if its numbers are floats of 8 bits or
+/// fewer: those of affine codes are arrays' own matter.
+pub fn first_nan(format: QuantSpec, part: Part, bytes: &[u8]) -> Option<usize> {
+    // Looked at without branches first, which is done at the speed of memory.
+    let find = |bad: fn(&u8) -> bool| match bytes.iter().fold(false, |any, code| any | bad(code)) {
+        true => bytes.iter().position(bad),
+        false => None,
     };
-    Ok(Quantized { words: Array::from_slice(&words, &[rows, spec.words(columns)])?, scales, biases })
+    match (format.mode(), part) {
+        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Part::Scales) => find(|&code| code == 0xff),
+        (QuantMode::Nvfp4, Part::Scales) | (QuantMode::Mxfp8, Part::Words) => {
+            find(|&code| code & 0x7f == 0x7f)
+        }
+        _ => None,
+    }
 }
 
-fn scale_vec(array: &Array) -> Result<ScaleVec> {
-    Ok(match array.dtype() {
-        Dtype::F32 => ScaleVec::F32(array.to_vec()?),
-        Dtype::BF16 => ScaleVec::Bf16(array.to_vec()?),
-        Dtype::F16 => ScaleVec::F16(array.to_vec()?),
-        other => return Err(Error::invalid("quantized_weight", format!("scales of {other}"))),
+fn bad(message: String) -> Error {
+    Error::invalid("quantized_weight", message)
+}
+
+/// How scales of this dtype are stored.
+fn scale_type(format: QuantSpec, dtype: Dtype) -> Result<ScaleType> {
+    match (format.mode(), dtype) {
+        (QuantMode::Affine, Dtype::F32) => Ok(ScaleType::F32),
+        (QuantMode::Affine, Dtype::BF16) => Ok(ScaleType::Bf16),
+        (QuantMode::Affine, Dtype::F16) => Ok(ScaleType::F16),
+        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Dtype::U8) => Ok(ScaleType::E8m0),
+        (QuantMode::Nvfp4, Dtype::U8) => Ok(ScaleType::E4m3),
+        (mode, other) => Err(bad(format!("scales of {other} in mode {}", mode.name()))),
+    }
+}
+
+fn scale_vec(array: &Array, scale: ScaleType) -> Result<ScaleVec> {
+    Ok(match scale {
+        ScaleType::F32 => ScaleVec::F32(array.to_vec()?),
+        ScaleType::Bf16 => ScaleVec::Bf16(array.to_vec()?),
+        ScaleType::F16 => ScaleVec::F16(array.to_vec()?),
+        ScaleType::E8m0 => ScaleVec::E8m0(array.to_vec()?),
+        ScaleType::E4m3 => ScaleVec::E4m3(array.to_vec()?),
     })
 }
 
@@ -215,5 +252,6 @@ fn scale_array(values: &ScaleVec, shape: &[usize]) -> Result<Array> {
         Scales::F32(values) => Array::from_slice(values, shape),
         Scales::Bf16(values) => Array::from_slice(values, shape),
         Scales::F16(values) => Array::from_slice(values, shape),
+        Scales::E8m0(values) | Scales::E4m3(values) => Array::from_slice(values, shape),
     }
 }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::backend::{Operand, Step};
 use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
+use crate::ops::quantized::QuantMode;
 use crate::{Dtype, PackedWeight};
 
 const OFF: u8 = 0;
@@ -195,9 +196,12 @@ fn arithmetic(step: &Step) -> Arithmetic {
     };
     // Products of two bf16 arrays are exact in bf16.
     let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
-    let quantized = || {
-        step.inputs.iter().any(|x| matches!(x, Operand::Packed(w) if matches!(**w, PackedWeight::Quant(_))))
+    // 8-bit floats have no int8 product.
+    let integers = |weight: &PackedWeight| match weight {
+        PackedWeight::Quant(weight) => weight.spec().is_none_or(|spec| spec.mode() != QuantMode::Mxfp8),
+        PackedWeight::Float(_) => false,
     };
+    let quantized = || step.inputs.iter().any(|x| matches!(x, Operand::Packed(weight) if integers(weight)));
     match &step.op {
         Op::Linear { precision: Precision::Fast } if quantized() => Arithmetic::Int8,
         Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } if halves() => Arithmetic::Bf16,
@@ -292,9 +296,10 @@ pub fn report() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Array;
     use crate::backend::HostView;
     use crate::kv::KvSpec;
-    use crate::{Array, Quantized};
+    use crate::ops::quantized::QuantSpec;
     use std::sync::Arc;
 
     fn plain(shape: &[usize], dtype: Dtype) -> Operand {
@@ -314,13 +319,12 @@ mod tests {
     #[test]
     fn products_have_the_name_of_what_they_are_formed_in() {
         let float = PackedWeight::from_float(&Array::zeros(&[64, 64], Dtype::BF16)).unwrap();
-        let codes = Quantized {
-            words: Array::zeros(&[64, 8], Dtype::U32),
-            scales: Array::zeros(&[64, 1], Dtype::BF16),
-            biases: Array::zeros(&[64, 1], Dtype::BF16),
-        };
-        let quantized = PackedWeight::from_mlx(&codes, 4, 64).unwrap();
-        let [float, quantized] = [float, quantized].map(|weight| Operand::Packed(Arc::new(weight)));
+        let quantized =
+            PackedWeight::quantize(&Array::zeros(&[64, 64], Dtype::BF16), Default::default()).unwrap();
+        let eight = QuantSpec::usual(QuantMode::Mxfp8);
+        let eight = PackedWeight::quantize(&Array::zeros(&[64, 64], Dtype::BF16), eight).unwrap();
+        let [float, quantized, eight] =
+            [float, quantized, eight].map(|weight| Operand::Packed(Arc::new(weight)));
         let (halves, singles) = (plain(&[64, 64], Dtype::BF16), plain(&[64, 64], Dtype::F32));
         let paged = |format| {
             let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 64, format };
@@ -331,6 +335,7 @@ mod tests {
         let (fast, bf16, exact) = (Precision::Fast, Precision::Bf16, Precision::Exact);
         for (name, op, weight, expected) in [
             ("quantized", linear(fast), &quantized, Arithmetic::Int8),
+            ("8-bit floats", linear(fast), &eight, Arithmetic::Bf16),
             ("packed floats have no 8-bit form", linear(fast), &float, Arithmetic::Bf16),
             ("plain floats", linear(fast), &singles, Arithmetic::Bf16),
             ("quantized, bf16", linear(bf16), &quantized, Arithmetic::Bf16),

@@ -3,7 +3,7 @@
 
 mod algebra_cases;
 
-use mica_array::quantized::{Format, QuantizeMode, QuantizedArray, gather_qqmm, qqmm, qqmm_floats, quantize};
+use mica_array::quantized::{QuantMode, QuantSpec, QuantizedArray, gather_qqmm, qqmm, qqmm_floats, quantize};
 use mica_array::transforms::{grad, jvp};
 use mica_array::{Array, Dtype};
 use mica_testkit::{Rng, assert_close};
@@ -33,8 +33,8 @@ fn assert_same(name: &str, got: &Array, expected: &Array) {
 /// The `mlx` package runs these products on GPUs only; its documentation says what they are.
 #[test]
 fn products_of_two_quantized_sides_are_products_of_what_the_codes_say() {
-    for (mode, group) in [(QuantizeMode::Nvfp4, 16), (QuantizeMode::Mxfp8, 32)] {
-        let format = Format::new(mode, None, None).unwrap();
+    for (mode, group) in [(QuantMode::Nvfp4, 16), (QuantMode::Mxfp8, 32)] {
+        let format = QuantSpec::usual(mode);
         let round = |x: &Array, scale: Option<&Array>| {
             quantize(x, format, scale).unwrap().dequantize(Some(Dtype::F32)).unwrap()
         };
@@ -71,7 +71,7 @@ fn products_of_two_quantized_sides_are_products_of_what_the_codes_say() {
         let gathered = product(&pick(round(&x, None), &left), &pick(round(&many, None), &right));
         assert_same("gathered", &got, &gathered);
 
-        if mode == QuantizeMode::Nvfp4 {
+        if mode == QuantMode::Nvfp4 {
             let largest = |x: &Array| x.abs().unwrap().max(&[], false).unwrap();
             let (gx, gw, gc) = (largest(&x), largest(&w), largest(&ct));
             let codes = quantize(&w, format, Some(&gw)).unwrap();
@@ -109,7 +109,7 @@ fn products_of_two_quantized_sides_are_products_of_what_the_codes_say() {
             assert_same("gathered with global scales", &got, &expected);
         }
     }
-    let affine = Format::new(QuantizeMode::Affine, None, None).unwrap();
+    let affine = QuantSpec::usual(QuantMode::Affine);
     let error = qqmm_floats(&normal(&[2, 64], 5), &normal(&[4, 64], 6), affine, None).unwrap_err();
     assert!(error.to_string().contains("nvfp4 or mxfp8"), "{error}");
 }

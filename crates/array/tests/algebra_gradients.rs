@@ -4,7 +4,7 @@
 use mica_array::conv::{self, ConvNd};
 use mica_array::fast::{self, AttentionMask, RopeBase, RopeOffset};
 use mica_array::fft::{self, Norm};
-use mica_array::quantized::{self, Format};
+use mica_array::quantized::{self, QuantSpec};
 use mica_array::transforms::grad;
 use mica_array::{Array, Complex32, Dtype, Result, einsum, linalg};
 use mica_testkit::Rng;
@@ -201,7 +201,7 @@ fn linear_algebra() {
 
 #[test]
 fn quantized_arrays_and_fused_functions() {
-    let format = Format::new(Default::default(), Some(4), Some(32)).unwrap();
+    let format = QuantSpec::affine(4, 32).unwrap();
     let w = quantized::quantize(&normal(&[5, 64], 51).astype(Dtype::F32).unwrap(), format, None).unwrap();
     check_f32("quantized_matmul", &[normal(&[3, 64], 52)], |x| {
         quantized::quantized_matmul(&x[0].astype(Dtype::F32)?, &w, true)

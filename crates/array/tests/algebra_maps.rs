@@ -3,7 +3,7 @@
 
 use mica_array::conv::{self, ConvNd};
 use mica_array::fft::{self, Norm};
-use mica_array::quantized::{self, Format};
+use mica_array::quantized::{self, QuantSpec};
 use mica_array::transforms::{jvp, vmap};
 use mica_array::{Array, Dtype, Result, linalg};
 use mica_testkit::Rng;
@@ -84,7 +84,7 @@ fn cases() -> Vec<Case> {
                 &(0..16u32).map(|i| i.wrapping_mul(0x1234_5677)).collect::<Vec<_>>(),
                 &[2, 8],
             )?;
-            let format = Format::new(Default::default(), Some(4), Some(32))?;
+            let format = QuantSpec::affine(4, 32)?;
             let parts = [x[0].astype(Dtype::F32)?, x[1].astype(Dtype::F32)?];
             let [scales, biases] = parts;
             quantized::QuantizedArray::new(words, scales, Some(biases), format, None)?.dequantize(None)
@@ -176,7 +176,7 @@ fn decompositions_of_a_batch() {
     close("QR", &values(&mapped[0]), &values(&a), 1e-12);
     close("singular values", &values(&mapped[1]), &values(&linalg::singular_values(&a).unwrap()), 1e-12);
     let w = normal(&[3, 2, 64], 32).astype(Dtype::F32).unwrap();
-    let format = Format::new(Default::default(), None, None).unwrap();
+    let format = QuantSpec::usual(Default::default());
     let quantize = |v: &[Array]| {
         let q = quantized::quantize(&v[0], format, None)?;
         Ok(vec![q.words.clone(), q.dequantize(None)?])

@@ -95,7 +95,9 @@ fn products_of_the_same_rows_are_the_same_side_by_side() {
     };
     let weights = [48, 16, 32].map(|out| {
         let plain = Array::from_slice(&values(out * 64, out as u32), &[out, 64]).unwrap();
-        Array::from_packed(PackedWeight::quantize(&plain, 4, 64).unwrap())
+        Array::from_packed(
+            PackedWeight::quantize(&plain, mica_array::quantized::QuantSpec::affine(4, 64).unwrap()).unwrap(),
+        )
     });
     let product = |x: &Array, i: usize| x.linear(&weights[i], None, Precision::Fast).unwrap();
     for rows in [1, 5] {

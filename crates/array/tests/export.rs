@@ -1,7 +1,7 @@
 //! Functions in files, and graphs as text.
 
 use mica_array::fft::{self, Norm};
-use mica_array::quantized::{Format, QuantizeMode, quantize};
+use mica_array::quantized::{QuantMode, QuantSpec, quantize};
 use mica_array::transforms::{checkpoint, compile, grad};
 use mica_array::{
     Array, Dtype, Error, FunctionExporter, PackedWeight, Precision, Result, conv, export_function,
@@ -109,8 +109,8 @@ fn algebra_cases() -> Vec<(&'static str, Vec<Array>, F)> {
 /// What has no gradient.
 fn rigid_cases() -> Vec<(&'static str, Vec<Array>, F)> {
     let normal = |shape: &[usize], seed| cases::random(shape, Dtype::F32, seed);
-    fn codes(x: &Array, mode: QuantizeMode, global: Option<&Array>) -> Result<Vec<Array>> {
-        let codes = quantize(x, Format::new(mode, None, None)?, global)?;
+    fn codes(x: &Array, mode: QuantMode, global: Option<&Array>) -> Result<Vec<Array>> {
+        let codes = quantize(x, QuantSpec::usual(mode), global)?;
         let mut all = vec![codes.dequantize(None)?, codes.words.clone(), codes.scales.clone()];
         all.extend(codes.biases);
         Ok(all)
@@ -142,11 +142,11 @@ fn rigid_cases() -> Vec<(&'static str, Vec<Array>, F)> {
             let (values, vectors) = linalg::eig(&x[0])?;
             Ok(vec![values.abs()?, vectors.abs()?, linalg::eigvals(&x[0])?.real()?])
         }),
-        ("affine", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantizeMode::Affine, None)),
-        ("mxfp4", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantizeMode::Mxfp4, None)),
-        ("mxfp8", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantizeMode::Mxfp8, None)),
+        ("affine", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantMode::Affine, None)),
+        ("mxfp4", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantMode::Mxfp4, None)),
+        ("mxfp8", vec![normal(&[3, 64], 23)], |x| codes(&x[0], QuantMode::Mxfp8, None)),
         ("nvfp4", vec![normal(&[3, 64], 23)], |x| {
-            codes(&x[0], QuantizeMode::Nvfp4, Some(&x[0].abs()?.max(&[], false)?))
+            codes(&x[0], QuantMode::Nvfp4, Some(&x[0].abs()?.max(&[], false)?))
         }),
         ("fp8", vec![normal(&[9], 24)], |x| {
             let codes = x[0].to_fp8()?;
@@ -267,7 +267,9 @@ fn constants_compiled_functions_and_packed_weights_are_written_out() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("f.safetensors");
     let plain = cases::random(&[64, 64], Dtype::F32, 1);
-    let packed = Array::from_packed(PackedWeight::quantize(&plain, 4, 32).unwrap());
+    let packed = Array::from_packed(
+        PackedWeight::quantize(&plain, mica_array::quantized::QuantSpec::affine(4, 32).unwrap()).unwrap(),
+    );
     let bias = cases::random(&[64], Dtype::BF16, 2);
     let gate = compile(|x: &[Array]| Ok(vec![x[0].silu()? * &x[1]]));
     let f = |x: &[Array]| {

@@ -1,7 +1,9 @@
 //! Arrays through files of every kind, and what cannot be written or read.
 
 use mica_array::files::{self, GgufValue, Loaded};
-use mica_array::{Array, Complex32, Dtype, Error, PackedWeight};
+use mica_array::quantized::{QuantMode, QuantSpec, QuantizedArray, quantize};
+use mica_array::{Array, Complex32, Dtype, Error, PackedWeight, Precision};
+use mica_testkit::{Golden, fixture, relative_l2};
 
 fn bytes(array: &Array) -> (Dtype, Vec<usize>, Vec<u8>) {
     (array.dtype(), array.shape().to_vec(), array.with_bytes(<[u8]>::to_vec).unwrap())
@@ -80,7 +82,6 @@ fn what_was_saved_is_loaded() {
 
 #[test]
 fn blocks_of_gguf_become_affine_arrays() {
-    use mica_array::quantized::{Format, QuantizedArray};
     use mica_io::gguf::{BlockType, GgufWriter};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blocks.gguf");
@@ -106,12 +107,62 @@ fn blocks_of_gguf_become_affine_arrays() {
         ("b", 4, codes.iter().map(|c| 0.5 * c - 3.0).collect()),
         ("c", 8, (0..32).map(|i| 0.5 * (i as f32 - 16.0)).collect()),
     ] {
-        let format = Format::new(Default::default(), Some(bits), Some(32)).unwrap();
+        let format = QuantSpec::affine(bits, 32).unwrap();
         let parts = ["weight", "scales", "biases"].map(|part| find(&format!("{name}.{part}")));
         let [words, scales, biases] = parts;
         let array = QuantizedArray::new(words, scales, Some(biases), format, None).unwrap();
         let values = array.dequantize(Some(Dtype::F32)).unwrap().to_vec::<f32>().unwrap();
         assert_eq!(values, expected, "{name}");
+    }
+}
+
+/// Matrices of each kind of block, packed as they are read: the values that the package `gguf` gives them.
+#[test]
+fn blocks_of_gguf_are_packed_for_products() {
+    use mica_io::gguf::{BlockType, GgufWriter};
+    let golden = Golden::load(fixture("io/gguf_blocks.safetensors"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks.gguf");
+    let names: Vec<&str> = golden.names().filter_map(|name| name.strip_suffix(".blocks")).collect();
+    assert!(names.contains(&"Q6_K") && names.contains(&"MXFP4"), "{names:?}");
+    let mut damaged = golden.bytes("Q4_0.blocks").to_vec();
+    damaged[5 * 18..5 * 18 + 2].copy_from_slice(&[0, 0x7c]);
+    let mut writer = GgufWriter::new();
+    for name in &names {
+        let kind = BlockType::from_name(name).unwrap();
+        let rows = golden.shape(&format!("{name}.blocks"))[0];
+        writer.tensor(*name, kind, &[rows, kind.block_elements()], golden.bytes(&format!("{name}.blocks")));
+    }
+    writer.tensor("damaged", BlockType::Q4_0, &[12, 32], &damaged);
+    writer.tensor("floats", BlockType::F32, &[1, 2], &[0, 0, 128, 63, 0, 0, 0, 64]);
+    writer.tensor("one", BlockType::F32, &[2], &[0; 8]);
+    writer.tensor("other", BlockType::Q2_K, &[1, 256], &[0; 84]);
+    writer.write(&path).unwrap();
+    let file = files::open_gguf(&path).unwrap();
+    for name in names {
+        let values = golden.f32s(&format!("{name}.values"));
+        let shape = golden.shape(&format!("{name}.values"));
+        let weight = Array::from_packed(files::pack_gguf(&file, name).unwrap());
+        assert_eq!(weight.shape(), shape, "{name}");
+        let x = Array::from_slice(&values[..shape[1]], &[1, shape[1]]).unwrap();
+        let expected = x.linear(&Array::from_slice(&values, shape).unwrap(), None, Precision::Exact).unwrap();
+        let expected = expected.to_vec::<f32>().unwrap();
+        for (precision, bound) in [(Precision::Exact, 1e-6), (Precision::Fast, 0.02)] {
+            let y = x.linear(&weight, None, precision).unwrap().to_vec::<f32>().unwrap();
+            let error = relative_l2(&y, &expected);
+            assert!(error <= bound, "{name}, {precision:?}: {error}");
+        }
+        // What half precision holds of its numbers, as an array.
+        let numbers = weight.dequantize().unwrap().astype(Dtype::F32).unwrap().to_vec::<f32>().unwrap();
+        assert!(relative_l2(&numbers, &values) <= 0.004, "{name}");
+    }
+    let floats = Array::from_packed(files::pack_gguf(&file, "floats").unwrap());
+    assert_eq!(floats.dequantize().unwrap().to_vec::<f32>().unwrap(), [1.0, 2.0]);
+    for (name, expected) in
+        [("damaged", "block 5 of Q4_0"), ("one", "no matrix"), ("other", "Q2_K"), ("none", "none")]
+    {
+        let error = files::pack_gguf(&file, name).unwrap_err().to_string();
+        assert!(error.contains(expected), "{name}: {error}");
     }
 }
 
@@ -164,14 +215,26 @@ fn arrays_and_weights_are_read_in_pieces() {
         let packed = Array::from_packed(read.unwrap());
         assert_eq!(bytes(&packed.dequantize().unwrap()), bytes(&array), "{dtype}, packed");
 
-        let quantized = mica_array::quantize(&array, 4, 64).unwrap();
-        let parts = [&quantized.words, &quantized.scales, &quantized.biases].map(bytes);
-        let read = PackedWeight::read_mlx([600, 512], 4, 64, dtype, |part, rows, into| {
-            into.copy_from_slice(rows_of(&parts[part as usize].2, 600, rows));
-            Ok::<(), Error>(())
-        });
-        let back = read.unwrap().to_mlx().unwrap();
-        assert_eq!([&back.words, &back.scales, &back.biases].map(bytes), parts, "{dtype}, quantized");
+        for mode in QuantMode::ALL {
+            let format = QuantSpec::usual(mode);
+            let arrays = |codes: &QuantizedArray| {
+                let all = [Some(&codes.words), Some(&codes.scales), codes.biases.as_ref()];
+                all.into_iter().flatten().map(bytes).collect::<Vec<_>>()
+            };
+            let quantized = quantize(&array, format, None).unwrap();
+            let parts = arrays(&quantized);
+            let scales = quantized.scales.dtype();
+            let read = PackedWeight::read_mlx([600, 512], format, scales, |part, rows, into| {
+                into.copy_from_slice(rows_of(&parts[part as usize].2, 600, rows));
+                Ok::<(), Error>(())
+            });
+            let back = read.unwrap().to_mlx().unwrap();
+            assert_eq!(arrays(&back), parts, "{dtype}, {}", mode.name());
+            let packed = Array::from_packed(PackedWeight::from_mlx(&quantized).unwrap());
+            let values = packed.dequantize().unwrap();
+            let expected = quantized.dequantize(None).unwrap();
+            assert_eq!(bytes(&values), bytes(&expected), "{dtype}, values of {}", mode.name());
+        }
     }
 }
 
@@ -184,10 +247,16 @@ fn the_first_piece_that_fails_is_told() {
     });
     assert!(error.unwrap_err().to_string().contains("at 700"));
     let read = |_, rows: std::ops::Range<usize>, _: &mut [u8]| Err(fail(format!("rows from {}", rows.start)));
-    let error = PackedWeight::read_mlx([100_000, 512], 4, 64, Dtype::BF16, read).unwrap_err();
+    let error = PackedWeight::read_mlx([100_000, 512], QuantSpec::default(), Dtype::BF16, read).unwrap_err();
     assert!(error.to_string().contains("rows from 0"), "{error}");
-    for (bits, group_size, dtype) in [(7, 64, Dtype::BF16), (4, 48, Dtype::BF16), (4, 64, Dtype::I32)] {
+    for (mode, dtype) in [
+        (QuantMode::Affine, Dtype::I32),
+        (QuantMode::Affine, Dtype::U8),
+        (QuantMode::Mxfp4, Dtype::BF16),
+        (QuantMode::Nvfp4, Dtype::F32),
+    ] {
         let read = |_, _: std::ops::Range<usize>, _: &mut [u8]| Ok::<(), Error>(());
-        assert!(PackedWeight::read_mlx([16, 512], bits, group_size, dtype, read).is_err(), "{bits} {dtype}");
+        let read = PackedWeight::read_mlx([16, 512], QuantSpec::usual(mode), dtype, read);
+        assert!(read.is_err(), "{} {dtype}", mode.name());
     }
 }

@@ -2,8 +2,9 @@
 //! from separate ops.
 
 use mica_array::op::CrossEntropySpec;
+use mica_array::quantized::{QuantSpec, QuantizedArray};
 use mica_array::transforms::vjp;
-use mica_array::{Array, Dtype, PackedWeight, Precision, Quantized, eval};
+use mica_array::{Array, Dtype, PackedWeight, Precision, eval};
 use mica_testkit::Rng;
 
 const WIDTH: usize = 64;
@@ -23,8 +24,8 @@ fn quantized() -> Array {
     let words = Array::from_slice(&words, &[VOCABULARY, WIDTH / 8]).unwrap();
     let scales = normal(&[VOCABULARY, 1], 0.05, 4).astype(Dtype::BF16).unwrap();
     let biases = scales.multiply(-8.0).unwrap();
-    let weight = PackedWeight::from_mlx(&Quantized { words, scales, biases }, 4, 64).unwrap();
-    Array::from_packed(weight)
+    let codes = QuantizedArray::new(words, scales, Some(biases), QuantSpec::default(), None).unwrap();
+    Array::from_packed(PackedWeight::from_mlx(&codes).unwrap())
 }
 
 /// Log-probabilities of the targets, and gradients of their negative sum: of the rows, and of the weight if it is trained.

@@ -255,7 +255,9 @@ fn fused_regions_with_shared_and_batched_operands() {
 #[test]
 fn packed_weights_are_shared() {
     let plain = cases::random(&[64, 64], Dtype::F32, 4);
-    let quantized = Array::from_packed(PackedWeight::quantize(&plain, 4, 32).unwrap());
+    let quantized = Array::from_packed(
+        PackedWeight::quantize(&plain, mica_array::quantized::QuantSpec::affine(4, 32).unwrap()).unwrap(),
+    );
     let (x, ids) = (cases::random(&[2, 64], Dtype::F32, 5), Array::from_slice(&[3i32, 0, 63], &[3]).unwrap());
     let linear = |x: &[Array]| Ok(vec![x[0].linear(&quantized, None, Precision::Exact)?.square()?]);
     check_all("quantized linear", &linear, std::slice::from_ref(&x));

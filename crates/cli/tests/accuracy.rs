@@ -31,9 +31,12 @@ fn the_shipped_model_is_as_good_with_fast_products() {
     let text = path("text.txt");
     std::fs::write(&text, held_out()).unwrap();
     let base = workspace().join("crates/cli/assets/quickstart").display().to_string();
-    let packed = path("packed");
-    mica(&["convert", "--model", &base, "-q", "--q-bits", "4", "--output", &packed]);
-    for (name, model) in [("bf16", &base), ("4 bits", &packed)] {
+    let mut models = vec![("bf16", base.clone())];
+    for mode in ["affine", "mxfp4", "mxfp8", "nvfp4"] {
+        mica(&["convert", "--model", &base, "-q", "--q-mode", mode, "--output", &path(mode)]);
+        models.push((mode, path(mode)));
+    }
+    for (name, model) in &models {
         let perplexity = |more: &[&str]| {
             let mut arguments = vec!["perplexity", "--model", model, "--file", &text, "--json"];
             arguments.extend(more);

@@ -27,7 +27,7 @@ fn main() {
         let words: Vec<u32> = (0..out * spec.words(inner)).map(|_| rng.u32()).collect();
         let scales = vec![half::bf16::from_f32(0.01); out * inner / 64];
         let scales = Scales::Bf16(&scales);
-        QuantWeight::pack(&pool, spec, [out, inner], &words, scales, scales).expect("sizes fit")
+        QuantWeight::pack(&pool, spec, [out, inner], &words, scales, Some(scales)).expect("sizes fit")
     };
     let large = weight(&mut rng, out, inner);
     println!(

@@ -12,7 +12,8 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mica_array::files::{dtype_from_file, dtype_to_file};
-use mica_array::{Array, Dtype, PackedWeight, Quantized, quantize};
+use mica_array::quantized::{QuantizedArray, quantize};
+use mica_array::{Array, Dtype, PackedWeight};
 use mica_io::atomic::AtomicDir;
 use mica_io::weights::{ShardedWriter, WeightFiles};
 use serde_json::{Value, json};
@@ -127,19 +128,11 @@ fn check(config: &ModelConfig, target: &Path, recipe: &Recipe) -> Result<()> {
             target.display()
         )));
     }
-    if let Some(spec) = recipe.quantize {
-        if spec.mode != QuantMode::Affine {
-            return Err(Error::Unsupported {
-                what: format!("quantizing as {}", spec.mode.name()),
-                todo: "affine quantization can be written".into(),
-            });
-        }
-        if config.quantization.is_quantized() && !recipe.dequantize {
-            return Err(Error::Usage(format!(
-                "{} is quantized already; take its original weights, or dequantize it first",
-                config.path().display()
-            )));
-        }
+    if recipe.quantize.is_some() && config.quantization.is_quantized() && !recipe.dequantize {
+        return Err(Error::Usage(format!(
+            "{} is quantized already; take its original weights, or dequantize it first",
+            config.path().display()
+        )));
     }
     if recipe.dtype.is_some_and(|dtype| !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)) {
         return Err(Error::Usage("weights can be stored as float32, float16 or bfloat16".into()));
@@ -181,10 +174,13 @@ impl<'a> Out<'a> {
         }
         let widths: Vec<String> = widths.iter().map(usize::to_string).collect();
         Err(Error::Usage(format!(
-            "no weight can be quantized in groups of {}: rows of {} weights are not whole groups; choose a smaller \
-             group size (--q-group-size 32)",
-            spec.group_size,
-            widths.join(", ")
+            "no weight can be quantized in groups of {}: rows of {} weights are not whole groups{}",
+            spec.group_size(),
+            widths.join(", "),
+            match spec.mode() {
+                QuantMode::Affine => "; choose a smaller group size (--q-group-size 32)",
+                _ => "",
+            }
         )))
     }
 
@@ -195,12 +191,6 @@ impl<'a> Out<'a> {
             message: format!("{module} has scales, but its quantization is not described"),
             todo: "add its `quantization` entry (bits, group_size, mode)".into(),
         })?;
-        if spec.mode != QuantMode::Affine {
-            return Err(Error::Unsupported {
-                what: format!("{}: {module} quantized as {}", self.config.path().display(), spec.mode.name()),
-                todo: "models with affine quantization can be converted".into(),
-            });
-        }
         let name = format!("{module}.weight");
         let (recipe, files) = (self.recipe, self.files);
         let (words, scales) = (files.require(&name)?, files.require(&format!("{module}.scales"))?);
@@ -210,15 +200,17 @@ impl<'a> Out<'a> {
                 format!("{name} is quantized but has not two dimensions"),
             ));
         };
-        let shape = [out, width * 32 / spec.bits.max(1)];
-        let stored = float_type(scales.path(), &name, scales.dtype())?;
+        let shape = [out, width * 32 / spec.bits()];
+        let affine = spec.mode() == QuantMode::Affine;
+        // Scales that are codes have no dtype of floats; such weights are bf16, as MLX has them.
+        let stored = if affine { float_type(scales.path(), &name, scales.dtype())? } else { Dtype::BF16 };
         let dtype = recipe.dtype.unwrap_or(stored);
         let new = match recipe.replace {
             Some(replace) => replace(&name)?,
             None => None,
         };
-        if new.is_none() && !recipe.dequantize && dtype == stored {
-            for field in ["weight", "scales", "biases"] {
+        if new.is_none() && !recipe.dequantize && (dtype == stored || !affine) {
+            for field in &["weight", "scales", "biases"][..if affine { 3 } else { 2 }] {
                 self.copy(&format!("{module}.{field}"), None)?;
             }
             self.count(&shape, true);
@@ -231,10 +223,14 @@ impl<'a> Out<'a> {
                 let read = |field: &str| read(files, &format!("{module_name}.{field}"));
                 // A scale times an integer is no number of half precision: who asks for f32 gets it exactly.
                 let wide = |array: Array| if dtype == Dtype::F32 { array.astype(dtype) } else { Ok(array) };
-                let (scales, biases) = (wide(read("scales")?)?, wide(read("biases")?)?);
-                let coded = Quantized { words: read("weight")?, scales, biases };
-                let packed = PackedWeight::from_mlx(&coded, spec.bits, spec.group_size)?;
-                Ok(Array::from_packed(packed).dequantize()?)
+                let (scales, biases) = match affine {
+                    true => (wide(read("scales")?)?, Some(wide(read("biases")?)?)),
+                    false => (read("scales")?, None),
+                };
+                let codes = QuantizedArray::new(read("weight")?, scales, biases, spec, None)?;
+                // Packed as a model's are, and so found to hold no NaN.
+                let packed = Array::from_packed(PackedWeight::from_mlx(&codes)?);
+                Ok(if affine { packed.dequantize()? } else { codes.dequantize(Some(dtype))? })
             }
         };
         let target = if recipe.dequantize { recipe.quantize } else { Some(spec) };
@@ -256,7 +252,7 @@ impl<'a> Out<'a> {
         let dtype = recipe.dtype.unwrap_or(stored);
         let shape = weight.shape();
         let matrix = shape.len() == 2 && name.ends_with(".weight");
-        let target = recipe.quantize.filter(|spec| matrix && shape[1] % spec.group_size == 0);
+        let target = recipe.quantize.filter(|spec| matrix && shape[1] % spec.group_size() == 0);
         if target.is_none() && new.is_none() && dtype == stored {
             let layout = self.convolution(name, shape);
             self.copy(name, layout)?;
@@ -311,12 +307,16 @@ impl<'a> Out<'a> {
         self.count(shape, target.is_some());
         let Some(spec) = target else { return self.float(&format!("{module}.weight"), shape, dtype, value) };
         let (out, inputs) = (shape[0], shape[1]);
-        let (words, groups) = ([out, inputs * spec.bits / 32], [out, inputs / spec.group_size]);
-        // The three tensors come one after another: the first computes all, the last takes them.
-        let made: Rc<RefCell<Option<Quantized>>> = Rc::default();
+        let (words, groups) = ([out, spec.words(inputs)], [out, inputs / spec.group_size()]);
+        let affine = spec.mode() == QuantMode::Affine;
+        let scale = if affine { dtype } else { Dtype::U8 };
+        let names: &[&str] = if affine { &["scales", "biases"] } else { &["scales"] };
+        // The tensors come one after another: the first computes all, the last lets go of them.
+        let made: Rc<RefCell<Option<QuantizedArray>>> = Rc::default();
         let make = Rc::clone(&made);
         let label = module.to_string();
-        self.done.bytes += (words[0] * words[1] * 4 + 2 * groups[0] * groups[1] * dtype.size()) as u64;
+        self.done.bytes +=
+            (words[0] * words[1] * 4 + names.len() * groups[0] * groups[1] * scale.size()) as u64;
         let recipe = self.recipe;
         self.writer.stream(format!("{module}.weight"), dtype_to_file(Dtype::U32), &words, move |out| {
             recipe.go_on()?;
@@ -329,23 +329,24 @@ impl<'a> Out<'a> {
                 )
                 .into());
             }
-            let quantized = quantize(&weight, spec.bits, spec.group_size)?;
+            let quantized = quantize(&weight, spec, None)?;
             quantized.words.with_bytes(|bytes| out.write_all(bytes))??;
             *make.borrow_mut() = Some(quantized);
             Ok(())
         });
-        let scales = Rc::clone(&made);
-        self.writer.stream(format!("{module}.scales"), dtype_to_file(dtype), &groups, move |out| {
-            let quantized = scales.borrow();
-            let quantized = quantized.as_ref().ok_or("the scales are written after the words")?;
-            quantized.scales.with_bytes(|bytes| out.write_all(bytes))??;
-            Ok(())
-        });
-        self.writer.stream(format!("{module}.biases"), dtype_to_file(dtype), &groups, move |out| {
-            let quantized = made.borrow_mut().take().ok_or("the biases are written after the scales")?;
-            quantized.biases.with_bytes(|bytes| out.write_all(bytes))??;
-            Ok(())
-        });
+        for (index, part) in names.iter().enumerate() {
+            let (made, last) = (Rc::clone(&made), index + 1 == names.len());
+            self.writer.stream(format!("{module}.{part}"), dtype_to_file(scale), &groups, move |out| {
+                let mut made = made.borrow_mut();
+                let codes = made.as_ref().ok_or("scales and biases are written after the words")?;
+                let array = if index == 0 { Some(&codes.scales) } else { codes.biases.as_ref() };
+                array.ok_or("these codes have no biases")?.with_bytes(|bytes| out.write_all(bytes))??;
+                if last {
+                    *made = None;
+                }
+                Ok(())
+            });
+        }
     }
 
     /// Writes floats in this dtype, computed when their turn comes.
@@ -416,8 +417,8 @@ fn new_config(config: &ModelConfig, recipe: &Recipe) -> serde_json::Map<String, 
     if recipe.dequantize {
         quantized.iter().for_each(|key| drop(raw.remove(*key)));
     }
-    if let Some(QuantSpec { bits, group_size, mode }) = recipe.quantize {
-        let value = json!({"group_size": group_size, "bits": bits, "mode": mode.name()});
+    if let Some(spec) = recipe.quantize {
+        let value = json!({"group_size": spec.group_size(), "bits": spec.bits(), "mode": spec.mode().name()});
         quantized.iter().for_each(|key| drop(raw.insert((*key).into(), value.clone())));
     }
     if let Some(dtype) = recipe.dtype {

@@ -13,13 +13,16 @@ use mica_testkit::{Golden, fixture, max_abs_rel_to_max};
 const TOLERANCE: f64 = 1e-4;
 
 const FLOAT: [&str; 7] = ["llama", "llama-tied", "llama-tied-bf16", "mistral", "qwen2", "qwen3", "lfm2"];
-const QUANTIZED: [&str; 9] = [
+const QUANTIZED: [&str; 12] = [
     "llama-4bit",
     "llama-8bit",
     "llama-4bit-bf16",
     "llama-mixed",
     "qwen3-4bit",
     "qwen3-8bit",
+    "qwen3-mxfp4",
+    "qwen3-mxfp8",
+    "qwen3-nvfp4",
     "llama-tied-4bit",
     "lfm2-4bit",
     "lfm2-8bit",

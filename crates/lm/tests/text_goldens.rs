@@ -137,7 +137,7 @@ fn model_folders_open_in_both_dialects() {
         let rope = RopeConfig::read(&config.text_fields().unwrap(), 10_000.0, None).unwrap();
         assert_eq!(
             config.quantization.is_quantized(),
-            name.contains("bit") || name.contains("mixed") || name.contains("mxfp"),
+            name.contains("bit") || name.contains("mixed") || name.contains("fp"),
             "{name}"
         );
         let Ok(other) = std::fs::read_to_string(dir.join("config.other.json")) else { continue };

@@ -1,8 +1,9 @@
 //! The module tree: parameters and modules by name.
 
+use mica_array::quantized::QuantSpec;
 use mica_array::{Error, Result};
 
-use crate::{Layer, Parameter, Quantization};
+use crate::{Layer, Parameter};
 
 /// What a walk over a module comes by.
 pub enum Item<'a> {
@@ -52,7 +53,7 @@ pub trait Module {
     ///
     /// # Errors
     /// If it has none that can be quantized, or the format does not fit its shape.
-    fn quantize(&mut self, _: Quantization) -> Result<()> {
+    fn quantize(&mut self, _: QuantSpec) -> Result<()> {
         let message = format!("a module of type {} has no weight that can be quantized", self.kind());
         Err(Error::Unsupported { op: "quantize", message: message.into() })
     }
@@ -111,8 +112,8 @@ macro_rules! boxed_module {
                 (**self).can_quantize()
             }
 
-            fn quantize(&mut self, quantization: Quantization) -> Result<()> {
-                (**self).quantize(quantization)
+            fn quantize(&mut self, format: QuantSpec) -> Result<()> {
+                (**self).quantize(format)
             }
         }
     };

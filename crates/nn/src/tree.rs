@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
+use mica_array::quantized::QuantSpec;
 use mica_array::{Array, Dtype, Error, Result};
 
 use crate::parameter::Role;
-use crate::{Item, ItemMut, Layer, Module, Parameter, Quantization};
+use crate::{Item, ItemMut, Layer, Module, Parameter};
 
 fn invalid(op: &'static str, message: String) -> Error {
     Error::Invalid { op, message: message.into() }
@@ -314,23 +315,23 @@ pub fn update_modules<M: Module + ?Sized>(
 /// [`Embedding`](crate::Embedding).
 ///
 /// `choose` is asked for each of them, by name, and says how; `None` leaves it alone. To quantize
-/// all in one way, `|_, _| Some(quantization)`. The weights are packed where they stand, and
+/// all in one way, `|_, _| Some(format)`. The weights are packed where they stand, and
 /// frozen.
 ///
 /// # Errors
 /// If a format does not fit a weight; those before it are quantized then.
 pub fn quantize<M: Module + ?Sized>(
     module: &mut M,
-    mut choose: impl FnMut(&str, &dyn Module) -> Option<Quantization>,
+    mut choose: impl FnMut(&str, &dyn Module) -> Option<QuantSpec>,
 ) -> Result<()> {
     let mut result = Ok(());
     module.visit_mut("", &mut |name, item| {
         if let ItemMut::Module(module) = item
             && result.is_ok()
             && module.can_quantize()
-            && let Some(quantization) = choose(name, module)
+            && let Some(format) = choose(name, module)
         {
-            result = module.quantize(quantization);
+            result = module.quantize(format);
         }
     });
     result

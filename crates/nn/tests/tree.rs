@@ -1,6 +1,6 @@
 //! The module tree: names, freezing, loading; and models that train.
 
-use mica_array::quantized::{Format, QuantizeMode};
+use mica_array::quantized::{QuantMode, QuantSpec};
 use mica_array::{Array, Dtype, Precision, random};
 use mica_nn::losses::{Reduction, cross_entropy, mse_loss};
 use mica_nn::optim::{Adam, AdamW, Optimizer, Sgd, Stepper};
@@ -220,7 +220,7 @@ fn quantization_is_chosen_by_name_and_module() {
     let mut asked = Vec::new();
     quantize(&mut model, |name, module| {
         asked.push(format!("{name} {}", module.kind()));
-        (name == "layers.2").then(Quantization::default)
+        (name == "layers.2").then(QuantSpec::default)
     })
     .unwrap();
     assert_eq!(asked, ["layers.0 Linear", "layers.2 Linear"]);
@@ -230,10 +230,10 @@ fn quantization_is_chosen_by_name_and_module() {
         .map(|(name, _)| name)
         .collect();
     assert_eq!(packed, ["layers.2.weight"]);
-    let error = quantize(&mut wide(), |_, _| Some(Quantization { group_size: 48, bits: 4 })).unwrap_err();
-    assert!(error.to_string().contains("group size 48"), "{error}");
+    let error = quantize(&mut wide(), |_, _| Some(QuantSpec::affine(4, 128).unwrap())).unwrap_err();
+    assert!(error.to_string().contains("group size 128"), "{error}");
     let mut relu = Relu;
-    assert!(relu.quantize(Quantization::default()).unwrap_err().to_string().contains("type Relu"));
+    assert!(relu.quantize(QuantSpec::default()).unwrap_err().to_string().contains("type Relu"));
 }
 
 #[derive(Debug)]
@@ -290,14 +290,13 @@ fn boxed_layers_are_replaced_by_name() {
 
 #[test]
 fn boxed_layers_are_quantized_in_any_mode() {
-    let how = |mode, quantize_input| {
-        Some(LayerQuantization { format: Format::new(mode, None, None).unwrap(), quantize_input })
-    };
+    let how =
+        |mode, quantize_input| Some(LayerQuantization { format: QuantSpec::usual(mode), quantize_input });
     let mut model = mixed();
     let mut asked = Vec::new();
     quantize_layers(&mut model, |name, layer| {
         asked.push(format!("{name} {}", layer.kind()));
-        how(QuantizeMode::Nvfp4, name == "body.layers.2")
+        how(QuantMode::Nvfp4, name == "body.layers.2")
     })
     .unwrap();
     assert_eq!(asked, ["body.layers.0 Embedding", "body.layers.2 Linear", "head Linear"]);
@@ -310,9 +309,9 @@ fn boxed_layers_are_quantized_in_any_mode() {
     // What is quantized is not asked for again.
     quantize_layers(&mut model, |name, _| panic!("{name}")).unwrap();
     for (mode, input, part) in [
-        (QuantizeMode::Nvfp4, true, "inputs are indices"),
-        (QuantizeMode::Affine, true, "inputs are indices"),
-        (QuantizeMode::Mxfp4, false, ""),
+        (QuantMode::Nvfp4, true, "inputs are indices"),
+        (QuantMode::Affine, true, "inputs are indices"),
+        (QuantMode::Mxfp4, false, ""),
     ] {
         let result = quantize_layers(&mut mixed(), |_, _| how(mode, input));
         match part {
@@ -320,7 +319,7 @@ fn boxed_layers_are_quantized_in_any_mode() {
             part => assert!(result.unwrap_err().to_string().contains(part)),
         }
     }
-    let error = Relu.to_quantized(how(QuantizeMode::Affine, false).unwrap()).unwrap_err().to_string();
+    let error = Relu.to_quantized(how(QuantMode::Affine, false).unwrap()).unwrap_err().to_string();
     assert!(error.contains("type Relu has no quantized form"), "{error}");
 }
 
@@ -351,7 +350,7 @@ fn a_walk_tells_modules_from_parameters_and_what_learns() {
     .unwrap();
     assert_eq!(seen, modules, "each before what is in it");
     let error = apply_to_modules(&mut net, |name, module| match name {
-        "blocks.0" => module.quantize(Quantization::default()),
+        "blocks.0" => module.quantize(QuantSpec::default()),
         "blocks.1" => panic!("it goes on after an error"),
         _ => Ok(()),
     });

@@ -54,7 +54,7 @@ pub fn facts(model: &Path) -> Result<ModelFacts> {
     let layers = config.text_fields()?.get::<usize>("num_hidden_layers")?;
     let quantization = &config.quantization;
     let first = quantization.default.or_else(|| quantization.overrides.values().flatten().next().copied());
-    let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits as u32);
+    let bits = first.filter(|_| quantization.is_quantized()).map(|spec| spec.bits() as u32);
     let positions = mica_lm::models::max_positions(&config)?;
     Ok(ModelFacts { layers, bits, positions })
 }

@@ -7,7 +7,7 @@ use super::decode::{bad, flag, number, signed_wholes, text, whole, wholes};
 use crate::ops::conv::{ConvNd, convolution};
 use crate::ops::fft::{FftKind, FftSpec, raw};
 use crate::ops::linalg;
-use crate::ops::quantized::{Format, QuantizedArray, quantize};
+use crate::ops::quantized::{QuantSpec, QuantizedArray, quantize};
 use crate::storage::Spec;
 use crate::{Array, Dtype, Result};
 
@@ -76,8 +76,8 @@ pub(super) fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> R
     }
 }
 
-fn format(node: &Json) -> Result<Format> {
-    Format::new(text(node, "mode")?.parse()?, Some(whole(node, "bits")?), Some(whole(node, "group_size")?))
+fn format(node: &Json) -> Result<QuantSpec> {
+    Ok(QuantSpec::new(whole(node, "bits")?, whole(node, "group_size")?, text(node, "mode")?.parse()?)?)
 }
 
 fn conv(node: &Json) -> Result<ConvNd> {

@@ -10,10 +10,11 @@ use crate::op::{
     AdamWSpec, AttentionSpec, Axes, BinaryOp, CompareOp, ConvSpec, CrossEntropySpec, Op, Precision, ReduceOp,
     RopeSpec, Scalar, ScanOp, ScatterOp, UnaryOp,
 };
+use crate::ops::quantized::{QuantSpec, QuantizedArray};
 use crate::shape::Shape;
 use crate::storage::Spec;
 use crate::transforms::TracedGraph;
-use crate::{Array, Dtype, Error, PackedWeight, Quantized, Result, random};
+use crate::{Array, Dtype, Error, PackedWeight, Result, random};
 
 pub(super) fn bad(what: impl AsRef<str>) -> Error {
     Error::invalid("import_function", what)
@@ -187,9 +188,12 @@ fn constant(entry: &Json, load: &impl Fn(&str) -> Result<Array>) -> Result<Array
         return load(text(entry, "tensor")?);
     }
     let part = |key: &str| load(text(entry, key)?);
-    let quantized = Quantized { words: part("words")?, scales: part("scales")?, biases: part("biases")? };
-    let (bits, group_size) = (whole(entry, "bits")?, whole(entry, "group_size")?);
-    Ok(Array::from_packed(PackedWeight::from_mlx(&quantized, bits, group_size)?))
+    let biases = entry.get("biases").is_some().then(|| part("biases")).transpose()?;
+    // Files from before there were modes hold affine codes.
+    let mode = entry.get("mode").is_some().then(|| text(entry, "mode")).transpose()?.unwrap_or("affine");
+    let format = QuantSpec::new(whole(entry, "bits")?, whole(entry, "group_size")?, mode.parse()?)?;
+    let quantized = QuantizedArray::new(part("words")?, part("scales")?, biases, format, None)?;
+    Ok(Array::from_packed(PackedWeight::from_mlx(&quantized)?))
 }
 
 fn scalar(json: &Json) -> Result<Scalar> {

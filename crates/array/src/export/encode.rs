@@ -90,19 +90,21 @@ fn constant(index: usize, array: &Array, tensors: &mut Vec<(String, Array)>) -> 
         tensors.push((name.clone(), array.clone()));
         return Ok(json!({ "tensor": name }));
     };
-    let Some((bits, group_size)) = packed.quantization() else {
+    let Some(format) = packed.quantization() else {
         tensors.push((name.clone(), array.dequantize()?));
         return Ok(json!({ "tensor": name }));
     };
     let parts = packed.to_mlx()?;
     let mut entry = Map::new();
-    for (part, array) in [("words", parts.words), ("scales", parts.scales), ("biases", parts.biases)] {
+    let arrays = [("words", Some(parts.words)), ("scales", Some(parts.scales)), ("biases", parts.biases)];
+    for (part, array) in arrays.into_iter().filter_map(|(part, array)| Some((part, array?))) {
         let tensor = format!("{name}.{part}");
         entry.insert(part.into(), tensor.clone().into());
         tensors.push((tensor, array));
     }
-    entry.insert("bits".into(), bits.into());
-    entry.insert("group_size".into(), group_size.into());
+    entry.insert("mode".into(), format.mode().name().into());
+    entry.insert("bits".into(), format.bits().into());
+    entry.insert("group_size".into(), format.group_size().into());
     Ok(Json::Object(entry))
 }
 

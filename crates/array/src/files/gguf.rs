@@ -1,13 +1,16 @@
 //! GGUF, as MLX reads and writes it: plain tensors as they are, blocks of Q4_0, Q4_1 and Q8_0 as affine
-//! words, scales and biases (`x.weight`, `x.scales`, `x.biases`).
+//! words, scales and biases (`x.weight`, `x.scales`, `x.biases`). And matrices of all kinds that kernels read, packed for
+//! them.
 
+use std::ops::Range;
 use std::path::Path;
 
 use half::f16;
+use mica_codec::gguf::{GgufBlock, Groups};
 use mica_io::gguf::{BlockType, Gguf, GgufTensor, GgufWriter, Value};
 
 use super::file_error;
-use crate::{Array, Dtype, Error, Result};
+use crate::{Array, Dtype, Error, PackedWeight, Result};
 
 /// Named arrays, and the metadata.
 pub type GgufContent = (Vec<(String, Array)>, Vec<(String, Value)>);
@@ -66,35 +69,17 @@ fn quantized(tensor: &GgufTensor, bytes: &[u8]) -> Result<[Array; 3]> {
             ));
         }
     };
-    let size = kind.block_bytes();
-    let blocks = bytes.len() / size;
+    let block = GgufBlock::from_name(kind.name()).expect("one of three");
+    let blocks = bytes.len() / block.bytes();
     let (mut words, mut scales, mut biases) =
         (vec![0u32; blocks * bits], Vec::with_capacity(blocks), Vec::with_capacity(blocks));
-    let number = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]);
-    for (block, words) in bytes.chunks_exact(size).zip(words.chunks_exact_mut(bits)) {
-        let scale = number(block);
-        let mut codes = [0u8; 32];
-        let bias = match kind {
-            BlockType::Q8_0 => {
-                // Signed codes: 128 more, and that much less bias.
-                codes.iter_mut().zip(&block[2..]).for_each(|(code, &byte)| *code = byte ^ 0x80);
-                f16::from_f32(-128.0 * scale.to_f32())
-            }
-            _ => {
-                let nibbles = &block[size - 16..];
-                for (i, &byte) in nibbles.iter().enumerate() {
-                    (codes[i], codes[i + 16]) = (byte & 15, byte >> 4);
-                }
-                if kind == BlockType::Q4_1 {
-                    number(&block[2..])
-                } else {
-                    f16::from_f32(-8.0 * scale.to_f32())
-                }
-            }
-        };
-        mica_codec::bits::pack(&codes, bits, words);
-        scales.push(scale);
-        biases.push(bias);
+    let mut groups = Groups::default();
+    for (bytes, words) in bytes.chunks_exact(block.bytes()).zip(words.chunks_exact_mut(bits)) {
+        block.take_apart(bytes, &mut groups);
+        mica_codec::bits::pack(&groups.codes[..32], bits, words);
+        let (scale, centre) = (groups.scales[0], block.centre().map(f32::from));
+        scales.push(f16::from_f32(scale));
+        biases.push(f16::from_f32(centre.map_or(groups.biases[0], |centre| -centre * scale)));
     }
     let last = |per: usize, of: usize| -> Vec<usize> {
         let mut shape = shape.to_vec();
@@ -108,6 +93,51 @@ fn quantized(tensor: &GgufTensor, bytes: &[u8]) -> Result<[Array; 3]> {
         Array::from_slice(&scales, &last(1, 32))?,
         Array::from_slice(&biases, &last(1, 32))?,
     ])
+}
+
+/// A matrix of a GGUF file, packed for products as it is read: floats, or blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K,
+/// Q5_K, Q6_K and MXFP4.
+///
+/// ```no_run
+/// # fn main() -> mica_array::Result<()> {
+/// use mica_array::{Array, Precision, files};
+/// let file = files::open_gguf("model.gguf")?;
+/// let weight = Array::from_packed(files::pack_gguf(&file, "blk.0.attn_q.weight")?);
+/// let y = Array::zeros(&[1, weight.dim(1)], mica_array::Dtype::F32).linear(&weight, None, Precision::Fast)?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// A tensor that is missing, no matrix or of another kind, and a scale that is NaN or infinite.
+pub fn pack_gguf(file: &Gguf, name: &str) -> Result<PackedWeight> {
+    let fail = file_error("pack_gguf");
+    let tensor = file.require(name).map_err(&fail)?;
+    let kind = tensor.block_type();
+    let &[out, inner] = tensor.shape() else {
+        return Err(Error::invalid("pack_gguf", format!("{name} is no matrix: {:?}", tensor.shape())));
+    };
+    let read = |rows: Range<usize>, into: &mut [u8]| -> Result<()> {
+        let row = into.len() / rows.len().max(1);
+        file.read_range(tensor, rows.start * row, into).map_err(&fail)
+    };
+    if let Some(dtype) = plain(kind).filter(|dtype| matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)) {
+        return PackedWeight::read_float([out, inner], dtype, read);
+    }
+    match GgufBlock::from_name(kind.name()) {
+        Some(block) => PackedWeight::read_gguf([out, inner], block, read),
+        None => {
+            let known: Vec<&str> = GgufBlock::ALL.iter().map(|block| block.name()).collect();
+            let message =
+                format!("{name}: blocks of {kind}; packed are F32, F16, BF16, {}", known.join(", "));
+            Err(Error::unsupported("pack_gguf", message))
+        }
+    }
+}
+
+/// Opens a GGUF file for [`pack_gguf`]: reads its list of tensors and its metadata.
+pub fn open_gguf(path: impl AsRef<Path>) -> Result<Gguf> {
+    Gguf::open(path).map_err(file_error("open_gguf"))
 }
 
 /// Writes arrays and metadata to a GGUF file, atomically. GGUF has no bool, unsigned or complex tensors.

@@ -5,7 +5,7 @@
 
 use smallvec::smallvec;
 
-use mica_codec::micro::MicroMode;
+pub use mica_codec::{QuantMode, QuantSpec};
 
 use super::products::matrix_indices;
 use super::{Grads, Jvp, Tangents, Vjp};
@@ -21,9 +21,9 @@ use crate::{Array, Dtype, Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CodecOp {
     /// Inputs w, (global scale); outputs words, scales, (biases).
-    Quantize(Format),
+    Quantize(QuantSpec),
     /// Inputs words, scales, (biases), (global scale); output values.
-    Dequantize(Format),
+    Dequantize(QuantSpec),
     /// Floats as e4m3 in u8.
     ToFp8,
     /// e4m3 in u8 as floats.
@@ -42,104 +42,6 @@ impl CodecOp {
     }
 }
 
-/// How a group of values is coded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum QuantizeMode {
-    /// scale · code + bias: 1 to 6 or 8 bits, groups of 32, 64 or 128.
-    #[default]
-    Affine,
-    /// 4-bit floats, groups of 32, scales that are powers of two.
-    Mxfp4,
-    /// 8-bit floats, groups of 32, scales that are powers of two.
-    Mxfp8,
-    /// 4-bit floats, groups of 16, 8-bit float scales.
-    Nvfp4,
-}
-
-impl std::str::FromStr for QuantizeMode {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<QuantizeMode> {
-        Ok(match name {
-            "affine" => QuantizeMode::Affine,
-            "mxfp4" => QuantizeMode::Mxfp4,
-            "mxfp8" => QuantizeMode::Mxfp8,
-            "nvfp4" => QuantizeMode::Nvfp4,
-            other => {
-                return Err(Error::invalid(
-                    "quantize",
-                    format!("mode should be \"affine\", \"mxfp4\", \"mxfp8\" or \"nvfp4\", got {other:?}"),
-                ));
-            }
-        })
-    }
-}
-
-impl QuantizeMode {
-    /// MLX's name.
-    pub fn name(self) -> &'static str {
-        self.micro().map_or("affine", MicroMode::name)
-    }
-
-    /// The micro-scaled format, unless it is affine.
-    pub fn micro(self) -> Option<MicroMode> {
-        Some(match self {
-            QuantizeMode::Affine => return None,
-            QuantizeMode::Mxfp4 => MicroMode::Mxfp4,
-            QuantizeMode::Mxfp8 => MicroMode::Mxfp8,
-            QuantizeMode::Nvfp4 => MicroMode::Nvfp4,
-        })
-    }
-}
-
-/// A checked combination of mode, bits and group size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Format {
-    mode: QuantizeMode,
-    bits: u8,
-    group_size: u16,
-}
-
-impl Format {
-    /// The mode with these bits and group size, or its usual ones (affine: 4 bits, groups of 64).
-    pub fn new(mode: QuantizeMode, bits: Option<usize>, group_size: Option<usize>) -> Result<Format> {
-        let bad = |message: String| Error::invalid("quantize", message);
-        let (bits, group_size) = match mode.micro() {
-            None => {
-                let spec = mica_codec::QuantSpec::affine(bits.unwrap_or(4), group_size.unwrap_or(64));
-                let spec = spec.map_err(|error| bad(error.to_string()))?;
-                (spec.bits(), spec.group_size())
-            }
-            Some(micro) => {
-                let (b, g) = (micro.bits(), micro.group_size());
-                if bits.unwrap_or(b) != b || group_size.unwrap_or(g) != g {
-                    return Err(bad(format!(
-                        "{} has {b} bits in groups of {g}, got {bits:?} bits in groups of {group_size:?}",
-                        micro.name()
-                    )));
-                }
-                (b, g)
-            }
-        };
-        Ok(Format { mode, bits: bits as u8, group_size: group_size as u16 })
-    }
-
-    /// The mode.
-    pub fn mode(self) -> QuantizeMode {
-        self.mode
-    }
-
-    /// Bits per value.
-    pub fn bits(self) -> usize {
-        self.bits.into()
-    }
-
-    /// Values per group.
-    pub fn group_size(self) -> usize {
-        self.group_size.into()
-    }
-}
-
 /// A quantized array in MLX's layout.
 #[derive(Clone, Debug)]
 pub struct QuantizedArray {
@@ -150,15 +52,15 @@ pub struct QuantizedArray {
     /// As the scales; affine only.
     pub biases: Option<Array>,
     /// What the bits mean.
-    pub format: Format,
+    pub format: QuantSpec,
     /// One f32 for the whole array, of `nvfp4` only.
     pub global_scale: Option<Array>,
 }
 
-fn check_global(op: &'static str, format: Format, global: Option<&Array>) -> Result<()> {
+fn check_global(op: &'static str, format: QuantSpec, global: Option<&Array>) -> Result<()> {
     match global {
-        Some(_) if format.mode != QuantizeMode::Nvfp4 => {
-            Err(Error::invalid(op, format!("only nvfp4 has a global scale, got one for {:?}", format.mode)))
+        Some(_) if format.mode() != QuantMode::Nvfp4 => {
+            Err(Error::invalid(op, format!("only nvfp4 has a global scale, got one for {:?}", format.mode())))
         }
         Some(scale) if scale.size() != 1 || scale.dtype() != Dtype::F32 => {
             Err(Error::invalid(op, format!("a global scale is one float32, got {scale:?}")))
@@ -169,7 +71,7 @@ fn check_global(op: &'static str, format: Format, global: Option<&Array>) -> Res
 
 /// Quantizes the last axis of `w` [.., values]. `global_scale` is the largest magnitude of the whole
 /// array, for `nvfp4`.
-pub fn quantize(w: &Array, format: Format, global_scale: Option<&Array>) -> Result<QuantizedArray> {
+pub fn quantize(w: &Array, format: QuantSpec, global_scale: Option<&Array>) -> Result<QuantizedArray> {
     const NAME: &str = "quantize";
     first_failure(&[w])?;
     check_global(NAME, format, global_scale)?;
@@ -192,7 +94,7 @@ pub fn quantize(w: &Array, format: Format, global_scale: Option<&Array>) -> Resu
         shape
     };
     let groups = last(w.dim(-1) / format.group_size());
-    let affine = format.mode == QuantizeMode::Affine;
+    let affine = format.mode() == QuantMode::Affine;
     let mut specs = vec![
         Spec::new(last(w.dim(-1) * format.bits() / 32), Dtype::U32),
         Spec::new(groups.clone(), if affine { w.dtype() } else { Dtype::U8 }),
@@ -218,7 +120,7 @@ impl QuantizedArray {
         words: Array,
         scales: Array,
         biases: Option<Array>,
-        format: Format,
+        format: QuantSpec,
         global_scale: Option<Array>,
     ) -> Result<QuantizedArray> {
         const NAME: &str = "quantized";
@@ -242,18 +144,18 @@ impl QuantizedArray {
                 "scales should have the shape {expected:?} for words {words:?}, got {scales:?}"
             ));
         }
-        match (&biases, format.mode) {
-            (Some(biases), QuantizeMode::Affine)
+        match (&biases, format.mode()) {
+            (Some(biases), QuantMode::Affine)
                 if biases.shape() == scales.shape()
                     && biases.dtype() == scales.dtype()
                     && matches!(scales.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) => {}
-            (_, QuantizeMode::Affine) => {
+            (_, QuantMode::Affine) => {
                 return bad(format!(
                     "affine needs scales and biases of one shape and float dtype, got {scales:?} and {biases:?}"
                 ));
             }
             (None, _) if scales.dtype() == Dtype::U8 => {}
-            _ => return bad(format!("{:?} needs uint8 scales and no biases, got {scales:?}", format.mode)),
+            _ => return bad(format!("{:?} needs uint8 scales and no biases, got {scales:?}", format.mode())),
         }
         Ok(QuantizedArray { words, scales, biases, format, global_scale })
     }
@@ -374,15 +276,15 @@ pub fn gather_qmm(
 }
 
 /// Whether both sides of a product may have this format.
-fn check_both(op: &'static str, format: Format) -> Result<()> {
-    match format.mode {
-        QuantizeMode::Nvfp4 | QuantizeMode::Mxfp8 => Ok(()),
+fn check_both(op: &'static str, format: QuantSpec) -> Result<()> {
+    match format.mode() {
+        QuantMode::Nvfp4 | QuantMode::Mxfp8 => Ok(()),
         mode => Err(Error::invalid(op, format!("mode should be nvfp4 or mxfp8, got {mode:?}"))),
     }
 }
 
 /// Rounded to the numbers that codes can hold.
-fn rounded(x: &Array, format: Format, global_scale: Option<&Array>, dtype: Dtype) -> Result<Array> {
+fn rounded(x: &Array, format: QuantSpec, global_scale: Option<&Array>, dtype: Dtype) -> Result<Array> {
     quantize(&x.astype(dtype)?, format, global_scale)?.dequantize(Some(dtype))
 }
 
@@ -416,7 +318,7 @@ pub fn qqmm(x: &Array, w: &QuantizedArray, global_scale_x: Option<&Array>) -> Re
 pub fn qqmm_floats(
     x: &Array,
     w: &Array,
-    format: Format,
+    format: QuantSpec,
     global_scales: Option<[&Array; 2]>,
 ) -> Result<Array> {
     const NAME: &str = "qqmm";

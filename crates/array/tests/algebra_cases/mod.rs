@@ -6,7 +6,7 @@ use mica_array::fast::{self, AttentionMask, RopeBase, RopeOffset};
 use mica_array::fft::{self, Stft};
 use mica_array::linalg::{self, NormOrder};
 use mica_array::op::{BinaryOp, CompareOp, UnaryOp};
-use mica_array::quantized::{self, Format, QuantizedArray};
+use mica_array::quantized::{self, QuantMode, QuantSpec, QuantizedArray};
 use mica_array::transforms::grad;
 use mica_array::{Array, Complex32, Dtype, Result, einsum, einsum_path};
 use mica_testkit::{Golden, fixture};
@@ -114,9 +114,11 @@ impl Args<'_> {
     fn norm(&self) -> fft::Norm {
         self.text("norm").map_or(fft::Norm::Backward, |name| name.parse().unwrap())
     }
-    fn format(&self) -> Result<Format> {
-        let mode = self.text("mode").unwrap().parse()?;
-        Format::new(mode, self.usize("bits"), self.usize("group_size"))
+    fn format(&self) -> Result<QuantSpec> {
+        let mode: QuantMode = self.text("mode").unwrap().parse()?;
+        let (bits, group_size) = mode.defaults();
+        let bits = self.usize("bits").unwrap_or(bits);
+        Ok(QuantSpec::new(bits, self.usize("group_size").unwrap_or(group_size), mode)?)
     }
 }
 

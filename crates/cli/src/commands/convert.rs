@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use mica_array::Dtype;
+use mica_codec::CodecError;
 use mica_lm::config::{QuantMode, QuantSpec};
 use mica_lm::convert::{Converted, Recipe, convert};
 
@@ -23,15 +25,15 @@ pub struct Args {
     /// Quantize
     #[arg(long, short)]
     quantize: bool,
-    /// Bits of a weight [default: 4]
+    /// Bits of a weight [default: 4, mxfp8: 8]
     #[arg(long, value_name = "B", requires = "quantize")]
     q_bits: Option<usize>,
-    /// Weights that share a scale [default: 64]
+    /// Weights that share a scale [default: 64, mxfp4 and mxfp8: 32, nvfp4: 16]
     #[arg(long, value_name = "G", requires = "quantize")]
     q_group_size: Option<usize>,
-    /// How a group is coded
-    #[arg(long, value_name = "MODE", requires = "quantize", default_value = "affine")]
-    q_mode: Mode,
+    /// How a group is coded: affine, mxfp4, mxfp8 or nvfp4
+    #[arg(long, value_name = "MODE", requires = "quantize", default_value = "affine", value_parser = PossibleValuesParser::new(QuantMode::ALL.map(QuantMode::name)).try_map(|name| name.parse::<QuantMode>()))]
+    q_mode: QuantMode,
     /// Make quantized weights plain
     #[arg(long, short, conflicts_with = "quantize")]
     dequantize: bool,
@@ -41,14 +43,6 @@ pub struct Args {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Mode {
-    Affine,
-    Mxfp4,
-    Mxfp8,
-    Nvfp4,
 }
 
 /// What floats are stored in.
@@ -61,21 +55,7 @@ enum FloatType {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    if !matches!(args.q_mode, Mode::Affine) {
-        return Err(Usage("--q-mode: only affine can be written so far".to_string()).into());
-    }
-    let spec = QuantSpec {
-        bits: args.q_bits.unwrap_or(4),
-        group_size: args.q_group_size.unwrap_or(64),
-        mode: QuantMode::Affine,
-    };
-    if !matches!(spec.bits, 2..=6 | 8) || !matches!(spec.group_size, 32 | 64 | 128) {
-        let text = format!(
-            "--q-bits must be 2 to 6 or 8 and --q-group-size 32, 64 or 128, got {} and {}",
-            spec.bits, spec.group_size
-        );
-        return Err(Usage(text).into());
-    }
+    let spec = quantization(&args)?;
     let stop = stop_flag()?;
     let recipe = Recipe {
         stop: Some(&*stop),
@@ -90,6 +70,26 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let source = mica_lm::locate::locate(&args.model)?;
     report(&convert(source, &args.output, &recipe)?, args.json)
+}
+
+/// How to quantize.
+fn quantization(args: &Args) -> anyhow::Result<QuantSpec> {
+    let (bits, group_size) = args.q_mode.defaults();
+    let spec =
+        QuantSpec::new(args.q_bits.unwrap_or(bits), args.q_group_size.unwrap_or(group_size), args.q_mode);
+    let usage = |text: String| Err(Usage(text).into());
+    match spec {
+        // A bit is for arrays: no model says anything with it.
+        Ok(spec) if spec.bits() > 1 => Ok(spec),
+        Ok(_) => usage("--q-bits: expected 2 to 6 or 8, got 1".to_string()),
+        Err(CodecError::Bits { bits, mode, expected }) => {
+            usage(format!("--q-bits: expected {expected} in mode {mode}, got {bits}"))
+        }
+        Err(CodecError::GroupSize { group_size, mode, expected }) => {
+            usage(format!("--q-group-size: expected {expected} in mode {mode}, got {group_size}"))
+        }
+        Err(other) => usage(other.to_string()),
+    }
 }
 
 /// Tells what was written.

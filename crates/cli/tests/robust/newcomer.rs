@@ -31,6 +31,13 @@ fn wrong_words_are_answered_with_the_right_ones() {
             "magic_proj",
         ),
         ("groups of 48", "convert --model @llama --output @o -q --q-group-size 48", "48"),
+        ("bits of a mode", "convert --model @llama --output @o -q --q-mode mxfp8 --q-bits 4", "expected 8"),
+        (
+            "groups of a mode",
+            "convert --model @llama --output @o -q --q-mode nvfp4 --q-group-size 32",
+            "expected 16",
+        ),
+        ("no such mode", "convert --model @llama --output @o -q --q-mode fp3", "nvfp4"),
     ] {
         std::fs::write(room.path("c.yaml"), "learnin_rate: 1").unwrap();
         room.data("d.jsonl", 4);

@@ -18,7 +18,7 @@ use super::lanes::Lanes;
 use super::sink::Sink;
 use super::stage::{ROW_LANES, Staged};
 use super::tier::{PerTier, at_tier};
-use super::tile::{SUB, SUB_BYTES, TILE_ROWS, each_unit, unit, unpack_any};
+use super::tile::{Codes, TILE_ROWS, each_unit, unit, unpack, with_codes};
 use super::weight::QuantWeight;
 use crate::layout::{prefetch_line, prefetch_once};
 
@@ -103,9 +103,9 @@ impl Task for FastTask<'_> {
         if !self.few() {
             return Lines::default();
         }
-        let layout = &self.weight.layout;
-        let tile = layout.tiles * chunk / self.chunks();
-        Lines::new(self.weight.tile_pointer(tile), ((layout.tiles - tile) * layout.tile).min(COMING))
+        let tiles = self.weight.layout.tiles;
+        let tile = tiles * chunk / self.chunks();
+        first_lines(self.weight, tile, tiles - tile)
     }
 
     fn name(&self) -> &'static str {
@@ -148,8 +148,13 @@ impl<'a> FastTask<'a> {
     }
 }
 
+/// What of `count` tiles a worker asks for while it waits to read them.
+pub(super) fn first_lines(weight: &QuantWeight, tile: usize, count: usize) -> Lines {
+    Lines::new(weight.tile_pointer(tile), (count * weight.layout.tile).min(COMING))
+}
+
 /// Chunks of a product that streams `tiles` tiles of `tile` bytes.
-fn gemv_chunks(tiles: usize, tile: usize) -> usize {
+pub(super) fn gemv_chunks(tiles: usize, tile: usize) -> usize {
     let bytes = tiles * tile;
     if bytes <= SMALL_BYTES { tiles.min(1) } else { (bytes / CHUNK_BYTES).max(FEWEST_CHUNKS).min(tiles) }
 }
@@ -166,18 +171,7 @@ impl PerTier for Gemv<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: passed on.
-        unsafe {
-            match self.task.weight.layout.bits {
-                1 => self.tiles::<L, 1>(),
-                2 => self.tiles::<L, 2>(),
-                3 => self.tiles::<L, 3>(),
-                4 => self.tiles::<L, 4>(),
-                5 => self.tiles::<L, 5>(),
-                6 => self.tiles::<L, 6>(),
-                8 => self.tiles::<L, 8>(),
-                _ => unreachable!("QuantSpec has no other widths"),
-            }
-        }
+        unsafe { with_codes!(&self.task.weight.layout, C => self.tiles::<L, C>()) }
     }
 }
 
@@ -189,27 +183,27 @@ impl Gemv<'_> {
     /// Intel's want the contrary, four streams for one row and two for more: one comes at half of the bandwidth. What
     /// comes from memory comes with the first pass, so there is one pass up to eight rows.
     #[inline(always)]
-    unsafe fn tiles<L: Lanes, const BITS: usize>(&self) {
+    unsafe fn tiles<L: Lanes, C: Codes>(&self) {
         let (mut tile, end) = self.range;
         let stream = L::MANY && self.task.cores != Cores::Intel;
         // SAFETY: tiles below `end` exist.
         unsafe {
             if L::MANY && !stream && self.task.x.m == 1 {
                 while tile + 4 <= end {
-                    self.block::<L, BITS, 4, 1, false>(tile, 0);
+                    self.block::<L, C, 4, 1, false>(tile, 0);
                     tile += 4;
                 }
-            } else if L::MANY && !stream && (BITS == 4 || BITS == 8) {
+            } else if L::MANY && !stream && (C::BITS == 4 || C::BITS == 8) {
                 while tile + 2 <= end {
-                    self.rows::<L, BITS, 2, false>(tile);
+                    self.rows::<L, C, 2, false>(tile);
                     tile += 2;
                 }
             }
             while tile < end {
                 if L::MANY && stream {
-                    self.rows::<L, BITS, 1, true>(tile);
+                    self.rows::<L, C, 1, true>(tile);
                 } else {
-                    self.rows::<L, BITS, 1, false>(tile);
+                    self.rows::<L, C, 1, false>(tile);
                 }
                 tile += 1;
             }
@@ -218,16 +212,16 @@ impl Gemv<'_> {
 
     /// All rows of x by R tiles.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, const BITS: usize, const R: usize, const STREAM: bool>(&self, tile: usize) {
+    unsafe fn rows<L: Lanes, C: Codes, const R: usize, const STREAM: bool>(&self, tile: usize) {
         let (mut row, end) = (0, self.task.x.m);
         // SAFETY: passed on.
         unsafe {
             while row < end {
                 row += match end - row {
-                    1 => self.block::<L, BITS, R, 1, STREAM>(tile, row),
-                    2 => self.block::<L, BITS, R, 2, STREAM>(tile, row),
-                    5.. if L::MANY => self.block::<L, BITS, R, 8, STREAM>(tile, row),
-                    _ => self.block::<L, BITS, R, 4, STREAM>(tile, row),
+                    1 => self.block::<L, C, R, 1, STREAM>(tile, row),
+                    2 => self.block::<L, C, R, 2, STREAM>(tile, row),
+                    5.. if L::MANY => self.block::<L, C, R, 8, STREAM>(tile, row),
+                    _ => self.block::<L, C, R, 4, STREAM>(tile, row),
                 }
             }
         }
@@ -236,7 +230,7 @@ impl Gemv<'_> {
     /// R tiles by M rows of x; rows past the last repeat it and are not written. `STREAM`: tiles are read one after
     /// the other.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize, const STREAM: bool>(
+    unsafe fn block<L: Lanes, C: Codes, const R: usize, const M: usize, const STREAM: bool>(
         &self,
         tile: usize,
         row: usize,
@@ -270,22 +264,22 @@ impl Gemv<'_> {
             let cut = if STREAM { 4 / M.min(4) } else { 1 };
             for g in 0..layout.groups {
                 let mut parts = [[[L::zero(); M]; R]; 4];
-                for sub in 0..layout.group / SUB {
-                    let k = g * layout.group + sub * SUB;
-                    let at = g * layout.block + sub * 64 * BITS;
+                for sub in 0..layout.group / C::SUB {
+                    let k = g * layout.group + sub * C::SUB;
+                    let at = g * layout.block + sub * C::BYTES;
                     for r in 0..R {
-                        (0..BITS).for_each(|vector| ask(pointers[r].add(at + vector * 64)));
+                        (0..C::BYTES / 64).for_each(|vector| ask(pointers[r].add(at + vector * 64)));
                     }
                     macro_rules! units {
-                        ($($unit:literal)*) => { $(
+                        ($($unit:literal)*) => { $( if $unit * 4 < C::SUB {
                             let sums = &mut parts[$unit % cut];
                             for r in 0..R {
-                                let q = unit::<L, BITS, $unit>(pointers[r].add(at));
+                                let q = unit::<L, C, $unit>(pointers[r].add(at));
                                 for m in 0..M {
-                                    sums[r][m] = dot::<L, BITS>(sums[r][m], q, values[m].add(k + 4 * $unit));
+                                    sums[r][m] = dot::<L, C>(sums[r][m], q, values[m].add(k + 4 * $unit));
                                 }
                             }
-                        )* };
+                        } )* };
                     }
                     each_unit!(units);
                 }
@@ -304,8 +298,7 @@ impl Gemv<'_> {
                 }
                 for r in 0..R {
                     let block = pointers[r].add(g * layout.block);
-                    let s = L::load_scales(block.add(layout.scales()), layout.scale);
-                    let b = L::load_scales(block.add(layout.biases()), layout.scale);
+                    let (s, b) = layout.scales_of::<L>(block);
                     for m in 0..M {
                         let scale = L::mul(s, L::splat(*d.add(g * ROW_LANES + m)));
                         products[r][m] = L::fma(L::to_f32(sums[r][m]), scale, products[r][m]);
@@ -324,9 +317,9 @@ impl Gemv<'_> {
 }
 
 #[inline(always)]
-pub(super) unsafe fn dot<L: Lanes, const BITS: usize>(acc: L::I, q: L::I, a: *const i8) -> L::I {
+pub(super) unsafe fn dot<L: Lanes, C: Codes>(acc: L::I, q: L::I, a: *const i8) -> L::I {
     // SAFETY: passed on.
-    unsafe { if BITS == 8 { L::dot::<true>(acc, q, a) } else { L::dot::<false>(acc, q, a) } }
+    unsafe { if C::WIDE { L::dot::<true>(acc, q, a) } else { L::dot::<false>(acc, q, a) } }
 }
 
 struct Gemm<'a> {
@@ -386,10 +379,8 @@ impl Gemm<'_> {
                 // SAFETY: block g of a tile that exists; the panel has room for it.
                 unsafe {
                     let block = weight.tile_pointer(self.range.0 + tile).add(g * layout.block);
-                    let subs = layout.group / SUB;
-                    unpack_any::<L>(layout.bits, block, codes.as_mut_ptr().add(at * subs * SUB_BYTES), subs);
-                    let s = L::load_scales(block.add(layout.scales()), layout.scale);
-                    let b = L::load_scales(block.add(layout.biases()), layout.scale);
+                    unpack::<L>(&layout, block, codes.as_mut_ptr().add(at * layout.group * TILE_ROWS));
+                    let (s, b) = layout.scales_of::<L>(block);
                     L::store_f32(scales.as_mut_ptr().add(at * TILE_ROWS), s);
                     L::store_f32(biases.as_mut_ptr().add(at * TILE_ROWS), b);
                 }
@@ -485,7 +476,7 @@ mod tests {
             let words: Vec<u32> = (0..out * spec.words(inner)).map(|_| rng.u32()).collect();
             let scales: Vec<f32> = (0..out * inner / 64).map(|_| rng.normal()).collect();
             let scales = Scales::F32(&scales);
-            let weight = QuantWeight::pack(&pool, spec, [out, inner], &words, scales, scales).unwrap();
+            let weight = QuantWeight::pack(&pool, spec, [out, inner], &words, scales, Some(scales)).unwrap();
             for m in (1..=STREAM_ROWS).chain([41]) {
                 let x: Vec<f32> = (0..m * inner).map(|_| rng.normal()).collect();
                 for &isa in Isa::available() {

@@ -11,7 +11,7 @@ use mica_threads::Scratch;
 use super::fast::FastTask;
 use super::lanes::{Avx512, Lanes};
 use super::stage::ROW_LANES;
-use super::tile::{SUB, SUB_BYTES, TILE_ROWS, unpack_any};
+use super::tile::{TILE_ROWS, unpack};
 use crate::amx::{self, Tiles};
 
 /// Groups whose sums are under way at a time: a product and its way through memory take about as
@@ -84,14 +84,12 @@ impl AmxBlock<'_> {
     unsafe fn unpack<L: Lanes>(&self, panel: &Panel, tile: usize) {
         let weight = self.task.weight;
         let layout = weight.layout;
-        let subs = layout.group / SUB;
         for g in 0..layout.groups {
             // SAFETY: block g of a tile that exists; the panel has room for all groups.
             unsafe {
                 let block = weight.tile_pointer(tile).add(g * layout.block);
-                unpack_any::<L>(layout.bits, block, panel.codes.add(g * subs * SUB_BYTES), subs);
-                let s = L::load_scales(block.add(layout.scales()), layout.scale);
-                let b = L::load_scales(block.add(layout.biases()), layout.scale);
+                unpack::<L>(&layout, block, panel.codes.add(g * layout.group * TILE_ROWS));
+                let (s, b) = layout.scales_of::<L>(block);
                 L::store_f32(panel.scales.add(g * TILE_ROWS), s);
                 L::store_f32(panel.biases.add(g * TILE_ROWS), b);
             }
@@ -144,7 +142,7 @@ impl AmxBlock<'_> {
 /// Tiles 0 to 3: sums; 4 and 5: x; 6 and 7: codes.
 unsafe fn configure(rows: usize, group: usize) -> Tiles {
     let k = group.min(64);
-    // SAFETY: 1 to 16 rows of 32 or 64 bytes.
+    // SAFETY: 1 to 16 rows of 16, 32 or 64 bytes.
     unsafe {
         let (sums, x, codes) = ((rows, 64), (rows, k), (k / 4, 64));
         Tiles::new([sums, sums, sums, sums, x, x, codes, codes])

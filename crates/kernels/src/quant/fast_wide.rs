@@ -13,10 +13,11 @@ use mica_simd::Cores;
 use mica_threads::Scratch;
 
 use super::fast::{CACHED, FastTask, dot};
+use super::form::Numbers;
 use super::lanes::Lanes;
 use super::stage::ROW_LANES;
 use super::tier::PerTier;
-use super::tile::{SUB, TILE_ROWS, unit, unpack_any};
+use super::tile::{Codes, Plain, TILE_ROWS, unit, unpack};
 
 /// Rows of x by two tiles, and by one.
 const PAIR_ROWS: usize = 6;
@@ -53,9 +54,9 @@ impl PerTier for Wide<'_> {
         // SAFETY: passed on.
         unsafe {
             if self.task.weight.layout.bits == 4 && !self.unpacks() {
-                self.multiply::<L, 4>(self.panel::<L>());
+                self.multiply::<L, Plain<4>>(self.panel::<L>());
             } else {
-                self.multiply::<L, 8>(self.panel::<L>());
+                self.multiply::<L, Plain<8>>(self.panel::<L>());
             }
         }
     }
@@ -63,8 +64,9 @@ impl PerTier for Wide<'_> {
 
 impl Wide<'_> {
     fn unpacks(&self) -> bool {
-        match self.task.weight.layout.bits {
-            4 => self.task.cores == Cores::Intel,
+        let layout = &self.task.weight.layout;
+        match layout.bits {
+            4 if layout.numbers != Numbers::Fp4 => self.task.cores == Cores::Intel,
             bits => bits != 8,
         }
     }
@@ -83,10 +85,11 @@ impl Wide<'_> {
             unsafe {
                 let from = weight.tile_pointer(self.tiles.0 + at / groups).add(at % groups * layout.block);
                 let to = scales.add(at * 2 * TILE_ROWS);
-                L::store_f32(to, L::load_scales(from.add(layout.scales()), layout.scale));
-                L::store_f32(to.add(TILE_ROWS), L::load_scales(from.add(layout.biases()), layout.scale));
+                let (s, b) = layout.scales_of::<L>(from);
+                L::store_f32(to, s);
+                L::store_f32(to.add(TILE_ROWS), b);
                 if unpacked {
-                    unpack_any::<L>(layout.bits, from, codes.add(at * block), layout.group / SUB);
+                    unpack::<L>(&layout, from, codes.add(at * block));
                 }
             }
         }
@@ -100,7 +103,7 @@ impl Wide<'_> {
 
     /// All of the chunk. Blocks of rows and the tiles both stay in the L2 cache.
     #[inline(always)]
-    unsafe fn multiply<L: Lanes, const BITS: usize>(&self, panel: Panel) {
+    unsafe fn multiply<L: Lanes, C: Codes>(&self, panel: Panel) {
         let (mut row, count) = (self.rows.0, self.tiles.1 - self.tiles.0);
         let rows = self.rows.1 - self.rows.0;
         let blocks = (rows * self.task.x.stride).div_ceil(CACHED);
@@ -111,9 +114,9 @@ impl Wide<'_> {
                 // SAFETY: tiles and rows of the chunk.
                 unsafe {
                     if tile + 2 <= count {
-                        self.pair::<L, BITS>(panel, tile, (row, next));
+                        self.pair::<L, C>(panel, tile, (row, next));
                     } else {
-                        self.single::<L, BITS>(panel, tile, (row, next));
+                        self.single::<L, C>(panel, tile, (row, next));
                     }
                 }
             }
@@ -123,43 +126,33 @@ impl Wide<'_> {
 
     /// Rows of x by tiles `tile` and `tile + 1` of the chunk.
     #[inline(always)]
-    unsafe fn pair<L: Lanes, const BITS: usize>(
-        &self,
-        panel: Panel,
-        tile: usize,
-        (mut row, end): (usize, usize),
-    ) {
+    unsafe fn pair<L: Lanes, C: Codes>(&self, panel: Panel, tile: usize, (mut row, end): (usize, usize)) {
         // SAFETY: passed on.
         unsafe {
             while row < end && !matches!(end - row, 7 | 8) {
-                self.block::<L, BITS, 2, PAIR_ROWS>(panel, tile, (row, end));
+                self.block::<L, C, 2, PAIR_ROWS>(panel, tile, (row, end));
                 row += PAIR_ROWS;
             }
             if row < end {
-                self.single::<L, BITS>(panel, tile, (row, end));
-                self.single::<L, BITS>(panel, tile + 1, (row, end));
+                self.single::<L, C>(panel, tile, (row, end));
+                self.single::<L, C>(panel, tile + 1, (row, end));
             }
         }
     }
 
     /// Rows of x by one tile.
     #[inline(always)]
-    unsafe fn single<L: Lanes, const BITS: usize>(
-        &self,
-        panel: Panel,
-        tile: usize,
-        (mut row, end): (usize, usize),
-    ) {
+    unsafe fn single<L: Lanes, C: Codes>(&self, panel: Panel, tile: usize, (mut row, end): (usize, usize)) {
         while row < end {
             // SAFETY: passed on.
-            unsafe { self.block::<L, BITS, 1, SINGLE_ROWS>(panel, tile, (row, end)) };
+            unsafe { self.block::<L, C, 1, SINGLE_ROWS>(panel, tile, (row, end)) };
             row += SINGLE_ROWS;
         }
     }
 
     /// R tiles by M rows of x; rows from `end` on repeat the last and are not written.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const BITS: usize, const R: usize, const M: usize>(
+    unsafe fn block<L: Lanes, C: Codes, const R: usize, const M: usize>(
         &self,
         panel: Panel,
         tile: usize,
@@ -184,12 +177,12 @@ impl Wide<'_> {
                 for step in 0..group / 8 {
                     let k = g * group + step * 8;
                     let q: [[L::I; 2]; R] =
-                        std::array::from_fn(|r| two_units::<L, BITS>(codes[r].add(step * 16 * BITS)));
+                        std::array::from_fn(|r| two_units::<L, C>(codes[r].add(step * 16 * C::BITS)));
                     for unit in 0..2 {
                         for m in 0..M {
                             let a = values[m].add(k + 4 * unit);
                             for r in 0..R {
-                                sums[r][m] = dot::<L, BITS>(sums[r][m], q[r][unit], a);
+                                sums[r][m] = dot::<L, C>(sums[r][m], q[r][unit], a);
                             }
                         }
                     }
@@ -226,7 +219,7 @@ impl Wide<'_> {
 
 /// Two units of 16 rows × 4 codes.
 #[inline(always)]
-unsafe fn two_units<L: Lanes, const BITS: usize>(at: *const u8) -> [L::I; 2] {
+unsafe fn two_units<L: Lanes, C: Codes>(at: *const u8) -> [L::I; 2] {
     // SAFETY: passed on.
-    unsafe { [unit::<L, BITS, 0>(at), unit::<L, BITS, 1>(at)] }
+    unsafe { [unit::<L, C, 0>(at), unit::<L, C, 1>(at)] }
 }

@@ -2,15 +2,18 @@
 //!
 //! Written as the scales' type T, values are those of `mx.dequantize`: T(T(q·s) + b). Written as
 //! f32, they are s·q + b in f32: from half scales the weights that the exact product multiplies
-//! with, from f32 scales rounded twice, as `mx.dequantize` rounds them.
+//! with, from f32 scales rounded twice, as `mx.dequantize` rounds them. Codes without biases stand for a number times
+//! a scale, rounded to the output's type once.
 
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
+use mica_codec::minifloat::{E2M1, from_e4m3, from_e8m0};
 use mica_simd::{Element, Isa, Kernel, Vector, dispatch};
 use mica_threads::{Scratch, Task};
 
-use super::tile::{self, SUB, ScaleType, TILE_ROWS};
+use super::form::Numbers;
+use super::tile::{self, Codes, ScaleType, TILE_ROWS, with_codes};
 use super::weight::QuantWeight;
 use crate::{KernelError, View, ViewMut};
 
@@ -105,6 +108,48 @@ impl<S: Element, R: Element, O: Element> Kernel for Row<'_, S, R, O> {
     }
 }
 
+/// One row's values from codes without biases: numbers times scales.
+struct Scaled<'a, O> {
+    weight: &'a QuantWeight,
+    row: usize,
+    codes: &'a [u8],
+    to: &'a mut [O],
+}
+
+impl<O: Element> Kernel for Scaled<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let layout = self.weight.layout;
+        let lane = self.row % TILE_ROWS;
+        let blocks = tile_of(self.weight, self.row).chunks_exact(layout.block);
+        let values = self.codes.chunks_exact(layout.group).zip(self.to.chunks_exact_mut(layout.group));
+        for (block, (codes, to)) in blocks.zip(values) {
+            let scales = &block[layout.scales()..];
+            let s = V::splat(match layout.scale {
+                ScaleType::F32 => scale_of::<f32>(scales, lane),
+                ScaleType::Bf16 => scale_of::<bf16>(scales, lane),
+                ScaleType::F16 => scale_of::<f16>(scales, lane),
+                ScaleType::E8m0 => from_e8m0(scales[lane]),
+                ScaleType::E4m3 => from_e4m3(scales[lane]),
+            });
+            for (codes, to) in codes.chunks_exact(16).zip(to.chunks_exact_mut(16)) {
+                let mut numbers = [0f32; 16];
+                for (number, &code) in numbers.iter_mut().zip(codes) {
+                    *number = match layout.numbers {
+                        Numbers::Fp4 => E2M1[usize::from(code)],
+                        Numbers::Fp8 => from_e4m3(code),
+                        Numbers::Affine | Numbers::Centred(_) => f32::from(code) - layout.centre(),
+                    };
+                }
+                // SAFETY: there are 16 numbers and 16 places.
+                unsafe { O::store(f32::load::<V>(numbers.as_ptr()) * s, to.as_mut_ptr()) };
+            }
+        }
+    }
+}
+
 fn tile_of(weight: &QuantWeight, row: usize) -> &[u8] {
     let tile = weight.layout.tile;
     &weight.bytes_of_tiles()[row / TILE_ROWS * tile..][..tile]
@@ -132,36 +177,28 @@ fn rounded<V: Vector, R: Element>(x: V) -> V {
 /// A row's codes, four at a time: what [`get_codes`](tile::get_codes) does code after code. The whole row, because
 /// vectors of codes that were just put together from fours are slow to load.
 fn codes_of_row(weight: &QuantWeight, row: usize, codes: &mut [u8]) {
-    match weight.layout.bits {
-        1 => unpack_row::<1>(weight, row, codes),
-        2 => unpack_row::<2>(weight, row, codes),
-        3 => unpack_row::<3>(weight, row, codes),
-        4 => unpack_row::<4>(weight, row, codes),
-        5 => unpack_row::<5>(weight, row, codes),
-        6 => unpack_row::<6>(weight, row, codes),
-        8 => unpack_row::<8>(weight, row, codes),
-        _ => unreachable!("QuantSpec has no other widths"),
-    }
+    with_codes!(&weight.layout, C => unpack_row::<C>(weight, row, codes))
 }
 
-fn unpack_row<const BITS: usize>(weight: &QuantWeight, row: usize, codes: &mut [u8]) {
+fn unpack_row<C: Codes>(weight: &QuantWeight, row: usize, codes: &mut [u8]) {
     let lane = row % TILE_ROWS * 4;
     let blocks = tile_of(weight, row).chunks_exact(weight.layout.block);
-    let subs = blocks.flat_map(|block| block[..weight.layout.codes].chunks_exact(64 * BITS));
-    for (sub_block, codes) in subs.zip(codes.chunks_exact_mut(SUB)) {
-        let mut units = [0u32; SUB / 4];
+    let subs = blocks.flat_map(|block| block[..weight.layout.codes].chunks_exact(C::BYTES));
+    for (sub_block, codes) in subs.zip(codes.chunks_exact_mut(C::SUB)) {
+        let mut units = [0u32; tile::SUB / 4];
         let mut vector = 0;
-        for (width, below) in const { tile::planes(BITS) } {
+        for (width, below) in const { tile::planes(C::BITS) } {
             let slots = 8 / width.max(1);
             let mask = ((1 << width) - 1) * 0x0101_0101u32;
-            for v in 0..width {
+            let vectors = width * C::SUB / tile::SUB;
+            for v in 0..vectors {
                 let word = &sub_block[(vector + v) * 64 + lane..][..4];
                 let word = u32::from_le_bytes(word.try_into().expect("4 bytes"));
                 for t in 0..slots {
                     units[v * slots + t] |= (word >> (t * width) & mask) << below;
                 }
             }
-            vector += width;
+            vector += vectors;
         }
         for (codes, unit) in codes.chunks_exact_mut(4).zip(units) {
             codes.copy_from_slice(&unit.to_le_bytes());
@@ -187,6 +224,9 @@ impl Gather<'_> {
     /// `HalfBf16` and `HalfF16` are what scales of these types round to.
     fn write<HalfBf16: Element, HalfF16: Element, O: Element>(&self, row: usize, codes: &[u8], to: &mut [O]) {
         let (weight, isa) = (self.weight, Isa::get());
+        if weight.layout.numbers != Numbers::Affine {
+            return dispatch(isa, Scaled { weight, row, codes, to });
+        }
         match weight.layout.scale {
             ScaleType::F32 => {
                 dispatch(isa, Row::<f32, f32, O> { weight, row, codes, to, types: PhantomData })
@@ -197,6 +237,7 @@ impl Gather<'_> {
             ScaleType::F16 => {
                 dispatch(isa, Row::<f16, HalfF16, O> { weight, row, codes, to, types: PhantomData })
             }
+            ScaleType::E8m0 | ScaleType::E4m3 => unreachable!("affine scales are floats of 16 bits or more"),
         }
     }
 }

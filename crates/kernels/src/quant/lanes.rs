@@ -19,6 +19,9 @@ pub(super) use scalar::Scalar;
 
 use super::tile::ScaleType;
 
+/// From an exponent of bf16 to one of e4m3.
+const TWO_TO_120: f32 = f32::from_bits((120 + 127) << 23);
+
 /// 16 lanes of 32 bits. All methods are unsafe for one reason: the caller runs on a processor
 /// (and inside a function) that has the tier's features; pointers are valid for what is read or
 /// written and need no alignment.
@@ -73,10 +76,20 @@ pub(super) trait Lanes: Copy + 'static {
     /// a · b + c, rounded once.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
 
+    /// Each byte of `index`, below 16, replaced by that byte of the table.
+    unsafe fn lookup(table: &[u8; 16], index: Self::I) -> Self::I;
+    /// Bytes 0 to 3 of each lane as 8-bit floats (e4m3), of which none is NaN.
+    unsafe fn bytes_e4m3(a: Self::I) -> [Self::F; 4];
+    /// acc + Σ over the two bf16 of each lane of w times those of x, by the instruction that products of pairs use: of
+    /// tiers that have it ([`crate::gemm::uses_pairs`]).
+    unsafe fn dot_pairs(acc: Self::F, w: Self::I, x: u32) -> Self::F;
+
     /// Reads 16 scales or biases of `kind`.
     unsafe fn load_scales(from: *const u8, kind: ScaleType) -> Self::F;
     /// Reads 16 bytes as unsigned integers, as f32.
     unsafe fn load_u8(from: *const u8) -> Self::F;
+    /// Reads 16 bytes as 8-bit floats (e4m3), of which none is NaN.
+    unsafe fn load_e4m3(from: *const u8) -> Self::F;
 
     /// Each lane: bf16(low) | bf16(high) << 16.
     unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::I;

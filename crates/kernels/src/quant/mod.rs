@@ -5,15 +5,18 @@
 //! are quantized first; several weights that read the same ones share that step ([`ProductPlan::join`], or
 //! [`Stage`], then [`QuantWeight::product`] per weight).
 //!
-//! Files: `tile` is the memory layout, `pack` fills it, `lanes` the vector type all kernels are written in, `tier`
+//! Files: `form` says how a weight is coded, `tile` is the memory layout, `pack` and `blocks` fill it, `lanes` the vector type all kernels are written in, `tier`
 //! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
-//! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
+//! `gemm`, `few` multiplies few rows without panels, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
 
+mod blocks;
 mod fast;
 #[cfg(target_arch = "x86_64")]
 mod fast_amx;
 mod fast_wide;
+mod few;
 mod float;
+mod form;
 mod gather;
 mod lanes;
 mod pack;

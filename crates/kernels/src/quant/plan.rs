@@ -8,9 +8,12 @@ use mica_threads::{Lines, Scratch, Task};
 use smallvec::{SmallVec, smallvec};
 
 use super::fast::FastTask;
+use super::few::FewTask;
 use super::float::Dequantized;
+use super::form::Numbers;
 use super::sink::{Epilogue, Sink};
 use super::stage::{Stage, Staged};
+use super::tile::TILE_ROWS;
 use super::weight::QuantWeight;
 use crate::error::check_tier;
 use crate::gemm::{self, FloatView, Gemm, check_part};
@@ -22,7 +25,7 @@ const TRANSPOSED: &str = "transposed quantized product";
 /// How exactly a product is computed (docs/NUMERICS.md).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// Activations as int8 per group: for inference.
+    /// Activations as int8 per group: for inference. With weights of 8-bit floats, [`Precision::Bf16`].
     Fast,
     /// Activations and dequantized weights in bf16, f32 sums: for training bf16 models.
     Bf16,
@@ -41,7 +44,11 @@ impl QuantWeight {
         isa: Isa,
     ) -> Result<Box<dyn Task + 'a>, KernelError> {
         check_tier(FORWARD, isa)?;
-        let wanted = self.spec().group_size();
+        if self.layout.numbers == Numbers::Fp8 {
+            let message = "weights of 8-bit floats have no product with int8 activations: use plan_forward";
+            return Err(KernelError::new(FORWARD, message));
+        }
+        let wanted = self.group_size();
         if x.group != wanted {
             let message =
                 format!("rows quantized in groups of {}, this weight has groups of {wanted}", x.group);
@@ -75,10 +82,15 @@ impl QuantWeight {
         isa: Isa,
     ) -> Result<ProductPlan<'a>, KernelError> {
         let x = x.into();
+        // Codes that are no integers are multiplied as bf16, which holds them exactly.
+        let precision = match precision {
+            Precision::Fast if self.layout.numbers == Numbers::Fp8 => Precision::Bf16,
+            other => other,
+        };
         if precision != Precision::Fast {
             return self.plan_part(0..self.out, x, out, false, precision, epilogue, isa);
         }
-        let stage = Stage::new(x, self.spec().group_size(), isa)?;
+        let stage = Stage::new(x, self.group_size(), isa)?;
         let sink = self.sink(stage.shape(), out, epilogue)?;
         Ok(ProductPlan(Plan::Int8(Box::new(Int8Plan { stage, products: smallvec![(self, sink)], isa }))))
     }
@@ -131,6 +143,12 @@ impl QuantWeight {
             let message = format!("expected an output [{m}, {n}], got {:?}", out.shape());
             return Err(KernelError::new(kernel, message));
         }
+        if !transposed && FewTask::takes(&x, precision, isa) {
+            let sink = Sink::new(kernel, out, epilogue, [m, n])?;
+            let tiles = (outputs.start / TILE_ROWS, outputs.len().div_ceil(TILE_ROWS));
+            let task = FewTask::new(self, tiles, x, precision, sink, isa);
+            return Ok(ProductPlan(Plan::Few(Box::new(task))));
+        }
         let epilogue = gemm::Epilogue {
             bias: epilogue.bias.map(FloatView::F32),
             residual: epilogue.residual.map(FloatView::F32),
@@ -151,6 +169,7 @@ pub struct ProductPlan<'a>(Plan<'a>);
 
 enum Plan<'a> {
     Int8(Box<Int8Plan<'a>>),
+    Few(Box<FewTask<'a>>),
     Float(Gemm<'a>),
 }
 
@@ -166,6 +185,7 @@ impl<'a> ProductPlan<'a> {
     pub fn workspace_bytes(&self) -> usize {
         match &self.0 {
             Plan::Int8(plan) => plan.stage.workspace_bytes(),
+            Plan::Few(_) => 0,
             Plan::Float(gemm) => gemm.workspace_bytes(),
         }
     }
@@ -196,6 +216,7 @@ impl<'a> ProductPlan<'a> {
         unsafe {
             match self.0 {
                 Plan::Int8(plan) => plan.tasks(workspace, list),
+                Plan::Few(task) => list.push(task),
                 Plan::Float(gemm) => gemm.tasks(workspace, list),
             }
         }

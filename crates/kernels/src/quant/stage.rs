@@ -37,7 +37,7 @@ pub struct Stage<'a> {
 }
 
 impl<'a> Stage<'a> {
-    /// Plans to quantize `rows` `[m, k]` of contiguous rows, in groups of 32, 64 or 128 that divide
+    /// Plans to quantize `rows` `[m, k]` of contiguous rows, in groups of 16, 32, 64 or 128 that divide
     /// k, with the code of tier `isa`.
     pub fn new(rows: impl Into<FloatView<'a>>, group: usize, isa: Isa) -> Result<Stage<'a>, KernelError> {
         check_tier(NAME, isa)?;
@@ -50,9 +50,9 @@ impl<'a> Stage<'a> {
                 format!("rows must be contiguous, got strides {:?}: copy them first", rows.strides());
             return Err(KernelError::new(NAME, message));
         }
-        if !matches!(group, 32 | 64 | 128) || !k.is_multiple_of(group) {
+        if !matches!(group, 16 | 32 | 64 | 128) || !k.is_multiple_of(group) {
             let message = format!(
-                "rows of {k} values and groups of {group}: expected groups of 32, 64 or 128 that divide the row"
+                "rows of {k} values and groups of {group}: expected groups of 16, 32, 64 or 128 that divide the row"
             );
             return Err(KernelError::new(NAME, message));
         }
@@ -280,7 +280,7 @@ mod tests {
     #[test]
     fn int8_rows_are_within_half_a_step_and_bad_values_stay_bad() {
         let mut rng = Rng::new(3);
-        for group in [32, 64, 128] {
+        for group in [16, 32, 64, 128] {
             let mut x = rng.normals(group * 4);
             x[group] = f32::NAN;
             x[2 * group] = f32::NEG_INFINITY;

@@ -1,9 +1,11 @@
 //! Random weights, their f64 values, and running plans.
 
 use half::{bf16, f16};
-use mica_codec::{Float, QuantSpec, affine};
+use mica_codec::gguf::{GgufBlock, Groups};
+use mica_codec::micro::{self, MicroMode};
+use mica_codec::{Float, QuantSpec, affine, minifloat};
 use mica_kernels::gemm::FloatView;
-use mica_kernels::quant::{Epilogue, Precision, QuantWeight, ScaleType, ScaleVec};
+use mica_kernels::quant::{Epilogue, Precision, QuantWeight, ScaleType, ScaleVec, Scales};
 use mica_kernels::{View, ViewMut};
 use mica_simd::Isa;
 use mica_testkit::Rng;
@@ -37,7 +39,31 @@ impl Weight {
             ScaleType::F32 => Weight::of::<f32>(rng, pool, bits, group, out, inner, ScaleVec::F32),
             ScaleType::Bf16 => Weight::of::<bf16>(rng, pool, bits, group, out, inner, ScaleVec::Bf16),
             ScaleType::F16 => Weight::of::<f16>(rng, pool, bits, group, out, inner, ScaleVec::F16),
+            ScaleType::E8m0 | ScaleType::E4m3 => unreachable!("not of affine codes"),
         }
+    }
+
+    /// Normal values of all magnitudes, in a micro-scaled mode.
+    pub fn micro(rng: &mut Rng, pool: &Pool, mode: MicroMode, out: usize, inner: usize) -> Weight {
+        let group = mode.group_size();
+        let mut values = rng.normals(out * inner);
+        for group in values.chunks_exact_mut(group) {
+            let magnitude = 2f32.powi(rng.range(0..12) as i32 - 9);
+            group.iter_mut().for_each(|value| *value *= magnitude);
+        }
+        let mut words = vec![0; out * inner * mode.bits() / 32];
+        let mut scales = vec![0; out * inner / group];
+        micro::quantize(&values, mode, None, &mut words, &mut scales).unwrap();
+        let mut dequantized = values;
+        micro::dequantize(&words, &scales, mode, None, &mut dequantized).unwrap();
+        let spec = QuantSpec::usual(mode.name().parse().unwrap());
+        let scales = match mode {
+            MicroMode::Nvfp4 => Scales::E4m3(&scales),
+            MicroMode::Mxfp4 | MicroMode::Mxfp8 => Scales::E8m0(&scales),
+        };
+        let packed = QuantWeight::pack(pool, spec, [out, inner], &words, scales, None).unwrap();
+        let exact = dequantized.iter().map(|&value| f64::from(value)).collect();
+        Weight { packed, exact, dequantized }
     }
 
     fn of<T: Float>(
@@ -67,7 +93,7 @@ impl Weight {
             .collect();
         let (s, b) = (wrap(s), wrap(b));
         let packed =
-            QuantWeight::pack(pool, spec, [out, inner], &words, s.as_scales(), b.as_scales()).unwrap();
+            QuantWeight::pack(pool, spec, [out, inner], &words, s.as_scales(), Some(b.as_scales())).unwrap();
         Weight { packed, exact, dequantized: back.into_iter().map(|value| value.to_f32()).collect() }
     }
 
@@ -78,6 +104,50 @@ impl Weight {
             x.iter().zip(&self.exact[n * inner..]).map(|(&x, &w)| f64::from(x) * w).sum()
         };
         x.chunks_exact(inner).flat_map(|x| (0..out).map(move |n| row(x, n) as f32)).collect()
+    }
+}
+
+impl Weight {
+    /// Random blocks of ggml's.
+    pub fn gguf(rng: &mut Rng, pool: &Pool, block: GgufBlock, out: usize, inner: usize) -> Weight {
+        let mut blocks: Vec<u8> =
+            (0..out * inner / block.values() * block.bytes()).map(|_| rng.u32() as u8).collect();
+        for block_bytes in blocks.chunks_exact_mut(block.bytes()) {
+            let places: &[usize] = match block {
+                GgufBlock::MXFP4 => &[],
+                GgufBlock::Q6_K => &[208],
+                _ if block.has_biases() => &[0, 2],
+                _ => &[0],
+            };
+            for &at in places {
+                block_bytes[at..at + 2].copy_from_slice(&f16::from_f32(0.05 * rng.normal()).to_le_bytes());
+            }
+            if block == GgufBlock::MXFP4 {
+                block_bytes[0] = rng.range(115..130) as u8;
+            }
+        }
+        let row = inner / block.values() * block.bytes();
+        let read = |rows: std::ops::Range<usize>, into: &mut [u8]| {
+            into.copy_from_slice(&blocks[rows.start * row..rows.end * row]);
+            Ok::<(), ()>(())
+        };
+        let packed = QuantWeight::read_gguf(pool, block, [out, inner], read).unwrap().unwrap();
+        let mut dequantized = vec![0f32; out * inner];
+        block.dequantize(&blocks, &mut dequantized).unwrap();
+        let (mut exact, mut groups) = (Vec::new(), Groups::default());
+        for bytes in blocks.chunks_exact(block.bytes()) {
+            block.take_apart(bytes, &mut groups);
+            for (at, &code) in groups.codes[..block.values()].iter().enumerate() {
+                let group = at / block.group_size();
+                let number = match block {
+                    GgufBlock::MXFP4 => f64::from(minifloat::E2M1[usize::from(code)]),
+                    _ => f64::from(code) - f64::from(block.centre().unwrap_or(0)),
+                };
+                let bias = if block.has_biases() { f64::from(groups.biases[group]) } else { 0.0 };
+                exact.push(number * f64::from(groups.scales[group]) + bias);
+            }
+        }
+        Weight { packed, exact, dequantized }
     }
 }
 

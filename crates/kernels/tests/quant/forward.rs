@@ -12,7 +12,7 @@ use crate::cases::{BITS, GROUPS, SCALES, Weight, rows, run_forward};
 ///
 /// Fast: a step of int8 is amax / 127; with amax about 2.5 standard deviations its rounding error
 /// is 2.5 / 127 / √12 = 0.6 %. Bf16: two roundings of 2⁻⁹ / √3. Exact: sums in f32.
-fn bound(precision: Precision) -> f64 {
+pub fn bound(precision: Precision) -> f64 {
     match precision {
         Precision::Fast => 0.012,
         Precision::Bf16 => 0.004,
@@ -20,7 +20,7 @@ fn bound(precision: Precision) -> f64 {
     }
 }
 
-const PRECISIONS: [Precision; 3] = [Precision::Fast, Precision::Bf16, Precision::Exact];
+pub const PRECISIONS: [Precision; 3] = [Precision::Fast, Precision::Bf16, Precision::Exact];
 
 #[test]
 fn products_are_near_the_dequantized_product_at_every_tier() {
@@ -164,7 +164,8 @@ fn int8_products_do_not_saturate() {
         let words = vec![u32::MAX; 16 * spec.words(inner)];
         let (s, b) = (vec![1f32; 16], vec![0f32; 16]);
         let (s, b) = (mica_kernels::quant::Scales::F32(&s), mica_kernels::quant::Scales::F32(&b));
-        let weight = mica_kernels::quant::QuantWeight::pack(&pool, spec, [16, inner], &words, s, b).unwrap();
+        let weight =
+            mica_kernels::quant::QuantWeight::pack(&pool, spec, [16, inner], &words, s, Some(b)).unwrap();
         for (m, sign) in [(1, 1.0), (1, -1.0), (12, 1.0), (12, -1.0)] {
             let x = vec![sign * 127.0; m * inner];
             let expected = vec![sign * 127.0 * 128.0 * spec.largest() as f32; m * 16];

@@ -2,5 +2,6 @@
 
 mod cases;
 mod forward;
+mod modes;
 mod rows;
 mod transposed;

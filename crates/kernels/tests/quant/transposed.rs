@@ -8,7 +8,7 @@ use mica_threads::Pool;
 
 use crate::cases::{BITS, GROUPS, Weight, rows, with_workspace};
 
-fn run(pool: &Pool, weight: &Weight, dy: &[f32], precision: Precision, isa: Isa) -> Vec<f32> {
+pub fn run(pool: &Pool, weight: &Weight, dy: &[f32], precision: Precision, isa: Isa) -> Vec<f32> {
     let [out, inner] = weight.packed.shape();
     let m = dy.len() / out;
     let mut dx = vec![f32::NAN; m * inner];
@@ -26,7 +26,7 @@ fn run(pool: &Pool, weight: &Weight, dy: &[f32], precision: Precision, isa: Isa)
     dx
 }
 
-fn expected(weight: &Weight, dy: &[f32]) -> Vec<f32> {
+pub fn expected(weight: &Weight, dy: &[f32]) -> Vec<f32> {
     let [out, inner] = weight.packed.shape();
     let mut dx = vec![0f64; dy.len() / out * inner];
     for (dx, dy) in dx.chunks_exact_mut(inner).zip(dy.chunks_exact(out)) {

@@ -6,69 +6,12 @@
 
 use std::collections::HashMap;
 
+use mica_codec::CodecError;
+pub use mica_codec::{QuantMode, QuantSpec};
 use serde_json::Value;
 
 use super::Fields;
 use crate::error::{Error, Result};
-
-/// A way of coding groups of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum QuantMode {
-    /// Scale and bias per group.
-    Affine,
-    /// 4-bit floats (E2M1) in groups of 32 with a power of two as scale.
-    Mxfp4,
-    /// 8-bit floats (E4M3) in groups of 32 with a power of two as scale.
-    Mxfp8,
-    /// 4-bit floats (E2M1) in groups of 16 with an E4M3 scale.
-    Nvfp4,
-}
-
-impl QuantMode {
-    /// The name in `config.json`.
-    pub fn name(self) -> &'static str {
-        match self {
-            QuantMode::Affine => "affine",
-            QuantMode::Mxfp4 => "mxfp4",
-            QuantMode::Mxfp8 => "mxfp8",
-            QuantMode::Nvfp4 => "nvfp4",
-        }
-    }
-
-    fn from_name(name: &str) -> Option<Self> {
-        [QuantMode::Affine, QuantMode::Mxfp4, QuantMode::Mxfp8, QuantMode::Nvfp4]
-            .into_iter()
-            .find(|mode| mode.name() == name)
-    }
-
-    /// Bits and group size that MLX takes where none are given.
-    fn defaults(self) -> (usize, usize) {
-        match self {
-            QuantMode::Affine => (4, 64),
-            QuantMode::Mxfp4 => (4, 32),
-            QuantMode::Mxfp8 => (8, 32),
-            QuantMode::Nvfp4 => (4, 16),
-        }
-    }
-
-    fn allows(self, bits: usize, group_size: usize) -> bool {
-        match self {
-            QuantMode::Affine => matches!(bits, 1..=6 | 8) && matches!(group_size, 32 | 64 | 128),
-            _ => (bits, group_size) == self.defaults(),
-        }
-    }
-}
-
-/// How one module's weight is quantized.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct QuantSpec {
-    /// Bits per weight.
-    pub bits: usize,
-    /// Weights per group.
-    pub group_size: usize,
-    /// How a group is coded.
-    pub mode: QuantMode,
-}
 
 /// How a model's modules are quantized.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -133,25 +76,22 @@ impl QuantConfig {
 fn spec(fields: &Fields) -> Result<QuantSpec> {
     let mode = match fields.opt::<String>("mode")? {
         None => QuantMode::Affine,
-        Some(name) => QuantMode::from_name(&name)
-            .ok_or_else(|| fields.bad("mode", "affine, mxfp4, mxfp8 or nvfp4", &Value::String(name)))?,
+        Some(name) => name
+            .parse()
+            .map_err(|_| fields.bad("mode", "affine, mxfp4, mxfp8 or nvfp4", &Value::String(name)))?,
     };
     let (bits, group_size) = mode.defaults();
-    let spec = QuantSpec {
-        bits: fields.get_or("bits", bits)?,
-        group_size: fields.get_or("group_size", group_size)?,
-        mode,
-    };
-    if mode.allows(spec.bits, spec.group_size) {
-        return Ok(spec);
-    }
-    let (field, expected) = match mode {
-        QuantMode::Affine if matches!(spec.bits, 1..=6 | 8) => ("group_size", "32, 64 or 128".to_owned()),
-        QuantMode::Affine => ("bits", "1, 2, 3, 4, 5, 6 or 8".to_owned()),
-        _ if spec.bits != bits => ("bits", format!("{bits} in mode {}", mode.name())),
-        _ => ("group_size", format!("{group_size} in mode {}", mode.name())),
-    };
-    Err(fields.bad(field, &expected, &fields.get_or(field, Value::Null)?))
+    QuantSpec::new(fields.get_or("bits", bits)?, fields.get_or("group_size", group_size)?, mode).map_err(
+        |error| {
+            let (field, expected) = match error {
+                CodecError::Bits { expected, .. } => ("bits", expected),
+                CodecError::GroupSize { expected, .. } => ("group_size", expected),
+                other => return fields.bad("mode", &other.to_string(), &Value::Null),
+            };
+            let got = fields.get_or(field, Value::Null).unwrap_or_default();
+            fields.bad(field, &format!("{expected} in mode {}", mode.name()), &got)
+        },
+    )
 }
 
 fn foreign(fields: &Fields, method: &str) -> Error {
@@ -174,7 +114,7 @@ mod tests {
     }
 
     fn affine(bits: usize, group_size: usize) -> Option<QuantSpec> {
-        Some(QuantSpec { bits, group_size, mode: QuantMode::Affine })
+        Some(QuantSpec::affine(bits, group_size).unwrap())
     }
 
     #[test]
@@ -192,10 +132,7 @@ mod tests {
             ("model.embed_tokens", affine(8, 32)),
             ("lm_head", None),
             ("model.layers.0.mlp.gate", affine(8, 64)),
-            (
-                "model.layers.1.mlp.experts",
-                Some(QuantSpec { bits: 4, group_size: 32, mode: QuantMode::Mxfp4 }),
-            ),
+            ("model.layers.1.mlp.experts", Some(QuantSpec::usual(QuantMode::Mxfp4))),
             ("model.layers.2.mlp", affine(4, 64)),
         ] {
             assert_eq!(q.spec(path), expected, "{path}");

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use mica_array::files::dtype_from_file;
-use mica_array::{Array, Dtype, PackedWeight, Part};
+use mica_array::{Array, Dtype, PackedWeight, Part, first_nan};
 use mica_io::weights::{Weight, WeightFiles};
 
 use super::Source;
@@ -141,41 +141,52 @@ impl FileSource {
     }
 
     fn quantized(&mut self, path: &str, spec: QuantSpec, out: usize, inputs: usize) -> Result<Array> {
-        if spec.mode != QuantMode::Affine {
-            return Err(Error::Unsupported {
-                what: format!("{}: {path} quantized as {}", self.files.path().display(), spec.mode.name()),
-                todo: "affine quantization can be opened; convert the model with it".to_string(),
-            });
-        }
-        let names = ["weight", "scales", "biases"].map(|part| format!("{path}.{part}"));
-        let [weight, scales, biases] = &names;
-        if !inputs.is_multiple_of(spec.group_size) {
+        let affine = spec.mode() == QuantMode::Affine;
+        let names: Vec<String> = ["weight", "scales", "biases"]
+            .iter()
+            .take(if affine { 3 } else { 2 })
+            .map(|part| format!("{path}.{part}"))
+            .collect();
+        let weight = &names[0];
+        let Ok(groups) = spec.groups(inputs) else {
             let problem =
-                format!("{weight} has rows of {inputs}, which are no groups of {}", spec.group_size);
+                format!("{weight} has rows of {inputs}, which are no groups of {}", spec.group_size());
             self.wrong(weight, problem)?;
             return Ok(Array::zeros(&[out, inputs], Dtype::F32));
+        };
+        let scale = if affine { Kind::Float } else { Kind::Bytes };
+        let mut found = Vec::new();
+        for (part, name) in names.iter().enumerate() {
+            let (width, kind) = if part == 0 { (spec.words(inputs), Kind::Words) } else { (groups, scale) };
+            found.push(self.take(name, &[&[out, width]], kind)?);
         }
-        let groups = inputs / spec.group_size;
-        let found = [
-            self.take(weight, &[&[out, inputs * spec.bits / 32]], Kind::Words)?,
-            self.take(scales, &[&[out, groups]], Kind::Float)?,
-            self.take(biases, &[&[out, groups]], Kind::Float)?,
-        ];
-        if let [_, Some(scales), Some(biases)] = found
+        if let [_, Some(scales), Some(biases)] = found[..]
             && scales != biases
         {
             self.wrong(weight, format!("{path} has scales of {scales} and biases of {biases}"))?;
         }
         if self.is_outline() {
-            return Ok(Array::zeros(&[out, inputs], found[1].unwrap_or(Dtype::F32)));
+            let dtype = found[1].filter(|dtype| dtype.is_float());
+            return Ok(Array::zeros(
+                &[out, inputs],
+                dtype.unwrap_or(if affine { Dtype::F32 } else { Dtype::BF16 }),
+            ));
         }
-        let dtypes = found.map(|dtype| dtype.expect("only an outline goes on without one"));
-        let parts = names.each_ref().map(|name| self.taken(name));
+        let parts: Vec<(Weight, Dtype)> = names
+            .iter()
+            .zip(found)
+            .map(|(name, dtype)| (self.taken(name), dtype.expect("only an outline goes on without one")))
+            .collect();
         let read = |part: Part, rows: Range<usize>, into: &mut [u8]| {
-            let index = part as usize;
-            read_rows(&parts[index], dtypes[index], rows, into)
+            let (weight, dtype) = &parts[part as usize];
+            let row = into.len() / rows.len().max(1);
+            read_range(weight, *dtype, rows.start * row, into)?;
+            match first_nan(spec, part, into) {
+                Some(at) => Err(damaged(weight, rows.start * row + at)),
+                None => Ok(()),
+            }
         };
-        let packed = PackedWeight::read_mlx([out, inputs], spec.bits, spec.group_size, dtypes[1], read)?;
+        let packed = PackedWeight::read_mlx([out, inputs], spec, parts[1].1, read)?;
         Ok(Array::from_packed(packed))
     }
 }
@@ -193,19 +204,23 @@ fn read_rows(weight: &Weight, dtype: Dtype, rows: Range<usize>, into: &mut [u8])
 
 fn read_range(weight: &Weight, dtype: Dtype, start: usize, into: &mut [u8]) -> Result<()> {
     weight.read_range(start, into)?;
-    let Some(at) = not_finite(into, dtype) else {
-        return Ok(());
-    };
-    Err(Error::BadFile {
+    match not_finite(into, dtype) {
+        Some(at) => Err(damaged(weight, start / dtype.size() + at)),
+        None => Ok(()),
+    }
+}
+
+/// A tensor that holds what is no number. Of words that hold several, `at` counts these.
+fn damaged(weight: &Weight, at: usize) -> Error {
+    Error::BadFile {
         path: weight.path().to_path_buf(),
         message: format!(
-            "tensor {} of shape {:?} holds NaN or infinity, first at element {}",
+            "tensor {} of shape {:?} holds NaN or infinity, first at element {at}",
             weight.name(),
             weight.shape(),
-            start / dtype.size() + at
         ),
         todo: "the file is damaged: fetch it again".to_string(),
-    })
+    }
 }
 
 /// What a tensor may hold.
@@ -214,6 +229,8 @@ enum Kind {
     Float,
     /// Codes of quantized weights.
     Words,
+    /// Their scales, where these are codes too.
+    Bytes,
 }
 
 impl Kind {
@@ -221,6 +238,7 @@ impl Kind {
         match self {
             Kind::Float => matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16),
             Kind::Words => dtype == Dtype::U32,
+            Kind::Bytes => dtype == Dtype::U8,
         }
     }
 
@@ -228,6 +246,7 @@ impl Kind {
         match self {
             Kind::Float => "F32, F16 or BF16",
             Kind::Words => "U32",
+            Kind::Bytes => "U8",
         }
     }
 }

@@ -13,7 +13,7 @@ use std::path::Path;
 use mica_array::files::save_safetensors;
 use mica_array::kv::KvFormat;
 use mica_array::{Array, Dtype, Precision};
-use mica_lm::config::{QuantMode, QuantSpec};
+use mica_lm::config::QuantSpec;
 use mica_lm::convert::{Recipe, convert};
 use mica_lm::load::{Loaded, load};
 use mica_lm::models::Input;
@@ -86,7 +86,7 @@ fn write_plain(folder: &Path, shape: Shape, seed: u64) {
 fn case(plain: &Path, shape: Shape, group_size: usize) -> Case {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    let spec = QuantSpec { bits: 4, group_size, mode: QuantMode::Affine };
+    let spec = QuantSpec::affine(4, group_size).unwrap();
     convert(plain, path("packed"), &Recipe { quantize: Some(spec), ..Recipe::default() }).unwrap();
     let dequantize = Recipe { dequantize: true, dtype: Some(Dtype::F32), ..Recipe::default() };
     convert(path("packed"), path("dequantized"), &dequantize).unwrap();

@@ -5,7 +5,7 @@
 //! are for the other modes, and for programs that share the three arrays with something else.
 
 use mica_array::quantized::{
-    Format, QuantizeMode, QuantizedArray, qqmm, qqmm_floats, quantize, quantized_matmul,
+    QuantMode, QuantSpec, QuantizedArray, qqmm, qqmm_floats, quantize, quantized_matmul,
 };
 use mica_array::{Array, Result};
 
@@ -19,7 +19,7 @@ struct Codes {
     weight: Parameter,
     scales: Parameter,
     biases: Option<Parameter>,
-    format: Format,
+    format: QuantSpec,
 }
 
 impl Module for Codes {
@@ -37,7 +37,7 @@ impl Module for Codes {
 }
 
 impl Codes {
-    fn of(weight: &Array, format: Format) -> Result<Codes> {
+    fn of(weight: &Array, format: QuantSpec) -> Result<Codes> {
         let QuantizedArray { words, scales, biases, .. } = quantize(weight, format, None)?;
         // Scales that are bytes are codes too.
         let scale_role = if scales.dtype().is_float() { Role::Frozen } else { Role::State };
@@ -73,7 +73,7 @@ impl QuantizedLinear {
     ///
     /// # Errors
     /// If the format does not fit the weight, or the layer has an adapter.
-    pub fn from_linear(linear: &Linear, format: Format) -> Result<QuantizedLinear> {
+    pub fn from_linear(linear: &Linear, format: QuantSpec) -> Result<QuantizedLinear> {
         if linear.adapter.is_some() {
             return Err(invalid("QuantizedLinear", "merge the layer's adapter first".to_string()));
         }
@@ -82,7 +82,7 @@ impl QuantizedLinear {
     }
 
     /// How the weight is coded.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> QuantSpec {
         self.codes.format
     }
 }
@@ -108,12 +108,12 @@ module!(QuantizedEmbedding { codes as "" });
 
 impl QuantizedEmbedding {
     /// The table, quantized.
-    pub fn from_embedding(embedding: &Embedding, format: Format) -> Result<QuantizedEmbedding> {
+    pub fn from_embedding(embedding: &Embedding, format: QuantSpec) -> Result<QuantizedEmbedding> {
         Ok(QuantizedEmbedding { codes: Codes::of(&embedding.weight.dequantize()?, format)? })
     }
 
     /// How the table is coded.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> QuantSpec {
         self.codes.format
     }
 
@@ -143,7 +143,7 @@ impl Layer for QuantizedEmbedding {
 pub struct QQLinear {
     weight: Parameter,
     scales: Option<Parameter>,
-    format: Format,
+    format: QuantSpec,
 }
 
 module!(QQLinear { weight, scales });
@@ -153,11 +153,11 @@ impl QQLinear {
     ///
     /// # Errors
     /// If it has a bias or an adapter, or the mode is neither `nvfp4` nor `mxfp8`.
-    pub fn from_linear(linear: &Linear, format: Format) -> Result<QQLinear> {
+    pub fn from_linear(linear: &Linear, format: QuantSpec) -> Result<QQLinear> {
         if linear.adapter.is_some() {
             return Err(invalid("QQLinear", "merge the layer's adapter first".to_string()));
         }
-        if linear.bias.is_some() || !matches!(format.mode(), QuantizeMode::Nvfp4 | QuantizeMode::Mxfp8) {
+        if linear.bias.is_some() || !matches!(format.mode(), QuantMode::Nvfp4 | QuantMode::Mxfp8) {
             let bias = if linear.bias.is_some() { "with" } else { "without" };
             let message = format!(
                 "expected a layer without bias and nvfp4 or mxfp8, got one {bias} bias and {:?}",
@@ -169,7 +169,7 @@ impl QQLinear {
     }
 
     /// How both sides are coded.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> QuantSpec {
         self.format
     }
 
@@ -212,7 +212,7 @@ impl Layer for QQLinear {
 #[derive(Clone, Copy, Debug)]
 pub struct LayerQuantization {
     /// Of the weight.
-    pub format: Format,
+    pub format: QuantSpec,
     /// Inputs too: a [`Linear`] becomes a [`QQLinear`].
     pub quantize_input: bool,
 }

@@ -1,8 +1,9 @@
 //! A table of vectors.
 
+use mica_array::quantized::QuantSpec;
 use mica_array::{Array, Dtype, Result};
 
-use super::quantized::Quantization;
+use super::quantized::pack;
 use super::{LayerQuantization, QuantizedEmbedding, invalid};
 use crate::{Context, Keys, Layer, Parameter, Role, init, module};
 
@@ -18,8 +19,8 @@ module!(Embedding { weight }
         self.weight.packed().is_none()
     }
 
-    fn quantize(&mut self, quantization: Quantization) -> Result<()> {
-        self.weight = Parameter::new(quantization.pack(&self.weight)?, Role::Frozen);
+    fn quantize(&mut self, format: QuantSpec) -> Result<()> {
+        self.weight = Parameter::new(pack(&self.weight, format)?, Role::Frozen);
         Ok(())
     }
 );

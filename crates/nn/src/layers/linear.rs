@@ -1,8 +1,9 @@
 //! Linear maps, with adapters and packed weights.
 
+use mica_array::quantized::QuantSpec;
 use mica_array::{Array, Dtype, Error, Result, promote};
 
-use super::quantized::Quantization;
+use super::quantized::pack;
 use super::{LayerQuantization, QQLinear, QuantizedLinear};
 use crate::{Context, Keys, Layer, Parameter, Role, init, module};
 
@@ -22,8 +23,8 @@ module!(Linear { weight, bias, adapter as "" }
         self.weight.packed().is_none()
     }
 
-    fn quantize(&mut self, quantization: Quantization) -> Result<()> {
-        self.weight = Parameter::new(quantization.pack(&self.weight)?, Role::Frozen);
+    fn quantize(&mut self, format: QuantSpec) -> Result<()> {
+        self.weight = Parameter::new(pack(&self.weight, format)?, Role::Frozen);
         Ok(())
     }
 );

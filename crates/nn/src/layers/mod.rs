@@ -29,7 +29,7 @@ pub use linear::{Adapter, Bilinear, Identity, Linear};
 pub use norm::{BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};
 pub use pool::{AvgPool, AvgPool1d, AvgPool2d, AvgPool3d, MaxPool, MaxPool1d, MaxPool2d, MaxPool3d};
 pub use position::{ALiBi, RoPE, SinusoidalPositionalEncoding};
-pub use quantized::{Quantization, file_parameters, load_file_parameters};
+pub use quantized::{file_parameters, load_file_parameters};
 pub use recurrent::{Gru, Lstm, Rnn};
 pub use sequential::Sequential;
 pub use transformer::{

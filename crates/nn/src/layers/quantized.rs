@@ -1,45 +1,29 @@
 //! Quantized weights: how, and what they are called in files.
 
-use mica_array::{Array, PackedWeight, Quantized, Result};
+use mica_array::quantized::{QuantMode, QuantSpec, QuantizedArray};
+use mica_array::{Array, PackedWeight, Result};
 
 use super::invalid;
 use crate::{Module, join, load_parameters, parameters};
 
-/// How a weight is quantized: MLX's affine codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantization {
-    /// Values that share a scale and a bias: 32, 64 or 128.
-    pub group_size: usize,
-    /// Of a code.
-    pub bits: usize,
+/// A weight [out, in], quantized and packed for the kernels.
+pub(super) fn pack(weight: &Array, format: QuantSpec) -> Result<Array> {
+    Ok(Array::from_packed(PackedWeight::quantize(weight, format)?))
 }
 
-impl Default for Quantization {
-    /// MLX's: 4 bits in groups of 64.
-    fn default() -> Quantization {
-        Quantization { group_size: 64, bits: 4 }
-    }
-}
-
-impl Quantization {
-    /// A weight [out, in], quantized and packed for the kernels.
-    pub(super) fn pack(self, weight: &Array) -> Result<Array> {
-        Ok(Array::from_packed(PackedWeight::quantize(weight, self.bits, self.group_size)?))
-    }
-}
-
+/// What files call the parts of a weight: the first two if its codes need no biases.
 const PARTS: [&str; 3] = ["weight", "scales", "biases"];
 
-/// The parameters as files hold them: a quantized weight `x.weight` is three arrays, `x.weight`,
-/// `x.scales` and `x.biases`, as MLX writes it. Other packed weights are plain.
+/// The parameters as files hold them: a quantized weight `x.weight` is `x.weight`, `x.scales` and, if affine,
+/// `x.biases`, as MLX writes it. Other packed weights are plain.
 pub fn file_parameters<M: Module + ?Sized>(module: &M) -> Result<Vec<(String, Array)>> {
     let mut list = Vec::new();
     for (name, array) in parameters(module) {
         match array.packed().filter(|packed| packed.quantization().is_some()) {
             Some(packed) => {
-                let Quantized { words, scales, biases } = packed.to_mlx()?;
+                let QuantizedArray { words, scales, biases, .. } = packed.to_mlx()?;
                 let parts = PARTS.map(|part| part_name(&name, part)).into_iter();
-                list.extend(parts.zip([words, scales, biases]));
+                list.extend(parts.zip([Some(words), Some(scales), biases].into_iter().flatten()));
             }
             None => list.push((name, array.dequantize()?)),
         }
@@ -59,27 +43,28 @@ pub fn load_file_parameters<M: Module + ?Sized>(
     let mut left: Vec<(String, Array)> = values.to_vec();
     let mut packed = Vec::new();
     for (name, array) in parameters(module) {
-        let Some((bits, group_size)) = array.packed().and_then(|packed| packed.quantization()) else {
+        let Some(format) = array.packed().and_then(|packed| packed.quantization()) else {
             continue;
         };
+        let names = if format.mode() == QuantMode::Affine { &PARTS[..] } else { &PARTS[..2] };
         let mut parts = Vec::new();
-        for part in PARTS {
+        for part in names {
             let part = part_name(&name, part);
             if let Some(at) = left.iter().position(|(other, _)| *other == part) {
                 parts.push(left.remove(at).1);
             }
         }
-        let count = parts.len();
-        match <[Array; 3]>::try_from(parts) {
-            Ok([words, scales, biases]) => {
-                let quantized = Quantized { words, scales, biases };
-                let weight = PackedWeight::from_mlx(&quantized, bits, group_size)?;
-                packed.push((name, Array::from_packed(weight)));
+        match parts.as_slice() {
+            [words, scales, biases @ ..] if parts.len() == names.len() => {
+                let biases = biases.first().cloned();
+                let quantized = QuantizedArray::new(words.clone(), scales.clone(), biases, format, None)?;
+                packed.push((name, Array::from_packed(PackedWeight::from_mlx(&quantized)?)));
             }
-            Err(_) if count == 0 && !strict => {}
-            Err(_) => {
-                let parts = PARTS.map(|part| part_name(&name, part)).join(", ");
-                let message = format!("{name} is quantized and needs {parts}; {count} of them are given");
+            [] if !strict => {}
+            some => {
+                let needed: Vec<String> = names.iter().map(|part| part_name(&name, part)).collect();
+                let (needed, count) = (needed.join(", "), some.len());
+                let message = format!("{name} is quantized and needs {needed}; {count} of them are given");
                 return Err(invalid("load_parameters", message));
             }
         }

@@ -1,6 +1,6 @@
 //! Layers: outputs, and gradients of Σ y² by input and parameters.
 
-use mica_array::quantized::{Format, QuantizeMode};
+use mica_array::quantized::{QuantMode, QuantSpec};
 use mica_array::transforms::grad;
 use mica_array::{Array, Dtype, Precision, Result, random};
 use mica_nn::*;
@@ -343,7 +343,7 @@ fn affine_quantization_packs_what_mlx_quantizes() {
     let golden = golden();
     for (bits, group_size) in [(4, 64), (8, 32), (3, 32)] {
         let at = |name: &str| array(&golden, &format!("quant.affine_{bits}_{group_size}.{name}"));
-        let quantization = Quantization { bits, group_size };
+        let quantization = QuantSpec::affine(bits, group_size).unwrap();
         let mut model = Model {
             linear: Linear::from_arrays(at("weight"), Some(at("bias"))),
             embedding: Embedding { weight: at("table").into() },
@@ -377,13 +377,13 @@ fn affine_quantization_packs_what_mlx_quantizes() {
     }
 }
 
-const FORMATS: [(QuantizeMode, usize, usize); 6] = [
-    (QuantizeMode::Affine, 4, 64),
-    (QuantizeMode::Affine, 8, 32),
-    (QuantizeMode::Affine, 3, 32),
-    (QuantizeMode::Mxfp4, 4, 32),
-    (QuantizeMode::Nvfp4, 4, 16),
-    (QuantizeMode::Mxfp8, 8, 32),
+const FORMATS: [(QuantMode, usize, usize); 6] = [
+    (QuantMode::Affine, 4, 64),
+    (QuantMode::Affine, 8, 32),
+    (QuantMode::Affine, 3, 32),
+    (QuantMode::Mxfp4, 4, 32),
+    (QuantMode::Nvfp4, 4, 16),
+    (QuantMode::Mxfp8, 8, 32),
 ];
 
 #[test]
@@ -393,7 +393,7 @@ fn layers_of_codes_are_mlxs_in_every_mode() {
     for (mode, bits, group_size) in FORMATS {
         let case = format!("quant.{}_{bits}_{group_size}", mode.name());
         let at = |name: &str| array(&golden, &format!("{case}.{name}"));
-        let format = Format::new(mode, Some(bits), Some(group_size)).unwrap();
+        let format = QuantSpec::new(bits, group_size, mode).unwrap();
         let plain = Linear::from_arrays(at("weight"), Some(at("bias")));
         let table = Embedding { weight: at("table").into() };
         let linear = QuantizedLinear::from_linear(&plain, format).unwrap();
@@ -414,7 +414,7 @@ fn layers_of_codes_are_mlxs_in_every_mode() {
                 count += 1;
             }
         }
-        let affine = mode == QuantizeMode::Affine;
+        let affine = mode == QuantMode::Affine;
         assert_eq!(count, if affine { 7 } else { 5 }, "{case}");
         // As in MLX, the bias of a quantized layer learns, and nothing else until it is unfrozen.
         let mut linear = linear;
@@ -444,8 +444,8 @@ fn layers_of_codes_are_mlxs_in_every_mode() {
 fn layers_that_quantize_their_inputs_learn_and_keep_codes() {
     let golden = golden();
     let context = Context::default();
-    for (mode, group) in [(QuantizeMode::Nvfp4, 16), (QuantizeMode::Mxfp8, 32)] {
-        let format = Format::new(mode, None, None).unwrap();
+    for (mode, group) in [(QuantMode::Nvfp4, 16), (QuantMode::Mxfp8, 32)] {
+        let format = QuantSpec::usual(mode);
         let weight = array(&golden, "quant.nvfp4_4_16.weight");
         let weight = Array::concatenate(&[weight.clone(), weight], 0).unwrap();
         let x = random::normal(&[group, 64], Dtype::F32, &random::key(8).unwrap()).unwrap();
@@ -476,7 +476,7 @@ fn layers_that_quantize_their_inputs_learn_and_keep_codes() {
         assert_eq!(trainable_parameters(&layer).len(), 1);
     }
     let biased = Linear::new(64, 32, true, &mut Keys::new(0).unwrap()).unwrap();
-    let error = QQLinear::from_linear(&biased, Format::new(QuantizeMode::Nvfp4, None, None).unwrap());
+    let error = QQLinear::from_linear(&biased, QuantSpec::usual(QuantMode::Nvfp4));
     assert!(error.unwrap_err().to_string().contains("without bias"));
 }
 

@@ -1,6 +1,7 @@
 //! Fused models compute what the adapter on its base computes.
 
-use mica_array::{Array, Precision, quantize};
+use mica_array::quantized::{QuantSpec, quantize};
+use mica_array::{Array, Precision};
 use mica_lm::load::{Loaded, load};
 use mica_lm::models::Input;
 use mica_lm::weights::Packing;
@@ -57,9 +58,10 @@ fn a_quantized_base_is_quantized_again_where_it_changed() {
     for layer in 0..loaded.model.layers() {
         for (path, linear) in loaded.model.linears(layer) {
             if linear.adapter.is_some() {
-                let made = quantize(&linear.merged().unwrap(), 4, 32).unwrap();
+                let made =
+                    quantize(&linear.merged().unwrap(), QuantSpec::affine(4, 32).unwrap(), None).unwrap();
                 for (field, array) in
-                    [("weight", made.words), ("scales", made.scales), ("biases", made.biases)]
+                    [("weight", made.words), ("scales", made.scales), ("biases", made.biases.unwrap())]
                 {
                     let bytes = array.with_bytes(|bytes: &[u8]| bytes.to_vec()).unwrap();
                     expected.insert(format!("model.layers.{layer}.{path}.{field}"), bytes);

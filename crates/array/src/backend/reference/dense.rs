@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use mica_kernels::ViewMut;
 use mica_kernels::elementwise::complex::Pair;
 use mica_kernels::gemm::{FloatType, FloatViewMut, FloatWeight};
-use mica_kernels::quant::{QuantWeight, ScaleVec};
+use mica_kernels::quant::QuantWeight;
 use mica_kernels::view::contiguous_strides;
 
 use crate::backend::{HostView, Operand};
@@ -255,26 +255,7 @@ fn float_values(weight: &FloatWeight) -> Result<Vec<f64>> {
 
 /// Every value of a quantized weight: code · scale + bias.
 fn quantized_values(weight: &QuantWeight) -> Vec<f64> {
-    let [out, inner] = weight.shape();
-    let (bits, group) = (weight.spec().bits(), weight.spec().group_size());
-    let parts = weight.unpack();
-    let scale = |scales: &ScaleVec, at: usize| match scales {
-        ScaleVec::F32(values) => values[at] as f64,
-        ScaleVec::Bf16(values) => values[at].to_f64(),
-        ScaleVec::F16(values) => values[at].to_f64(),
-    };
-    let words_per_row = inner * bits / 32;
-    let mut values = Vec::with_capacity(out * inner);
-    for row in 0..out {
-        for column in 0..inner {
-            let (word, shift) = (row * words_per_row + column * bits / 32, column * bits % 32);
-            let next = if shift + bits > 32 { parts.words[word + 1] as u64 } else { 0 };
-            let code = ((parts.words[word] as u64 | next << 32) >> shift) & ((1 << bits) - 1);
-            let at = row * (inner / group) + column / group;
-            values.push(code as f64 * scale(&parts.scales, at) + scale(&parts.biases, at));
-        }
-    }
-    values
+    (0..weight.shape()[0]).flat_map(|row| weight.row_values(row)).collect()
 }
 
 /// One element, for views that the evaluator gave (live memory) and offsets of [`offsets`].

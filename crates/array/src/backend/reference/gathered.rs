@@ -7,7 +7,6 @@ use super::dense::Dense;
 use crate::backend::{HostView, Operand, Step};
 use crate::op::CodecOp;
 use crate::ops::products::hadamard_factor;
-use crate::ops::quantized::Format;
 use crate::shape::size_of;
 use crate::{Dtype, Error, Result};
 
@@ -178,12 +177,7 @@ macro_rules! with_float {
     };
 }
 
-fn refused(error: mica_codec::CodecError) -> Error {
-    let text = error.to_string();
-    Error::invalid("quantize", text.strip_prefix("[quantize] ").unwrap_or(&text))
-}
-
-fn quantize(format: Format, x: &HostView, global: Option<f32>, outputs: &[HostView]) -> Result<()> {
+fn quantize(format: QuantSpec, x: &HostView, global: Option<f32>, outputs: &[HostView]) -> Result<()> {
     with_float!(x.dtype, T => {
         // SAFETY: the types are those that the constructor gave; outputs are this piece's alone.
         let (x, words) = unsafe { (slice::<T>(x), slice_mut::<u32>(&outputs[0])) };
@@ -191,20 +185,19 @@ fn quantize(format: Format, x: &HostView, global: Option<f32>, outputs: &[HostVi
             Some(mode) => {
                 // SAFETY: as above.
                 let scales = unsafe { slice_mut::<u8>(&outputs[1]) };
-                micro::quantize(x, mode, global, words, scales).map_err(refused)
+                Ok(micro::quantize(x, mode, global, words, scales)?)
             }
             None => {
-                let spec = QuantSpec::affine(format.bits(), format.group_size()).map_err(refused)?;
                 // SAFETY: as above.
                 let (scales, biases) = unsafe { (slice_mut::<T>(&outputs[1]), slice_mut::<T>(&outputs[2])) };
-                affine::quantize(x, x.len().max(1), spec, words, scales, biases).map_err(refused)
+                Ok(affine::quantize(x, x.len().max(1), format, words, scales, biases)?)
             }
         }
     })
 }
 
 fn dequantize(
-    format: Format,
+    format: QuantSpec,
     words: &HostView,
     scales: &HostView,
     biases: Option<&HostView>,
@@ -218,13 +211,12 @@ fn dequantize(
             (Some(mode), _) => {
                 // SAFETY: as above.
                 let scales = unsafe { slice::<u8>(scales) };
-                micro::dequantize(words, scales, mode, global, out).map_err(refused)
+                Ok(micro::dequantize(words, scales, mode, global, out)?)
             }
             (None, Some(biases)) => {
-                let spec = QuantSpec::affine(format.bits(), format.group_size()).map_err(refused)?;
                 // SAFETY: as above; affine values have the dtype of their scales.
                 let (scales, biases) = unsafe { (slice::<T>(scales), slice::<T>(biases)) };
-                affine::dequantize(words, scales, biases, out.len().max(1), spec, out).map_err(refused)
+                Ok(affine::dequantize(words, scales, biases, out.len().max(1), format, out)?)
             }
             (None, None) => Err(Error::Kernel("affine without biases".into())),
         }

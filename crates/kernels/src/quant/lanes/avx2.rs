@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Lanes;
+use super::{Lanes, TWO_TO_120};
 use crate::quant::tile::ScaleType;
 
 /// Two ymm registers: lanes 0-7 and 8-15. With or without AVX-VNNI: products of integers are exact, so the bits are the
@@ -68,6 +68,66 @@ unsafe fn widen_bf16(from: *const u8) -> __m256 {
     unsafe {
         let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+    }
+}
+
+/// Eight bytes as integers.
+#[inline(always)]
+unsafe fn widen_u8(from: *const u8) -> __m256i {
+    // SAFETY: as below.
+    unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())) }
+}
+
+/// Eight powers of two from their exponents. The smallest is half of the smallest normal number.
+#[inline(always)]
+unsafe fn e8m0(from: *const u8) -> __m256 {
+    // SAFETY: as below.
+    unsafe {
+        let codes = widen_u8(from);
+        let smallest = _mm256_cmpeq_epi32(codes, _mm256_setzero_si256());
+        let powers = _mm256_slli_epi32::<23>(codes);
+        _mm256_castsi256_ps(_mm256_blendv_epi8(powers, _mm256_set1_epi32(1 << 22), smallest))
+    }
+}
+
+/// Codes of 8-bit floats, one a lane, as f32.
+///
+/// By way of half precision, whose exponent is larger by 8: f32 would make subnormal numbers of the smallest, which
+/// are slow to multiply.
+#[inline(always)]
+unsafe fn e4m3(codes: __m256i) -> __m256 {
+    // SAFETY: as below.
+    unsafe {
+        let sign = _mm256_slli_epi32::<8>(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)));
+        let magnitude = _mm256_slli_epi32::<7>(_mm256_and_si256(codes, _mm256_set1_epi32(0x7f)));
+        let halves = _mm256_or_si256(sign, magnitude);
+        let halves = _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+        _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0))
+    }
+}
+
+/// Bytes 0 to 3 of each lane as 8-bit floats.
+///
+/// Two at a time as bf16, whose exponent is larger by 120. Their smallest are subnormal there, which is slow but rare:
+/// they are below a 14,000th of the largest number of a group.
+#[inline(always)]
+unsafe fn four_e4m3(codes: __m256i) -> [__m256; 4] {
+    // SAFETY: as below.
+    unsafe {
+        let halves = |codes: __m256i| {
+            let sign = _mm256_slli_epi32::<8>(_mm256_and_si256(codes, _mm256_set1_epi32(0x0080_0080)));
+            let magnitude = _mm256_slli_epi32::<4>(_mm256_and_si256(codes, _mm256_set1_epi32(0x007f_007f)));
+            _mm256_or_si256(sign, magnitude)
+        };
+        let number = |bits| _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(TWO_TO_120));
+        let (even, odd) = (halves(codes), halves(_mm256_srli_epi32::<8>(codes)));
+        let upper = _mm256_set1_epi32(0xffff_0000u32 as i32);
+        [
+            number(_mm256_slli_epi32::<16>(even)),
+            number(_mm256_slli_epi32::<16>(odd)),
+            number(_mm256_and_si256(even, upper)),
+            number(_mm256_and_si256(odd, upper)),
+        ]
     }
 }
 
@@ -185,6 +245,26 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], index: I) -> I {
+        // SAFETY: as above.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            [_mm256_shuffle_epi8(table, index[0]), _mm256_shuffle_epi8(table, index[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn bytes_e4m3(a: I) -> [F; 4] {
+        // SAFETY: as above.
+        unsafe {
+            let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (four_e4m3(a[0]), four_e4m3(a[1]));
+            [[a0, b0], [a1, b1], [a2, b2], [a3, b3]]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(_: F, _: I, _: u32) -> F {
+        unreachable!("this tier's products are chains")
+    }
+    #[inline(always)]
     unsafe fn load_scales(from: *const u8, kind: ScaleType) -> F {
         // SAFETY: as above.
         unsafe {
@@ -195,18 +275,20 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
                     _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
                     _mm256_cvtph_ps(_mm_loadu_si128(from.add(16).cast())),
                 ],
+                ScaleType::E8m0 => [e8m0(from), e8m0(from.add(8))],
+                ScaleType::E4m3 => Self::load_e4m3(from),
             }
         }
     }
     #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> F {
         // SAFETY: as above.
-        unsafe {
-            [
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))),
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()))),
-            ]
-        }
+        unsafe { [_mm256_cvtepi32_ps(widen_u8(from)), _mm256_cvtepi32_ps(widen_u8(from.add(8)))] }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> F {
+        // SAFETY: as above.
+        unsafe { [e4m3(widen_u8(from)), e4m3(widen_u8(from.add(8)))] }
     }
     #[inline(always)]
     unsafe fn bf16_pairs(low: F, high: F) -> I {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::Lanes;
+use super::{Lanes, TWO_TO_120};
 use crate::quant::tile::ScaleType;
 
 /// One zmm register.
@@ -19,6 +19,21 @@ macro_rules! shift {
             _ => unreachable!("shifts by a byte or less, or by two bytes or three"),
         }
     };
+}
+
+/// Codes of 8-bit floats, one a lane, as f32.
+///
+/// By way of half precision, whose exponent is larger by 8: f32 would make subnormal numbers of the smallest, which
+/// are slow to multiply.
+#[inline(always)]
+unsafe fn e4m3(codes: __m512i) -> __m512 {
+    // SAFETY: as below.
+    unsafe {
+        let sign = _mm512_slli_epi32::<8>(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)));
+        let magnitude = _mm512_slli_epi32::<7>(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)));
+        let halves = _mm512_cvtepi32_epi16(_mm512_or_si512(sign, magnitude));
+        _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0))
+    }
 }
 
 // SAFETY of every block below: the features are enabled and the pointers valid, as `Lanes` asks.
@@ -122,6 +137,44 @@ impl Lanes for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], index: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, index)
+        }
+    }
+    #[inline(always)]
+    unsafe fn bytes_e4m3(a: __m512i) -> [__m512; 4] {
+        // SAFETY: as above.
+        unsafe {
+            // Two at a time as bf16, whose exponent is larger by 120. Their smallest are subnormal there, which is slow
+            // but rare: they are below a 14,000th of the largest number of a group.
+            let halves = |codes: __m512i| {
+                let sign = _mm512_slli_epi32::<8>(_mm512_and_si512(codes, _mm512_set1_epi32(0x0080_0080)));
+                let magnitude = _mm512_and_si512(codes, _mm512_set1_epi32(0x007f_007f));
+                _mm512_or_si512(sign, _mm512_slli_epi32::<4>(magnitude))
+            };
+            let number = |bits| _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(TWO_TO_120));
+            let (even, odd) = (halves(a), halves(_mm512_srli_epi32::<8>(a)));
+            let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            [
+                number(_mm512_slli_epi32::<16>(even)),
+                number(_mm512_slli_epi32::<16>(odd)),
+                number(_mm512_and_si512(even, upper)),
+                number(_mm512_and_si512(odd, upper)),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(acc: __m512, w: __m512i, x: u32) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let x = _mm512_set1_epi32(x as i32);
+            _mm512_dpbf16_ps(acc, transmute::<__m512i, __m512bh>(x), transmute::<__m512i, __m512bh>(w))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_scales(from: *const u8, kind: ScaleType) -> __m512 {
         // SAFETY: as above.
         unsafe {
@@ -132,6 +185,14 @@ impl Lanes for Avx512 {
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
                 }
                 ScaleType::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
+                ScaleType::E8m0 => {
+                    let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+                    // The smallest is half of the smallest normal number.
+                    let smallest = _mm512_cmpeq_epi32_mask(codes, _mm512_setzero_si512());
+                    let powers = _mm512_slli_epi32::<23>(codes);
+                    _mm512_castsi512_ps(_mm512_mask_mov_epi32(powers, smallest, _mm512_set1_epi32(1 << 22)))
+                }
+                ScaleType::E4m3 => Self::load_e4m3(from),
             }
         }
     }
@@ -139,6 +200,11 @@ impl Lanes for Avx512 {
     unsafe fn load_u8(from: *const u8) -> __m512 {
         // SAFETY: as above.
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> __m512 {
+        // SAFETY: as above.
+        unsafe { e4m3(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn bf16_pairs(low: __m512, high: __m512) -> __m512i {

@@ -1,6 +1,7 @@
 //! Lanes in portable Rust: the definition that the other tiers are tested against.
 
 use half::{bf16, f16};
+use mica_codec::minifloat::{from_e4m3, from_e8m0};
 
 use super::Lanes;
 use crate::quant::tile::ScaleType;
@@ -109,6 +110,18 @@ impl Lanes for Scalar {
         std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
     }
     #[inline(always)]
+    unsafe fn lookup(table: &[u8; 16], index: [u32; 16]) -> [u32; 16] {
+        each(index, |index| u32::from_ne_bytes(index.to_ne_bytes().map(|byte| table[usize::from(byte & 15)])))
+    }
+    #[inline(always)]
+    unsafe fn bytes_e4m3(a: [u32; 16]) -> [[f32; 16]; 4] {
+        std::array::from_fn(|byte| each(a, |a| from_e4m3((a >> (8 * byte)) as u8)))
+    }
+    #[inline(always)]
+    unsafe fn dot_pairs(_: [f32; 16], _: [u32; 16], _: u32) -> [f32; 16] {
+        unreachable!("portable products are chains")
+    }
+    #[inline(always)]
     unsafe fn load_scales(from: *const u8, kind: ScaleType) -> [f32; 16] {
         // SAFETY: as above.
         unsafe {
@@ -116,6 +129,8 @@ impl Lanes for Scalar {
                 ScaleType::F32 => from.cast::<[f32; 16]>().read_unaligned(),
                 ScaleType::Bf16 => each(from.cast::<[bf16; 16]>().read_unaligned(), bf16::to_f32),
                 ScaleType::F16 => each(from.cast::<[f16; 16]>().read_unaligned(), f16::to_f32),
+                ScaleType::E8m0 => each(from.cast::<[u8; 16]>().read_unaligned(), from_e8m0),
+                ScaleType::E4m3 => Self::load_e4m3(from),
             }
         }
     }
@@ -123,6 +138,11 @@ impl Lanes for Scalar {
     unsafe fn load_u8(from: *const u8) -> [f32; 16] {
         // SAFETY: as above.
         each(unsafe { from.cast::<[u8; 16]>().read_unaligned() }, f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> [f32; 16] {
+        // SAFETY: as above.
+        each(unsafe { from.cast::<[u8; 16]>().read_unaligned() }, from_e4m3)
     }
     #[inline(always)]
     unsafe fn bf16_pairs(low: [f32; 16], high: [f32; 16]) -> [u32; 16] {
