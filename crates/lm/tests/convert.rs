@@ -160,6 +160,36 @@ fn weights_of_small_floats_are_kept_and_replaced() {
     }
 }
 
+/// A code or a scale that is NaN is damage: told by the tensor and the place, when a model is opened and when it is
+/// converted.
+#[test]
+fn small_floats_that_are_no_numbers_are_refused() {
+    for (name, part, code, place) in [
+        ("qwen3-mxfp8", "weight", 0x7f, 5),
+        ("qwen3-mxfp8", "weight", 0xff, 97),
+        ("qwen3-mxfp8", "scales", 0xff, 3),
+        ("qwen3-mxfp4", "scales", 0xff, 4),
+        ("qwen3-nvfp4", "scales", 0x7f, 2),
+    ] {
+        let parent = tempfile::tempdir().unwrap();
+        let broken = parent.path().join("broken");
+        std::fs::create_dir(&broken).unwrap();
+        std::fs::copy(fixture(format!("models/{name}/config.json")), broken.join("config.json")).unwrap();
+        let mut bytes = std::fs::read(fixture(format!("models/{name}/model.safetensors"))).unwrap();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let tensors: Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+        let tensor = format!("model.layers.1.mlp.down_proj.{part}");
+        let start = tensors[&tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+        bytes[header + start + place] = code;
+        std::fs::write(broken.join("model.safetensors"), bytes).unwrap();
+        let opened = load(&broken, Packing::Frozen).err().unwrap().to_string();
+        assert!(opened.contains(&tensor) && opened.contains(&format!("element {place}")), "{name}: {opened}");
+        let recipe = Recipe { dequantize: true, ..Recipe::default() };
+        let converted = convert(&broken, &parent.path().join("out"), &recipe).unwrap_err().to_string();
+        assert!(converted.contains("NaN"), "{name}: {converted}");
+    }
+}
+
 #[test]
 fn what_would_harm_is_refused() {
     let parent = tempfile::tempdir().unwrap();
