@@ -217,7 +217,7 @@ impl FloatWeight {
         let (k, n) = if transposed { (count, self.inputs()) } else { (self.inputs(), count) };
         let mut tiles = self.tiles.clone();
         tiles.pointer = tiles.pointer.wrapping_add(tiles.offset(outputs.start / PANEL, 0));
-        let b = BSource::Weight { tiles, transposed };
+        let b = BSource::Weight { tiles, transposed, step: 0 };
         let as_matrix = |shape: &[usize]| match shape {
             [one] => vec![1, *one],
             more => more.to_vec(),
@@ -269,6 +269,7 @@ impl FloatWeight {
             b,
             out: o,
             addends,
+            chosen: false,
         }))
     }
 
