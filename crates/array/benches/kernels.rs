@@ -6,7 +6,7 @@
 //! `MICA_ISA` threads and instruction set. A line is the median of rounds, each with ceilings of its own: on a
 //! shared machine its share means more than its rates.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
@@ -109,6 +109,7 @@ fn main() {
     let bench = Bench { words, ceilings };
     println!("{} threads, {}", mica_array::threads(), Isa::get());
     products(&bench);
+    experts(&bench);
     heads(&bench);
     attention(&bench);
     rows(&bench);
@@ -178,6 +179,42 @@ fn products(bench: &Bench) {
             || (normal(&[n, n], Dtype::BF16), normal(&[n, n], Dtype::BF16)),
             |(a, b)| evaluate(a.matmul(b)),
         );
+    }
+}
+
+/// Products of rows with the experts that they are routed to: matrices of 768 x 2048, 8 for each token.
+fn experts(bench: &Bench) {
+    const SHAPE: [usize; 2] = [768, 2048];
+    const CHOSEN: usize = 8;
+    // A single token has others of many experts each time, as if each time were another layer: they come from memory.
+    for (tokens, count, sets) in [(1, 128, 16), (16, 128, 16), (512, 32, 1)] {
+        for dtype in [Dtype::BF16, Dtype::F32] {
+            let inputs = || {
+                let [out, inputs] = SHAPE;
+                let x = normal(&[tokens, 1, 1, inputs], dtype);
+                // A weight of many experts takes long to draw: one is drawn, and they are its multiples.
+                let one = normal(&[1, out, inputs], dtype);
+                let factors: Vec<f32> = (1..=count).map(|expert| expert as f32 / count as f32).collect();
+                let factors = Array::from_slice(&factors, &[count, 1, 1]).and_then(|x| x.astype(dtype));
+                let weight = factors.and_then(|factors| one.multiply(factors)).expect("shapes fit");
+                weight.eval().expect("there is memory");
+                let weight = weight.swap_axes(1, 2).expect("three dimensions");
+                // Steps of 37 (a prime to the count) reach other experts each time; tokens begin where hashing says.
+                let chosen = |set: usize| -> Vec<u32> {
+                    let of = |token: usize| (0..CHOSEN).map(move |i| token * token * 7919 + i * 37);
+                    (0..tokens).flat_map(of).map(|at| ((at + set * CHOSEN * 37) % count) as u32).collect()
+                };
+                let indices: Vec<Array> = (0..sets)
+                    .map(|set| Array::from_slice(&chosen(set), &[tokens, CHOSEN]).expect("indices"))
+                    .collect();
+                (x, weight, indices, Cell::new(0))
+            };
+            let name = format!("experts, 8 of {count}, {tokens} tokens, {dtype}");
+            bench.line(&name, "gather_mm", inputs, |(x, weight, indices, turn)| {
+                turn.set((turn.get() + 1) % indices.len());
+                evaluate(x.gather_mm(weight, None, Some(&indices[turn.get()]), false));
+            });
+        }
     }
 }
 

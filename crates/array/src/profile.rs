@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::backend::{Operand, Step};
 use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
+use crate::shape::size_of;
 use crate::{Dtype, PackedWeight};
 
 const OFF: u8 = 0;
@@ -151,6 +152,18 @@ fn bytes(step: &Step) -> u64 {
     match &step.op {
         // Of the table it reads as many rows as it gives.
         Op::Embedding => plain - of(&step.inputs[0]) + step.outputs.iter().map(of).sum::<u64>(),
+        // Of the matrices at most one for each index.
+        Op::GatherMatmul => {
+            let unread =
+                |matrices: usize, indices: usize| match [matrices, indices].map(|at| &step.inputs[at]) {
+                    [Operand::Host(all), Operand::Host(chosen)] => {
+                        let (there, read) = (all.shape[0].max(1), size_of(&chosen.shape));
+                        (all.bytes() / there * there.saturating_sub(read)) as u64
+                    }
+                    _ => 0,
+                };
+            plain - unread(0, 2) - unread(1, 3)
+        }
         Op::PagedAttention(paged) => {
             let keys = seen(paged, &step.inputs[0]).map(|(keys, _)| keys).sum::<u64>();
             plain + keys * (paged.kv.bytes_per_position() / paged.kv.layers) as u64
@@ -194,7 +207,8 @@ fn arithmetic(step: &Step) -> Arithmetic {
         Precision::Bf16 | Precision::Fast => Arithmetic::Bf16,
     };
     // Products of two bf16 arrays are exact in bf16.
-    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
+    let half = |x: &Operand| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16);
+    let halves = || step.inputs.iter().all(half);
     let quantized = || {
         step.inputs.iter().any(|x| matches!(x, Operand::Packed(w) if matches!(**w, PackedWeight::Quant(_))))
     };
@@ -204,6 +218,8 @@ fn arithmetic(step: &Step) -> Arithmetic {
         Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
             float(*precision)
         }
+        Op::GatherMatmul if half(&step.inputs[0]) => Arithmetic::Bf16,
+        Op::GatherMatmul => Arithmetic::F32,
         Op::LinearCrossEntropy(spec) => float(spec.precision),
         Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
         // What is kept in f32 is not rounded for products.
@@ -223,7 +239,7 @@ fn operations(step: &Step) -> u64 {
     let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let first = step.inputs.first().map_or_else(Vec::new, shape);
     match &step.op {
-        Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } => {
+        Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } | Op::GatherMatmul => {
             2 * size(&shape(&step.outputs[0])) * first.last().copied().unwrap_or(1) as u64
         }
         // Logits, and as much again for each gradient that is formed.

@@ -1,15 +1,17 @@
 //! Grouped products against the product of each row alone, bit for bit, on every tier of the machine.
 
 use half::{bf16, f16};
-use mica_kernels::gemm::{FloatType, FloatView, FloatViewMut, Gemm, GemmSpec, Grouped, GroupedSpec};
-use mica_kernels::gemm::{Precision, WorkspaceBuf};
+use mica_kernels::gemm::{
+    FloatType, FloatView, FloatViewMut, Gemm, GemmSpec, Grouped, GroupedSpec, Matrices, Precision,
+    WorkspaceBuf,
+};
 use mica_kernels::{KernelError, View, ViewMut};
 use mica_simd::Isa;
 use mica_testkit::Rng;
 use mica_threads::Pool;
 
 /// Matrices `[count, rows, columns]` of a type in memory.
-struct Matrices {
+struct Operand {
     float: FloatType,
     /// The elements, in the lower half if they have 16 bits.
     words: Vec<u32>,
@@ -18,8 +20,8 @@ struct Matrices {
     strides: [isize; 3],
 }
 
-impl Matrices {
-    fn new(rng: &mut Rng, float: FloatType, shape: [usize; 3], layout: &str) -> Matrices {
+impl Operand {
+    fn new(rng: &mut Rng, float: FloatType, shape: [usize; 3], layout: &str) -> Operand {
         let [count, rows, columns] = shape.map(|size| size as isize);
         let (strides, elements) = match layout {
             "plain" => ([rows * columns, columns, 1], count * rows * columns),
@@ -38,10 +40,10 @@ impl Matrices {
                 FloatType::F16 => halves.push(f16::from_f32(value).to_bits()),
             }
         }
-        Matrices { float, words, halves, shape, strides }
+        Operand { float, words, halves, shape, strides }
     }
 
-    fn poison(mut self) -> Matrices {
+    fn poison(mut self) -> Operand {
         self.words.fill(0x7fc0_dead);
         self.halves.fill(0x7fff);
         self
@@ -103,7 +105,7 @@ struct Case {
 
 /// The product of every row alone.
 fn one_at_a_time(
-    (a, b, out): (&Matrices, &Matrices, &mut Matrices),
+    (a, b, out): (&Operand, &Operand, &mut Operand),
     (left, right): (&[u32], &[u32]),
     (precision, isa): (Precision, Isa),
     pool: &Pool,
@@ -111,7 +113,7 @@ fn one_at_a_time(
     let ([_, m, k], [.., n]) = (a.shape, b.shape);
     for (entry, (&x, &y)) in left.iter().zip(right).enumerate() {
         for row in 0..m {
-            let place = |of: &Matrices, index: usize, row: usize| {
+            let place = |of: &Operand, index: usize, row: usize| {
                 index as isize * of.strides[0] + row as isize * of.strides[1]
             };
             let x = a.view(place(a, x as usize, row), &[1, k], &a.strides[1..]);
@@ -125,7 +127,7 @@ fn one_at_a_time(
 }
 
 fn grouped(
-    (a, b, out): (&Matrices, &Matrices, &mut Matrices),
+    (a, b, out): (&Operand, &Operand, &mut Operand),
     (left, right): (&[u32], &[u32]),
     (precision, isa): (Precision, Isa),
     pool: &Pool,
@@ -133,7 +135,7 @@ fn grouped(
     let (shape, strides) = (out.shape, out.strides);
     let spec = GroupedSpec {
         a: a.all(),
-        b: b.all(),
+        b: Matrices::Plain(b.all()),
         left: View::new(left, &[left.len()])?,
         right: View::new(right, &[right.len()])?,
         out: out.view_mut(0, &shape, &strides),
@@ -199,10 +201,10 @@ fn rows_have_the_bits_of_their_products_alone() {
                     let name = format!(
                         "{isa} {precision:?} {float:?} {entries} x {m}x{n}x{k} of {lefts} and {rights}, {how}, {la} {lb} {lo}"
                     );
-                    let a = Matrices::new(&mut rng, float, [lefts, m, k], la);
-                    let b = Matrices::new(&mut rng, float, [rights, k, n], lb);
+                    let a = Operand::new(&mut rng, float, [lefts, m, k], la);
+                    let b = Operand::new(&mut rng, float, [rights, k, n], lb);
                     let other = types[rng.range(0..3)];
-                    let out = |rng: &mut Rng| Matrices::new(rng, other, [entries, m, n], lo).poison();
+                    let out = |rng: &mut Rng| Operand::new(rng, other, [entries, m, n], lo).poison();
                     let (left, right) = routing(&mut rng, how, entries, lefts, rights);
                     let indices = (left.as_slice(), right.as_slice());
                     let mut expected = out(&mut rng);
@@ -222,9 +224,9 @@ fn rows_have_the_bits_of_their_products_alone() {
 fn nothing_to_multiply_is_nothing_to_do() {
     let (pool, mut rng) = (Pool::new(2), Rng::new(1));
     let mut check = |entries: usize, [m, k, n]: [usize; 3], rights: usize| {
-        let a = Matrices::new(&mut rng, FloatType::F32, [2, m, k], "plain");
-        let b = Matrices::new(&mut rng, FloatType::F32, [rights, k, n], "plain");
-        let mut out = Matrices::new(&mut rng, FloatType::F32, [entries, m, n], "plain").poison();
+        let a = Operand::new(&mut rng, FloatType::F32, [2, m, k], "plain");
+        let b = Operand::new(&mut rng, FloatType::F32, [rights, k, n], "plain");
+        let mut out = Operand::new(&mut rng, FloatType::F32, [entries, m, n], "plain").poison();
         let (left, right) = (vec![0; entries], vec![0; entries]);
         let how = (Precision::Exact, Isa::get());
         grouped((&a, &b, &mut out), (&left, &right), how, &pool).map(|()| out)
@@ -242,14 +244,14 @@ fn nothing_to_multiply_is_nothing_to_do() {
 #[test]
 fn indices_out_of_range_are_errors_that_name_them() {
     let (pool, mut rng) = (Pool::new(2), Rng::new(2));
-    let a = Matrices::new(&mut rng, FloatType::F32, [3, 1, 8], "plain");
-    let b = Matrices::new(&mut rng, FloatType::F32, [2, 8, 8], "plain");
+    let a = Operand::new(&mut rng, FloatType::F32, [3, 1, 8], "plain");
+    let b = Operand::new(&mut rng, FloatType::F32, [2, 8, 8], "plain");
     let how = (Precision::Exact, Isa::get());
     for (left, right, text) in [
         ([0, 3], [0, 1], "indices 3 of 3 and 1 of 2 matrices"),
         ([0, 1], [u32::MAX, 1], "indices 0 of 3 and 4294967295 of 2 matrices"),
     ] {
-        let mut out = Matrices::new(&mut rng, FloatType::F32, [2, 1, 8], "plain");
+        let mut out = Operand::new(&mut rng, FloatType::F32, [2, 1, 8], "plain");
         let error = grouped((&a, &b, &mut out), (&left, &right), how, &pool).unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
     }
@@ -260,8 +262,7 @@ fn shapes_that_do_not_fit_are_refused() {
     let mut rng = Rng::new(3);
     let how = (Precision::Exact, Isa::get());
     let mut check = |a: [usize; 3], b: [usize; 3], out: [usize; 3], left: usize, right: usize| {
-        let [a, b, mut out] =
-            [a, b, out].map(|shape| Matrices::new(&mut rng, FloatType::F32, shape, "plain"));
+        let [a, b, mut out] = [a, b, out].map(|shape| Operand::new(&mut rng, FloatType::F32, shape, "plain"));
         grouped((&a, &b, &mut out), (&vec![0; left], &vec![0; right]), how, &Pool::new(1)).is_ok()
     };
     assert!(check([2, 3, 4], [5, 4, 6], [7, 3, 6], 7, 7), "fits");

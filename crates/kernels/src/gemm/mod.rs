@@ -39,7 +39,7 @@ use mica_simd::Isa;
 use mica_threads::{Pool, Task};
 
 pub use generic::{MatmulTask, Number};
-pub use grouped::{Grouped, GroupedSpec};
+pub use grouped::{FloatExperts, Grouped, GroupedSpec, Matrices};
 pub use types::{Epilogue, FloatType, FloatView, FloatViewMut, Precision};
 pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};

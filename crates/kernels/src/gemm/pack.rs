@@ -74,9 +74,9 @@ pub(crate) trait PanelSource: std::fmt::Debug + Send + Sync {
 pub(super) enum BSource {
     /// Rows are k, columns are n.
     Strided(Matrix),
-    /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around. With a batch of them
-    /// `step` is the bytes from one to the next.
-    Weight { tiles: Tiles, transposed: bool, step: usize },
+    /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around. If batch entries
+    /// have weights of their own, `others` are those of all, the first one included.
+    Weight { tiles: Tiles, transposed: bool, others: Option<Arc<[Tiles]>> },
     /// Whatever writes panels.
     Panels(Arc<dyn PanelSource>),
 }

@@ -232,7 +232,8 @@ impl Product {
     fn b_base(&self, entry: usize) -> *const u8 {
         match &self.b {
             BSource::Strided(b) => b.at(entry, &self.batch),
-            BSource::Weight { tiles, step, .. } => tiles.pointer.wrapping_add(entry * step),
+            BSource::Weight { others: Some(all), .. } => all[entry].pointer,
+            BSource::Weight { tiles, .. } => tiles.pointer,
             BSource::Panels(_) => std::ptr::null(),
         }
     }

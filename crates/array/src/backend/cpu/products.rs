@@ -303,12 +303,16 @@ pub(super) fn product(
     if accumulate {
         spec.epilogue = gemm::Epilogue::accumulate();
     }
-    spec.precision = match (a.dtype, b.dtype) {
-        // Products in their own dtype lose nothing: those of two bf16 are exact in f32.
+    spec.precision = own_precision(a, b, precision);
+    Ok(lowered(Gemm::plan(&spec)?))
+}
+
+/// Products in their own dtype lose nothing: those of two bf16 are exact in f32.
+pub(super) fn own_precision(a: &HostView, b: &HostView, precision: Precision) -> gemm::Precision {
+    match (a.dtype, b.dtype) {
         (Dtype::BF16, Dtype::BF16) => gemm::Precision::Bf16,
         _ => float_precision(precision),
-    };
-    Ok(lowered(Gemm::plan(&spec)?))
+    }
 }
 
 /// In f64, a task per matrix of a batch whose leading dimensions are more than one.
