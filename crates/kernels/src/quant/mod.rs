@@ -7,7 +7,7 @@
 //!
 //! Files: `tile` is the memory layout, `pack` fills it, `lanes` the vector type all kernels are written in, `tier`
 //! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
-//! `gemm`, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
+//! `gemm`, `gather` gives rows as numbers, `grouped` multiplies rows by the weights that indices name. The codes themselves are mica-codec's subject.
 
 mod fast;
 #[cfg(target_arch = "x86_64")]
@@ -15,6 +15,7 @@ mod fast_amx;
 mod fast_wide;
 mod float;
 mod gather;
+mod grouped;
 mod lanes;
 mod pack;
 mod plan;
@@ -25,6 +26,7 @@ mod tile;
 mod weight;
 
 pub use gather::Floats;
+pub use grouped::{ExpertsPlan, QuantExperts};
 pub use pack::Part;
 pub use plan::{Precision, ProductPlan};
 pub use sink::Epilogue;
