@@ -1,5 +1,7 @@
 //! Weights in a kernel's own layout.
 
+mod experts;
+
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -12,6 +14,8 @@ use crate::backend::{self, Operand};
 use crate::eval::with_pool;
 use crate::{Array, Dtype, Error, Result, Shape};
 
+pub use experts::Experts;
+
 /// A weight [out, in] that was repacked once, at load, for the kernels. Packing is a bijection:
 /// there is one copy only, and its original form can be had back bit for bit.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub enum PackedWeight {
     Float(FloatWeight),
     /// Quantized in groups.
     Quant(QuantWeight),
+    /// Several, of which indices choose: [experts, out, in].
+    Experts(Experts),
 }
 
 /// MLX's three arrays of a quantized weight.
@@ -34,8 +40,11 @@ pub struct Quantized {
 }
 
 impl PackedWeight {
-    /// From a plain array [out, in] of f32, bf16 or f16.
+    /// From a plain array [out, in], or [experts, out, in], of f32, bf16 or f16.
     pub fn from_float(weight: &Array) -> Result<PackedWeight> {
+        if weight.rank() == 3 {
+            return experts::of_slices(weight.dim(0), |one| PackedWeight::from_float(&one(weight)?));
+        }
         if weight.rank() != 2 || !weight.dtype().is_float() || weight.dtype() == Dtype::F64 {
             return Err(Error::invalid("pack", format!("needs a float weight [out, in], got {weight:?}")));
         }
@@ -87,11 +96,23 @@ impl PackedWeight {
         Ok(PackedWeight::Quant(weight))
     }
 
-    /// From MLX's three arrays.
+    /// From MLX's three arrays, of one weight or of experts stacked.
     pub fn from_mlx(quantized: &Quantized, bits: usize, group_size: usize) -> Result<PackedWeight> {
         let bad = |message: String| Error::invalid("quantized_weight", message);
         let spec = QuantSpec::affine(bits, group_size).map_err(|error| bad(error.to_string()))?;
         let Quantized { words, scales, biases } = quantized;
+        if words.rank() == 3 && scales.rank() == 3 && biases.rank() == 3 {
+            let count = words.dim(0);
+            if scales.dim(0) != count || biases.dim(0) != count {
+                return Err(bad(format!(
+                    "of experts, {words:?}, {scales:?} and {biases:?} differ in number"
+                )));
+            }
+            return experts::of_slices(count, |one| {
+                let parts = Quantized { words: one(words)?, scales: one(scales)?, biases: one(biases)? };
+                PackedWeight::from_mlx(&parts, bits, group_size)
+            });
+        }
         if words.rank() != 2 || words.dtype() != Dtype::U32 || words.dim(1) * 32 % bits != 0 {
             return Err(bad(format!("words should be uint32 [out, in · {bits} / 32], got {words:?}")));
         }
@@ -117,24 +138,19 @@ impl PackedWeight {
 
     /// MLX's three arrays of a quantized weight, bit for bit as they were packed.
     pub fn to_mlx(&self) -> Result<Quantized> {
-        let PackedWeight::Quant(weight) = self else {
-            return Err(Error::invalid("quantized_weight", "this weight is not quantized"));
-        };
-        let Unpacked { words, scales, biases, .. } = weight.unpack();
-        let [out, inner] = weight.shape();
-        let groups = [out, inner / weight.spec().group_size()];
-        Ok(Quantized {
-            words: Array::from_slice(&words, &[out, inner * weight.spec().bits() / 32])?,
-            scales: scale_array(&scales, &groups)?,
-            biases: scale_array(&biases, &groups)?,
-        })
+        match self {
+            PackedWeight::Float(_) => Err(not_quantized()),
+            PackedWeight::Quant(weight) => to_mlx(weight),
+            PackedWeight::Experts(experts) => experts.to_mlx(),
+        }
     }
 
     /// Bits and group size, if it is quantized.
     pub fn quantization(&self) -> Option<(usize, usize)> {
         match self {
             PackedWeight::Float(_) => None,
-            PackedWeight::Quant(weight) => Some((weight.spec().bits(), weight.spec().group_size())),
+            PackedWeight::Quant(weight) => Some(format(weight)),
+            PackedWeight::Experts(experts) => experts.quantization(),
         }
     }
 
@@ -143,32 +159,62 @@ impl PackedWeight {
         match self {
             PackedWeight::Quant(weight) => weight.bytes(),
             PackedWeight::Float(weight) => weight.bytes(),
+            PackedWeight::Experts(experts) => experts.bytes(),
         }
     }
 
-    /// [out, in]
+    /// [out, in], of experts [experts, out, in].
     pub fn shape(&self) -> Shape {
         match self {
             PackedWeight::Float(weight) => [weight.out(), weight.inputs()][..].into(),
             PackedWeight::Quant(weight) => weight.shape()[..].into(),
+            PackedWeight::Experts(experts) => experts.shape(),
         }
     }
 
     /// The dtype of the logical weight: a quantized one has that of its scales.
     pub fn dtype(&self) -> Dtype {
         match self {
-            PackedWeight::Float(weight) => match weight.float_type() {
-                FloatType::F32 => Dtype::F32,
-                FloatType::Bf16 => Dtype::BF16,
-                FloatType::F16 => Dtype::F16,
-            },
-            PackedWeight::Quant(weight) => match weight.scale_type() {
-                ScaleType::F32 => Dtype::F32,
-                ScaleType::Bf16 => Dtype::BF16,
-                ScaleType::F16 => Dtype::F16,
-            },
+            PackedWeight::Float(weight) => float_dtype(weight),
+            PackedWeight::Quant(weight) => scale_dtype(weight),
+            PackedWeight::Experts(experts) => experts.dtype(),
         }
     }
+}
+
+fn not_quantized() -> Error {
+    Error::invalid("quantized_weight", "this weight is not quantized")
+}
+
+fn format(weight: &QuantWeight) -> (usize, usize) {
+    (weight.spec().bits(), weight.spec().group_size())
+}
+
+fn float_dtype(weight: &FloatWeight) -> Dtype {
+    match weight.float_type() {
+        FloatType::F32 => Dtype::F32,
+        FloatType::Bf16 => Dtype::BF16,
+        FloatType::F16 => Dtype::F16,
+    }
+}
+
+fn scale_dtype(weight: &QuantWeight) -> Dtype {
+    match weight.scale_type() {
+        ScaleType::F32 => Dtype::F32,
+        ScaleType::Bf16 => Dtype::BF16,
+        ScaleType::F16 => Dtype::F16,
+    }
+}
+
+fn to_mlx(weight: &QuantWeight) -> Result<Quantized> {
+    let Unpacked { words, scales, biases, .. } = weight.unpack();
+    let [out, inner] = weight.shape();
+    let groups = [out, inner / weight.spec().group_size()];
+    Ok(Quantized {
+        words: Array::from_slice(&words, &[out, inner * weight.spec().bits() / 32])?,
+        scales: scale_array(&scales, &groups)?,
+        biases: scale_array(&biases, &groups)?,
+    })
 }
 
 /// Words, scales and biases of a float array [.., in], as `mlx.core.quantize` makes them.

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
+use crate::Dtype;
 use crate::backend::{Operand, Step};
 use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
 use crate::shape::size_of;
-use crate::{Dtype, PackedWeight};
 
 const OFF: u8 = 0;
 const OPS: u8 = 1;
@@ -153,16 +153,21 @@ fn bytes(step: &Step) -> u64 {
         // Of the table it reads as many rows as it gives.
         Op::Embedding => plain - of(&step.inputs[0]) + step.outputs.iter().map(of).sum::<u64>(),
         // Of the matrices at most one for each index.
-        Op::GatherMatmul => {
-            let unread =
-                |matrices: usize, indices: usize| match [matrices, indices].map(|at| &step.inputs[at]) {
-                    [Operand::Host(all), Operand::Host(chosen)] => {
-                        let (there, read) = (all.shape[0].max(1), size_of(&chosen.shape));
-                        (all.bytes() / there * there.saturating_sub(read)) as u64
-                    }
-                    _ => 0,
-                };
-            plain - unread(0, 2) - unread(1, 3)
+        Op::GatherMatmul | Op::GatherLinear { .. } => {
+            let count = |operand: &Operand| match operand {
+                Operand::Host(view) => view.shape[0],
+                Operand::Packed(weight) => weight.shape()[0],
+                Operand::Absent => 0,
+            };
+            let chosen = step.outputs.first().map_or(0, |out| match out {
+                Operand::Host(view) => size_of(&view.shape[..view.shape.len() - 2]),
+                Operand::Packed(_) | Operand::Absent => 0,
+            });
+            let unread = |at: usize| {
+                let there = count(&step.inputs[at]).max(1);
+                of(&step.inputs[at]) / there as u64 * there.saturating_sub(chosen) as u64
+            };
+            plain - unread(0) - unread(1)
         }
         Op::PagedAttention(paged) => {
             let keys = seen(paged, &step.inputs[0]).map(|(keys, _)| keys).sum::<u64>();
@@ -209,16 +214,17 @@ fn arithmetic(step: &Step) -> Arithmetic {
     // Products of two bf16 arrays are exact in bf16.
     let half = |x: &Operand| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16);
     let halves = || step.inputs.iter().all(half);
-    let quantized = || {
-        step.inputs.iter().any(|x| matches!(x, Operand::Packed(w) if matches!(**w, PackedWeight::Quant(_))))
-    };
+    let quantized =
+        || step.inputs.iter().any(|x| matches!(x, Operand::Packed(w) if w.quantization().is_some()));
     match &step.op {
         Op::Linear { precision: Precision::Fast } if quantized() => Arithmetic::Int8,
+        Op::GatherLinear { precision: Precision::Fast, .. } if quantized() => Arithmetic::Int8,
         Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } if halves() => Arithmetic::Bf16,
         Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
             float(*precision)
         }
-        Op::GatherMatmul if half(&step.inputs[0]) => Arithmetic::Bf16,
+        Op::GatherMatmul | Op::GatherLinear { .. } if step.inputs[..2].iter().all(half) => Arithmetic::Bf16,
+        Op::GatherLinear { precision, .. } => float(*precision),
         Op::GatherMatmul => Arithmetic::F32,
         Op::LinearCrossEntropy(spec) => float(spec.precision),
         Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
@@ -239,7 +245,11 @@ fn operations(step: &Step) -> u64 {
     let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let first = step.inputs.first().map_or_else(Vec::new, shape);
     match &step.op {
-        Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } | Op::GatherMatmul => {
+        Op::Matmul { .. }
+        | Op::Linear { .. }
+        | Op::LinearTransposed { .. }
+        | Op::GatherMatmul
+        | Op::GatherLinear { .. } => {
             2 * size(&shape(&step.outputs[0])) * first.last().copied().unwrap_or(1) as u64
         }
         // Logits, and as much again for each gradient that is formed.
@@ -310,7 +320,7 @@ mod tests {
     use super::*;
     use crate::backend::HostView;
     use crate::kv::KvSpec;
-    use crate::{Array, Quantized};
+    use crate::{Array, PackedWeight, Quantized};
     use std::sync::Arc;
 
     fn plain(shape: &[usize], dtype: Dtype) -> Operand {
@@ -344,11 +354,15 @@ mod tests {
             Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Vec::new() }))
         };
         let linear = |precision| Op::Linear { precision };
+        let experts = |precision| Op::GatherLinear { precision, transposed: false };
         let (fast, bf16, exact) = (Precision::Fast, Precision::Bf16, Precision::Exact);
         for (name, op, weight, expected) in [
             ("quantized", linear(fast), &quantized, Arithmetic::Int8),
             ("packed floats have no 8-bit form", linear(fast), &float, Arithmetic::Bf16),
             ("plain floats", linear(fast), &singles, Arithmetic::Bf16),
+            ("quantized experts", experts(fast), &quantized, Arithmetic::Int8),
+            ("experts, bf16", experts(bf16), &quantized, Arithmetic::Bf16),
+            ("plain experts, exact", experts(exact), &singles, Arithmetic::F32),
             ("quantized, bf16", linear(bf16), &quantized, Arithmetic::Bf16),
             ("quantized, exact", linear(exact), &quantized, Arithmetic::F32),
             ("backward", Op::LinearTransposed { precision: bf16 }, &quantized, Arithmetic::Bf16),
@@ -365,6 +379,19 @@ mod tests {
         for op in [linear(exact), Op::Matmul { precision: exact }] {
             let inputs = [halves.clone(), halves.clone()];
             assert_eq!(arithmetic(&step(op, &inputs, &[64, 64])), Arithmetic::Bf16, "two of bf16 are exact");
+        }
+    }
+
+    #[test]
+    fn of_experts_only_those_count_that_can_be_read() {
+        let indices = |count: usize| plain(&[count], Dtype::U32);
+        let inputs = |count| {
+            [plain(&[1, 1, 4], Dtype::F32), plain(&[9, 4, 5], Dtype::F32), indices(count), indices(count)]
+        };
+        for (count, read) in [(2, 2), (30, 9)] {
+            let step = step(Op::GatherMatmul, &inputs(count), &[count, 1, 5]);
+            assert_eq!(bytes(&step), (4 + read * 20 + 2 * count as u64 + 5 * count as u64) * 4, "{count}");
+            assert_eq!(operations(&step), 2 * 4 * 5 * count as u64, "{count}");
         }
     }
 

@@ -1,7 +1,8 @@
 //! Rows that indices route to matrices: `gather_mm` against one product after another.
 
-use mica_array::transforms::vjp;
-use mica_array::{Array, Dtype, eval, set_threads};
+use mica_array::op::Precision;
+use mica_array::transforms::{jvp, vjp, vmap};
+use mica_array::{Array, Dtype, PackedWeight, Result, eval, quantize, set_threads};
 use mica_testkit::Rng;
 
 fn normal(shape: &[usize], dtype: Dtype, seed: u64) -> Array {
@@ -109,4 +110,169 @@ fn indices_out_of_range_are_errors_forward_and_backward() {
             assert!(gradient.eval().is_err(), "{left:?} {right:?}");
         }
     }
+}
+
+/// Experts in each form, and each of them alone.
+fn forms(seed: u64) -> Vec<(&'static str, Array, Vec<Array>)> {
+    let [out, inputs] = [40, 64];
+    let plain = |dtype| normal(&[EXPERTS, out, inputs], dtype, seed);
+    let slices = |stacked: &Array| -> Vec<Array> {
+        let slice = |at| stacked.narrow(0, at, at + 1).unwrap().squeeze(&[0]).unwrap();
+        (0..EXPERTS).map(slice).collect()
+    };
+    let mut forms = Vec::new();
+    for (name, packed_name, dtype) in
+        [("f32", "packed f32", Dtype::F32), ("bf16", "packed bf16", Dtype::BF16)]
+    {
+        let stacked = plain(dtype);
+        let pack = |weight: &Array| Array::from_packed(PackedWeight::from_float(weight).unwrap());
+        forms.push((packed_name, pack(&stacked), slices(&stacked).iter().map(pack).collect()));
+        forms.push((name, stacked.clone(), slices(&stacked)));
+    }
+    for (name, bits) in [("4 bits", 4), ("8 bits", 8)] {
+        let pack = |weight: &Array| PackedWeight::quantize(weight, bits, 32).unwrap();
+        let weights = slices(&plain(Dtype::BF16));
+        let all = PackedWeight::experts(weights.iter().map(pack).collect()).unwrap();
+        let each = weights.iter().map(|weight| Array::from_packed(pack(weight))).collect();
+        forms.push((name, Array::from_packed(all), each));
+    }
+    forms
+}
+
+/// The same as [`one_at_a_time`], of linear maps.
+fn linear_one_at_a_time(x: &Array, each: &[Array], chosen: &[u32], precision: Precision) -> Array {
+    let row = |at: usize| {
+        let rows = x.narrow(0, at / CHOSEN, at / CHOSEN + 1)?;
+        rows.linear(&each[chosen[at] as usize], None, precision)
+    };
+    let rows: Vec<Array> = (0..chosen.len()).map(|at| row(at).unwrap()).collect();
+    let shape = [(chosen.len() / CHOSEN) as i64, CHOSEN as i64, -1];
+    Array::concatenate(&rows, 0).unwrap().reshape(&shape).unwrap()
+}
+
+#[test]
+fn linear_maps_of_experts_have_the_bits_of_those_of_each() {
+    let scores = normal(&[TOKENS, EXPERTS], Dtype::F32, 12);
+    let chosen = routes(&scores).to_vec::<u32>().unwrap();
+    for (name, experts, each) in forms(13) {
+        for (dtype, precision) in [
+            (Dtype::F32, Precision::Fast),
+            (Dtype::F32, Precision::Bf16),
+            (Dtype::F32, Precision::Exact),
+            (Dtype::BF16, Precision::Bf16),
+            (Dtype::F16, Precision::Exact),
+        ] {
+            let x = normal(&[TOKENS, experts.dim(2)], dtype, 14);
+            // One quantized weight multiplies rows of f32 by its kernels, and others as the reference does.
+            let alone = match experts.packed().and_then(|packed| packed.quantization()) {
+                Some(_) => x.astype(Dtype::F32).unwrap(),
+                None => x.clone(),
+            };
+            let expected = linear_one_at_a_time(&alone, &each, &chosen, precision).astype(dtype).unwrap();
+            for threads in [1, 3] {
+                set_threads(threads).unwrap();
+                let tokens = x.expand_dims(&[1, 2]).unwrap();
+                let got = tokens.gather_linear(&experts, None, Some(&routes(&scores)), precision).unwrap();
+                assert_eq!((got.shape(), got.dtype()), (&[TOKENS, CHOSEN, 1, experts.dim(1)][..], dtype));
+                assert!(bits(&got) == bits(&expected), "{name}, {dtype} {precision:?}, {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_are_differentiated_and_mapped_as_each_of_them() {
+    let scores = normal(&[TOKENS, EXPERTS], Dtype::F32, 15);
+    let chosen = routes(&scores).to_vec::<u32>().unwrap();
+    let indices = routes(&scores);
+    for (name, experts, each) in forms(16) {
+        let precision = Precision::Exact;
+        let x = normal(&[TOKENS, experts.dim(2)], Dtype::F32, 17);
+        let ct = normal(&[TOKENS, CHOSEN, experts.dim(1)], Dtype::F32, 18);
+        let grouped = |at: &[Array]| {
+            let rows = at[0].expand_dims(&[1, 2])?;
+            Ok(vec![rows.gather_linear(&experts, None, Some(&indices), precision)?.squeeze(&[2])?])
+        };
+        let alone = |at: &[Array]| Ok(vec![linear_one_at_a_time(&at[0], &each, &chosen, precision)]);
+        let rows = std::slice::from_ref(&x);
+        let (_, got) = vjp(grouped, rows, std::slice::from_ref(&ct)).unwrap();
+        let (_, expected) = vjp(alone, rows, std::slice::from_ref(&ct)).unwrap();
+        assert!(largest_difference(&got[0], &expected[0]) < 1e-3, "{name}");
+        let (_, got) = jvp(grouped, rows, rows).unwrap();
+        let same = grouped(rows).unwrap();
+        assert!(bits(&got[0]) == bits(&same[0]), "{name}: a linear map is its own tangent");
+        let two = Array::stack(&[x.clone(), x.multiply(2.0).unwrap()], 0).unwrap();
+        let mapped = vmap(grouped, &[two], &[Some(0)], &[Some(0)]).unwrap();
+        let doubled = Array::stack(&[same[0].clone(), same[0].multiply(2.0).unwrap()], 0).unwrap();
+        assert!(bits(&mapped[0]) == bits(&doubled), "{name}: each example as it is alone");
+        // Weights that are learnt have gradients.
+        if experts.packed().is_some() {
+            continue;
+        }
+        let of_weights = |at: &[Array]| {
+            let rows = x.expand_dims(&[1, 2])?;
+            Ok(vec![rows.gather_linear(&at[0], None, Some(&indices), precision)?.squeeze(&[2])?])
+        };
+        let stacked = |at: &[Array]| {
+            let slice = |expert: usize| at[0].narrow(0, expert, expert + 1)?.squeeze(&[0]);
+            let each = (0..EXPERTS).map(slice).collect::<Result<Vec<Array>>>()?;
+            Ok(vec![linear_one_at_a_time(&x, &each, &chosen, precision)])
+        };
+        let weights = std::slice::from_ref(&experts);
+        let (_, got) = vjp(of_weights, weights, std::slice::from_ref(&ct)).unwrap();
+        // In f32, where adding up row after row loses little.
+        let single = experts.astype(Dtype::F32).unwrap();
+        let (_, expected) = vjp(stacked, &[single], &[ct]).unwrap();
+        assert_eq!((got[0].shape(), got[0].dtype()), (experts.shape(), experts.dtype()));
+        let bound = if experts.dtype() == Dtype::F32 { 1e-4 } else { 0.1 };
+        assert!(largest_difference(&got[0], &expected[0]) < bound, "{name}: gradient of the weights");
+    }
+}
+
+#[test]
+fn packed_experts_give_back_what_they_were_made_of() {
+    let plain = normal(&[3, 20, 64], Dtype::BF16, 19);
+    let packed = Array::from_packed(PackedWeight::from_float(&plain).unwrap());
+    assert_eq!((packed.shape(), packed.dtype()), (plain.shape(), Dtype::BF16));
+    assert!(bits(&packed.dequantize().unwrap()) == bits(&plain));
+    let slice = |at: usize| plain.narrow(0, at, at + 1).unwrap().squeeze(&[0]).unwrap();
+    let each: Vec<_> = (0..3).map(|at| quantize(&slice(at), 4, 32).unwrap()).collect();
+    let weights = each.iter().map(|parts| PackedWeight::from_mlx(parts, 4, 32).unwrap()).collect();
+    let experts = PackedWeight::experts(weights).unwrap();
+    assert_eq!((experts.quantization(), experts.shape().as_slice()), (Some((4, 32)), &[3, 20, 64][..]));
+    let again = PackedWeight::from_mlx(&experts.to_mlx().unwrap(), 4, 32).unwrap();
+    for (name, packed) in [("one by one", experts), ("stacked", again)] {
+        let values = Array::from_packed(packed).dequantize().unwrap();
+        for (at, parts) in each.iter().enumerate() {
+            let one = Array::from_packed(PackedWeight::from_mlx(parts, 4, 32).unwrap());
+            let got = values.narrow(0, at, at + 1).unwrap();
+            assert!(bits(&got) == bits(&one.dequantize().unwrap()), "{name}, {at}");
+        }
+    }
+    for (name, weights) in [
+        ("none", vec![]),
+        (
+            "two kinds",
+            vec![
+                PackedWeight::from_float(&slice(0)).unwrap(),
+                PackedWeight::quantize(&slice(1), 4, 32).unwrap(),
+            ],
+        ),
+        (
+            "two widths",
+            vec![
+                PackedWeight::quantize(&slice(0), 8, 32).unwrap(),
+                PackedWeight::quantize(&slice(1), 4, 32).unwrap(),
+            ],
+        ),
+    ] {
+        assert!(PackedWeight::experts(weights).is_err(), "{name}");
+    }
+    let x = normal(&[2, 64], Dtype::F32, 20);
+    assert!(x.linear(&packed, None, Precision::Exact).is_err(), "a linear map is of one weight");
+    let wrong = Array::from_slice(&[0u32, 3], &[2]).unwrap();
+    let rows = x.expand_dims(&[1]).unwrap();
+    let error =
+        rows.gather_linear(&packed, None, Some(&wrong), Precision::Exact).unwrap().eval().unwrap_err();
+    assert!(error.to_string().contains("3 of 3 matrices"), "{error}");
 }

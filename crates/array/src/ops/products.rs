@@ -321,7 +321,7 @@ pub(crate) fn gather_matmul_vjp(rule: &Vjp) -> Result<Grads> {
 
 /// For each of `count` matrices Σ aᵀ · ct over the entries whose `rhs` names it, of the matrices of `a` that `lhs`
 /// names and those of `ct` in order: the rows of a matrix put together are one segment of one long sum.
-fn sum_by_matrix([a, ct]: [&Array; 2], [lhs, rhs]: [&Array; 2], count: usize) -> Result<Array> {
+pub(crate) fn sum_by_matrix([a, ct]: [&Array; 2], [lhs, rhs]: [&Array; 2], count: usize) -> Result<Array> {
     let rows = |array: Array| array.reshape_to(&[array.dim(0) * array.dim(1), array.dim(2)]);
     // What names no matrix is an error here too, not an entry that belongs to no segment.
     let matrices = Array::arange(0.0, count as f64, 1.0, Dtype::U32)?;
@@ -396,7 +396,7 @@ pub(crate) fn bilinear_jvp(op: &Op, rule: &Jvp) -> Result<Tangents> {
 }
 
 /// Each example's matrices stand in one list, so that its indices begin where its matrices do.
-pub(crate) fn gather_matmul_vmap(rule: &Vmap) -> Result<Array> {
+pub(crate) fn gather_matmul_vmap(op: &Op, rule: &Vmap) -> Result<Array> {
     let mut inputs: Inputs = rule.inputs.iter().cloned().collect();
     for side in 0..2 {
         let mut indices = rule.full(side + 2)?;
@@ -411,7 +411,7 @@ pub(crate) fn gather_matmul_vmap(rule: &Vmap) -> Result<Array> {
         }
         inputs[side + 2] = indices.contiguous()?;
     }
-    rule.build(Op::GatherMatmul, inputs)
+    rule.build(op.clone(), inputs)
 }
 
 /// Segments are a list anyway. Matrices that differ are masked outside of each segment.

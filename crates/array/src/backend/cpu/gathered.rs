@@ -1,11 +1,8 @@
 //! Products that choose their matrices, the Hadamard transform, decompositions, number formats.
 
-use mica_kernels::View;
-use mica_kernels::gemm::{Grouped, GroupedSpec, Matrices};
-use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
-use super::products::{self, product};
+use super::products::product;
 use super::strided::{line_start, task};
 use super::{Lowered, by_reference};
 use crate::backend::reference::{gathered, linalg};
@@ -64,7 +61,7 @@ fn matrix_of(view: &HostView, index: usize) -> HostView {
     }
 }
 
-/// Rows of one right matrix are multiplied together (`gemm::Grouped`), but for f64.
+/// Rows of one right matrix are multiplied together, but for f64.
 pub(super) fn gather_matmul(step: &Step) -> Result<Lowered> {
     let host = |at: usize| step.inputs[at].host().cloned();
     let (a, b, lhs, rhs) = (host(0)?, host(1)?, host(2)?, host(3)?);
@@ -72,35 +69,11 @@ pub(super) fn gather_matmul(step: &Step) -> Result<Lowered> {
     if out.shape.contains(&0) || a.shape[2] == 0 {
         return Ok(by_reference(step));
     }
-    let entries: usize = lhs.shape.iter().product();
-    let rank = out.shape.len();
-    let (m, n) = (out.shape[rank - 2], out.shape[rank - 1]);
-    if a.dtype == Dtype::F64 {
-        return Ok(one_after_another([a, b, lhs, rhs, out], entries));
+    if a.dtype != Dtype::F64 {
+        return super::experts::gather_matmul(step);
     }
-    let rows = HostView {
-        shape: [entries, m, n][..].into(),
-        strides: [(m * n) as isize, n as isize, 1][..].into(),
-        ..out
-    };
-    // SAFETY: the constructor made the indices contiguous; the evaluator keeps them alive and ordered.
-    let indices = |view: &HostView| unsafe { View::<u32>::from_raw(view.pointer.cast(), &[entries], &[1]) };
-    let plan = Grouped::plan(&GroupedSpec {
-        a: products::read(&a)?,
-        b: Matrices::Plain(products::read(&b)?),
-        left: indices(&lhs),
-        right: indices(&rhs),
-        out: products::write(&rows)?,
-        precision: products::own_precision(&a, &b, Precision::Exact),
-        isa: Isa::get(),
-    })?;
-    let bytes = plan.workspace_bytes();
-    let make = move |workspace, list: &mut Vec<Box<dyn Task>>| {
-        // SAFETY: the workspace is that large, aligned, and used by one step's tasks at a time.
-        unsafe { plan.tasks(workspace, list) };
-        Ok(())
-    };
-    Ok(Lowered::WithWorkspace(bytes, Box::new(make)))
+    let entries = lhs.shape.iter().product();
+    Ok(one_after_another([a, b, lhs, rhs, out], entries))
 }
 
 /// Runs of one right matrix over left matrices that lie one after another are one product: rows do not
