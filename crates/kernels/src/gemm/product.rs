@@ -19,7 +19,7 @@ use mica_threads::{Scratch, Task};
 use super::cut::{Cut, FEW_ROWS};
 use super::micro::{self, Call, Line, Micro};
 use super::pack::{BSource, PackA, PackB};
-use super::store::{Place, StoreFn, StoreJob, storer};
+use super::store::{Addends, Place, StoreFn, StoreJob, storer};
 use super::types::{FloatType, Matrix, Precision};
 use crate::layout::prefetch;
 use crate::view::Dims;
@@ -454,8 +454,8 @@ impl Product {
         };
         // Of rows that were chosen each has a place of its own.
         let across = |row: usize| if self.chosen { 0 } else { row };
-        let out = place(&self.out, entry, &self.batch).moved(across(m0), n0);
-        let addends: Vec2 = Vec2::of(&self.addends, entry, &self.batch, m0, n0);
+        let out = Place::of(&self.out, entry, &self.batch).moved(across(m0), n0);
+        let addends = Addends::of(&self.addends, entry, &self.batch, m0, n0);
 
         // SAFETY: packed panels and tiles have the sizes computed above; the output block is this
         // chunk's own.
@@ -566,35 +566,6 @@ impl Product {
 /// few sets of a cache.
 fn line_step(cut: &Cut, float: FloatType) -> isize {
     ((cut.kc * float.size()).div_ceil(64) | 1) as isize * 64
-}
-
-fn place(matrix: &Matrix, entry: usize, batch: &[usize]) -> Place {
-    Place { pointer: matrix.at(entry, batch), float: matrix.float, row: matrix.row, column: matrix.column }
-}
-
-/// Up to two places: bias and residual.
-struct Vec2 {
-    places: [Place; 2],
-    count: usize,
-}
-
-impl Vec2 {
-    fn of(addends: &[Matrix], entry: usize, batch: &[usize], row: usize, column: usize) -> Vec2 {
-        let nowhere = Place { pointer: std::ptr::null_mut(), float: FloatType::F32, row: 0, column: 0 };
-        let mut places = [nowhere; 2];
-        for (slot, matrix) in places.iter_mut().zip(addends) {
-            *slot = place(matrix, entry, batch).moved(row, column);
-        }
-        Vec2 { places, count: addends.len().min(2) }
-    }
-
-    fn moved(&self, row: usize, column: usize) -> Vec2 {
-        Vec2 { places: self.places.map(|place| place.moved(row, column)), count: self.count }
-    }
-
-    fn as_slice(&self) -> &[Place] {
-        &self.places[..self.count]
-    }
 }
 
 impl Request {
