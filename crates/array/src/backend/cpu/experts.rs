@@ -25,9 +25,10 @@ impl Entries {
         let out = step.outputs[0].host()?;
         let rank = out.shape.len();
         let count: usize = out.shape[..rank - 2].iter().product();
-        // SAFETY: the constructor made the indices contiguous; the evaluator keeps them alive and ordered.
         let indices = |at: usize| -> Result<View<'static, u32>> {
-            Ok(unsafe { View::from_raw(step.inputs[at].host()?.pointer.cast(), &[count], &[1]) })
+            let pointer = step.inputs[at].host()?.pointer.cast();
+            // SAFETY: the constructor made the indices contiguous; the evaluator keeps them alive and ordered.
+            Ok(unsafe { View::from_raw(pointer, &[count], &[1]) })
         };
         let shape = [count, out.shape[rank - 2], out.shape[rank - 1]];
         let out = super::dense(out.pointer, &shape, out.dtype);
