@@ -89,14 +89,17 @@ fn normal(shape: &[usize], dtype: Dtype) -> Array {
 }
 
 /// Random codes in groups of 64, packed.
-fn packed([out, inputs]: [usize; 2], bits: usize) -> Array {
+fn packed(shape: [usize; 2], bits: usize) -> Array {
+    Array::from_packed(packed_weight(shape, bits))
+}
+
+fn packed_weight([out, inputs]: [usize; 2], bits: usize) -> PackedWeight {
     let key = random::key(11).expect("a seed");
     let words = random::bits(&[out, inputs * bits / 32], 4, &key).expect("words");
     let groups = [out, inputs / 64];
     let scales = Array::full(&groups, 0.01, Dtype::BF16);
     let biases = Array::full(&groups, -0.08, Dtype::BF16);
-    let weight = PackedWeight::from_mlx(&Quantized { words, scales, biases }, bits, 64).expect("sizes fit");
-    Array::from_packed(weight)
+    PackedWeight::from_mlx(&Quantized { words, scales, biases }, bits, 64).expect("sizes fit")
 }
 
 fn evaluate(result: mica_array::Result<Array>) {
@@ -182,38 +185,78 @@ fn products(bench: &Bench) {
     }
 }
 
-/// Products of rows with the experts that they are routed to: matrices of 768 x 2048, 8 for each token.
+/// Matrices of 768 x 2048, 8 for each token.
+const EXPERT: [usize; 2] = [768, 2048];
+const CHOSEN: usize = 8;
+
+/// The experts of each token, in several sets to take turns. A few tokens have others of many experts each time, as if
+/// each time were another layer: they come from memory.
+struct Routes {
+    sets: Vec<Array>,
+    turn: Cell<usize>,
+}
+
+impl Routes {
+    fn new(tokens: usize, experts: usize, sets: usize) -> Routes {
+        // Steps of 37, a prime to the number of experts, reach another one each time.
+        let of = |set: usize| -> Vec<u32> {
+            let of = |token: usize| (0..CHOSEN).map(move |i| token * token * 7919 + i * 37);
+            (0..tokens).flat_map(of).map(|at| ((at + set * CHOSEN * 37) % experts) as u32).collect()
+        };
+        let sets = (0..sets).map(|set| Array::from_slice(&of(set), &[tokens, CHOSEN]).expect("indices"));
+        Routes { sets: sets.collect(), turn: Cell::new(0) }
+    }
+
+    fn next(&self) -> &Array {
+        self.turn.set((self.turn.get() + 1) % self.sets.len());
+        &self.sets[self.turn.get()]
+    }
+}
+
+/// Products of rows with the experts that they are routed to.
 fn experts(bench: &Bench) {
-    const SHAPE: [usize; 2] = [768, 2048];
-    const CHOSEN: usize = 8;
-    // A single token has others of many experts each time, as if each time were another layer: they come from memory.
+    let [out, inputs] = EXPERT;
     for (tokens, count, sets) in [(1, 128, 16), (16, 128, 16), (512, 32, 1)] {
+        let x = |dtype| normal(&[tokens, 1, 1, inputs], dtype);
+        let name = |what: &str| format!("experts, 8 of {count}, {tokens} tokens, {what}");
         for dtype in [Dtype::BF16, Dtype::F32] {
-            let inputs = || {
-                let [out, inputs] = SHAPE;
-                let x = normal(&[tokens, 1, 1, inputs], dtype);
-                // A weight of many experts takes long to draw: one is drawn, and they are its multiples.
+            let weight = || {
+                // Drawing all of them takes long: one is drawn, and they are its multiples.
                 let one = normal(&[1, out, inputs], dtype);
                 let factors: Vec<f32> = (1..=count).map(|expert| expert as f32 / count as f32).collect();
                 let factors = Array::from_slice(&factors, &[count, 1, 1]).and_then(|x| x.astype(dtype));
                 let weight = factors.and_then(|factors| one.multiply(factors)).expect("shapes fit");
                 weight.eval().expect("there is memory");
-                let weight = weight.swap_axes(1, 2).expect("three dimensions");
-                // Steps of 37 (a prime to the count) reach other experts each time; tokens begin where hashing says.
-                let chosen = |set: usize| -> Vec<u32> {
-                    let of = |token: usize| (0..CHOSEN).map(move |i| token * token * 7919 + i * 37);
-                    (0..tokens).flat_map(of).map(|at| ((at + set * CHOSEN * 37) % count) as u32).collect()
-                };
-                let indices: Vec<Array> = (0..sets)
-                    .map(|set| Array::from_slice(&chosen(set), &[tokens, CHOSEN]).expect("indices"))
-                    .collect();
-                (x, weight, indices, Cell::new(0))
+                weight.swap_axes(1, 2).expect("three dimensions")
             };
-            let name = format!("experts, 8 of {count}, {tokens} tokens, {dtype}");
-            bench.line(&name, "gather_mm", inputs, |(x, weight, indices, turn)| {
-                turn.set((turn.get() + 1) % indices.len());
-                evaluate(x.gather_mm(weight, None, Some(&indices[turn.get()]), false));
-            });
+            bench.line(
+                &name(dtype.name()),
+                "gather_mm",
+                || (x(dtype), weight(), Routes::new(tokens, count, sets)),
+                |(x, weight, routes)| evaluate(x.gather_mm(weight, None, Some(routes.next()), false)),
+            );
+        }
+        let floats = || {
+            let one = normal(&EXPERT, Dtype::BF16);
+            let weights = (0..count).map(|_| PackedWeight::from_float(&one).expect("a matrix"));
+            PackedWeight::experts(weights.collect()).expect("one shape")
+        };
+        let quantized = || {
+            let weights = (0..count).map(|_| packed_weight(EXPERT, 4));
+            PackedWeight::experts(weights.collect()).expect("one shape")
+        };
+        let packed: [(&str, &dyn Fn() -> PackedWeight, Precision); 3] = [
+            ("packed bf16", &floats, Precision::Bf16),
+            ("4 bits, int8", &quantized, Precision::Fast),
+            ("4 bits, bf16", &quantized, Precision::Bf16),
+        ];
+        for (what, weight, precision) in packed {
+            bench.line(
+                &name(what),
+                "gather_linear",
+                || (x(Dtype::F32), Array::from_packed(weight()), Routes::new(tokens, count, sets)),
+                |(x, weight, routes)| evaluate(x.gather_linear(weight, None, Some(routes.next()), precision)),
+            );
         }
     }
 }
