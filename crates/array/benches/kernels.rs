@@ -6,7 +6,7 @@
 //! `MICA_ISA` threads and instruction set. A line is the median of rounds, each with ceilings of its own: on a
 //! shared machine its share means more than its rates.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
 
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
@@ -91,11 +91,15 @@ fn normal(shape: &[usize], dtype: Dtype) -> Array {
 
 /// Random affine codes in groups of 64, packed.
 fn packed(shape: [usize; 2], bits: usize) -> Array {
+    Array::from_packed(packed_weight(shape, bits))
+}
+
+fn packed_weight(shape: [usize; 2], bits: usize) -> PackedWeight {
     packed_as(shape, QuantSpec::affine(bits, 64).expect("a width that exists"))
 }
 
 /// Random codes, packed.
-fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> Array {
+fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> PackedWeight {
     let key = random::key(11).expect("a seed");
     let words = random::bits(&[out, format.words(inputs)], 4, &key).expect("words");
     let groups = [out, inputs / format.group_size()];
@@ -111,7 +115,7 @@ fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> Array {
         }
     };
     let codes = QuantizedArray::new(words, scales, biases, format, None).expect("sizes fit");
-    Array::from_packed(PackedWeight::from_mlx(&codes).expect("sizes fit"))
+    PackedWeight::from_mlx(&codes).expect("sizes fit")
 }
 
 fn evaluate(result: mica_array::Result<Array>) {
@@ -124,6 +128,7 @@ fn main() {
     let bench = Bench { words, ceilings };
     println!("{} threads, {}", mica_array::threads(), Isa::get());
     products(&bench);
+    experts(&bench);
     heads(&bench);
     attention(&bench);
     rows(&bench);
@@ -147,7 +152,12 @@ fn products(bench: &Bench) {
             bench.line(
                 &format!("quantized {}, {m} rows", mode.name()),
                 "linear",
-                || (normal(&[m, LONG[1]], Dtype::F32), packed_as(LONG, QuantSpec::usual(mode))),
+                || {
+                    (
+                        normal(&[m, LONG[1]], Dtype::F32),
+                        Array::from_packed(packed_as(LONG, QuantSpec::usual(mode))),
+                    )
+                },
                 |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
             );
         }
@@ -157,7 +167,12 @@ fn products(bench: &Bench) {
         bench.line(
             &format!("quantized {}, 512 rows", mode.name()),
             "linear",
-            || (normal(&[512, SQUARE[1]], Dtype::F32), packed_as(SQUARE, QuantSpec::usual(mode))),
+            || {
+                (
+                    normal(&[512, SQUARE[1]], Dtype::F32),
+                    Array::from_packed(packed_as(SQUARE, QuantSpec::usual(mode))),
+                )
+            },
             |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
         );
     }
@@ -211,6 +226,82 @@ fn products(bench: &Bench) {
             || (normal(&[n, n], Dtype::BF16), normal(&[n, n], Dtype::BF16)),
             |(a, b)| evaluate(a.matmul(b)),
         );
+    }
+}
+
+/// Matrices of 768 x 2048, 8 for each token.
+const EXPERT: [usize; 2] = [768, 2048];
+const CHOSEN: usize = 8;
+
+/// The experts of each token, in several sets to take turns. A few tokens have others of many experts each time, as if
+/// each time were another layer: they come from memory.
+struct Routes {
+    sets: Vec<Array>,
+    turn: Cell<usize>,
+}
+
+impl Routes {
+    fn new(tokens: usize, experts: usize, sets: usize) -> Routes {
+        // Steps of 37, a prime to the number of experts, reach another one each time.
+        let of = |set: usize| -> Vec<u32> {
+            let of = |token: usize| (0..CHOSEN).map(move |i| token * token * 7919 + i * 37);
+            (0..tokens).flat_map(of).map(|at| ((at + set * CHOSEN * 37) % experts) as u32).collect()
+        };
+        let sets = (0..sets).map(|set| Array::from_slice(&of(set), &[tokens, CHOSEN]).expect("indices"));
+        Routes { sets: sets.collect(), turn: Cell::new(0) }
+    }
+
+    fn next(&self) -> &Array {
+        self.turn.set((self.turn.get() + 1) % self.sets.len());
+        &self.sets[self.turn.get()]
+    }
+}
+
+/// Products of rows with the experts that they are routed to.
+fn experts(bench: &Bench) {
+    let [out, inputs] = EXPERT;
+    for (tokens, count, sets) in [(1, 128, 16), (16, 128, 16), (512, 32, 1)] {
+        let x = |dtype| normal(&[tokens, 1, 1, inputs], dtype);
+        let name = |what: &str| format!("experts, 8 of {count}, {tokens} tokens, {what}");
+        for dtype in [Dtype::BF16, Dtype::F32] {
+            let weight = || {
+                // Drawing all of them takes long: one is drawn, and they are its multiples.
+                let one = normal(&[1, out, inputs], dtype);
+                let factors: Vec<f32> = (1..=count).map(|expert| expert as f32 / count as f32).collect();
+                let factors = Array::from_slice(&factors, &[count, 1, 1]).and_then(|x| x.astype(dtype));
+                let weight = factors.and_then(|factors| one.multiply(factors)).expect("shapes fit");
+                weight.eval().expect("there is memory");
+                weight.swap_axes(1, 2).expect("three dimensions")
+            };
+            bench.line(
+                &name(dtype.name()),
+                "gather_mm",
+                || (x(dtype), weight(), Routes::new(tokens, count, sets)),
+                |(x, weight, routes)| evaluate(x.gather_mm(weight, None, Some(routes.next()), false)),
+            );
+        }
+        let floats = || {
+            let one = normal(&EXPERT, Dtype::BF16);
+            let weights = (0..count).map(|_| PackedWeight::from_float(&one).expect("a matrix"));
+            PackedWeight::experts(weights.collect()).expect("one shape")
+        };
+        let quantized = || {
+            let weights = (0..count).map(|_| packed_weight(EXPERT, 4));
+            PackedWeight::experts(weights.collect()).expect("one shape")
+        };
+        let packed: [(&str, &dyn Fn() -> PackedWeight, Precision); 3] = [
+            ("packed bf16", &floats, Precision::Bf16),
+            ("4 bits, int8", &quantized, Precision::Fast),
+            ("4 bits, bf16", &quantized, Precision::Bf16),
+        ];
+        for (what, weight, precision) in packed {
+            bench.line(
+                &name(what),
+                "gather_linear",
+                || (x(Dtype::F32), Array::from_packed(weight()), Routes::new(tokens, count, sets)),
+                |(x, weight, routes)| evaluate(x.gather_linear(weight, None, Some(routes.next()), precision)),
+            );
+        }
     }
 }
 

@@ -252,6 +252,14 @@ pub enum Op {
     /// Products of the matrices that indices name: inputs a [A, m, k], b [B, k, n], indices of `a` and
     /// of `b` (both u32, of one shape); output [indices, m, n].
     GatherMatmul,
+    /// x · wᵀ with the w that an index names, or x · w if `transposed`: inputs x [A, m, k], w [experts, out, in], plain
+    /// or packed, indices of `x` and of `w` (both u32, of one shape); output [indices, m, n].
+    GatherLinear {
+        /// Of the products.
+        precision: Precision,
+        /// k runs over `out`, n over `in`.
+        transposed: bool,
+    },
     /// One product per segment of the inner dimension: inputs a [m, k], b [k, n], segments [.., 2] u32.
     SegmentedMatmul,
     /// Number formats of quantized weights.
@@ -455,6 +463,7 @@ impl Op {
             Op::Linalg(op) => op.name(),
             Op::Hadamard { .. } => "hadamard_transform",
             Op::GatherMatmul => "gather_mm",
+            Op::GatherLinear { .. } => "gather_linear",
             Op::SegmentedMatmul => "segmented_mm",
             Op::Codec(op) => op.name(),
             Op::Custom(custom) => custom.name(),

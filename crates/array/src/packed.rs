@@ -1,5 +1,7 @@
 //! Weights in a kernel's own layout.
 
+mod experts;
+
 use std::ops::Range;
 
 use mica_codec::gguf::GgufBlock;
@@ -12,6 +14,8 @@ use crate::eval::with_pool;
 use crate::ops::quantized::{QuantMode, QuantSpec, QuantizedArray, quantize};
 use crate::{Array, Dtype, Error, Result, Shape};
 
+pub use experts::Experts;
+
 /// A weight [out, in] that was repacked once, at load, for the kernels. Packing is a bijection:
 /// there is one copy only, and its original form can be had back bit for bit.
 #[derive(Debug)]
@@ -20,11 +24,16 @@ pub enum PackedWeight {
     Float(FloatWeight),
     /// Quantized in groups.
     Quant(QuantWeight),
+    /// Several, of which indices choose: [experts, out, in].
+    Experts(Experts),
 }
 
 impl PackedWeight {
-    /// From a plain array [out, in] of f32, bf16 or f16.
+    /// From a plain array [out, in], or [experts, out, in], of f32, bf16 or f16.
     pub fn from_float(weight: &Array) -> Result<PackedWeight> {
+        if weight.rank() == 3 {
+            return experts::of_slices(weight.dim(0), |one| PackedWeight::from_float(&one(weight)?));
+        }
         if weight.rank() != 2 || !weight.dtype().is_float() || weight.dtype() == Dtype::F64 {
             return Err(Error::invalid("pack", format!("needs a float weight [out, in], got {weight:?}")));
         }
@@ -71,9 +80,21 @@ impl PackedWeight {
         Ok(PackedWeight::Quant(weight))
     }
 
-    /// From MLX's arrays of a matrix.
+    /// From MLX's arrays, of one weight or of experts stacked.
     pub fn from_mlx(quantized: &QuantizedArray) -> Result<PackedWeight> {
         let QuantizedArray { words, scales, biases, format, global_scale } = quantized;
+        if words.rank() == 3 && global_scale.is_none() {
+            return experts::of_slices(words.dim(0), |one| {
+                let biases = biases.as_ref().map(one).transpose()?;
+                PackedWeight::from_mlx(&QuantizedArray::new(
+                    one(words)?,
+                    one(scales)?,
+                    biases,
+                    *format,
+                    None,
+                )?)
+            });
+        }
         if words.rank() != 2 || global_scale.is_some() {
             let global = if global_scale.is_some() { " and a global scale" } else { "" };
             return Err(bad(format!(
@@ -138,29 +159,11 @@ impl PackedWeight {
     /// # Errors
     /// If MLX has no such format ([`PackedWeight::quantization`]), or a bias is too large for half precision.
     pub fn to_mlx(&self) -> Result<QuantizedArray> {
-        let PackedWeight::Quant(weight) = self else {
-            return Err(bad("this weight is not quantized".to_string()));
-        };
-        let (Some(Unpacked { words, scales, biases }), Some(format)) = (weight.unpack(), weight.spec())
-        else {
-            return Err(bad(
-                "MLX has no format for groups of 16 integers: dequantize this weight".to_string()
-            ));
-        };
-        if let Some(ScaleVec::F16(biases)) = &biases
-            && biases.iter().any(|bias| bias.is_infinite())
-        {
-            return Err(bad("a scale is so large that its bias is infinite as float16".to_string()));
+        match self {
+            PackedWeight::Float(_) => Err(not_quantized()),
+            PackedWeight::Quant(weight) => to_mlx(weight),
+            PackedWeight::Experts(experts) => experts.to_mlx(),
         }
-        let [out, inner] = weight.shape();
-        let groups = [out, inner / format.group_size()];
-        QuantizedArray::new(
-            Array::from_slice(&words, &[out, format.words(inner)])?,
-            scale_array(&scales, &groups)?,
-            biases.map(|biases| scale_array(&biases, &groups)).transpose()?,
-            format,
-            None,
-        )
     }
 
     /// How it is coded, if it is quantized in a format that MLX has. Of ggml's blocks that are `Q6_K` it has none.
@@ -168,6 +171,7 @@ impl PackedWeight {
         match self {
             PackedWeight::Float(_) => None,
             PackedWeight::Quant(weight) => weight.spec(),
+            PackedWeight::Experts(experts) => experts.quantization(),
         }
     }
 
@@ -176,32 +180,67 @@ impl PackedWeight {
         match self {
             PackedWeight::Quant(weight) => weight.bytes(),
             PackedWeight::Float(weight) => weight.bytes(),
+            PackedWeight::Experts(experts) => experts.bytes(),
         }
     }
 
-    /// [out, in]
+    /// [out, in], of experts [experts, out, in].
     pub fn shape(&self) -> Shape {
         match self {
             PackedWeight::Float(weight) => [weight.out(), weight.inputs()][..].into(),
             PackedWeight::Quant(weight) => weight.shape()[..].into(),
+            PackedWeight::Experts(experts) => experts.shape(),
         }
     }
 
     /// The dtype of the logical weight: a quantized one has that of its scales, or bf16 where these are bytes.
     pub fn dtype(&self) -> Dtype {
         match self {
-            PackedWeight::Float(weight) => match weight.float_type() {
-                FloatType::F32 => Dtype::F32,
-                FloatType::Bf16 => Dtype::BF16,
-                FloatType::F16 => Dtype::F16,
-            },
-            PackedWeight::Quant(weight) => match weight.scale_type() {
-                ScaleType::F32 => Dtype::F32,
-                ScaleType::Bf16 | ScaleType::E8m0 | ScaleType::E4m3 => Dtype::BF16,
-                ScaleType::F16 => Dtype::F16,
-            },
+            PackedWeight::Float(weight) => float_dtype(weight),
+            PackedWeight::Quant(weight) => scale_dtype(weight),
+            PackedWeight::Experts(experts) => experts.dtype(),
         }
     }
+}
+
+fn not_quantized() -> Error {
+    bad("this weight is not quantized".to_string())
+}
+
+fn float_dtype(weight: &FloatWeight) -> Dtype {
+    match weight.float_type() {
+        FloatType::F32 => Dtype::F32,
+        FloatType::Bf16 => Dtype::BF16,
+        FloatType::F16 => Dtype::F16,
+    }
+}
+
+fn scale_dtype(weight: &QuantWeight) -> Dtype {
+    match weight.scale_type() {
+        ScaleType::F32 => Dtype::F32,
+        ScaleType::Bf16 | ScaleType::E8m0 | ScaleType::E4m3 => Dtype::BF16,
+        ScaleType::F16 => Dtype::F16,
+    }
+}
+
+fn to_mlx(weight: &QuantWeight) -> Result<QuantizedArray> {
+    let (Some(Unpacked { words, scales, biases }), Some(format)) = (weight.unpack(), weight.spec()) else {
+        return Err(bad("MLX has no format for groups of 16 integers: dequantize this weight".to_string()));
+    };
+    if let Some(ScaleVec::F16(biases)) = &biases
+        && biases.iter().any(|bias| bias.is_infinite())
+    {
+        return Err(bad("a scale is so large that its bias is infinite as float16".to_string()));
+    }
+    let [out, inner] = weight.shape();
+    let groups = [out, inner / format.group_size()];
+    QuantizedArray::new(
+        Array::from_slice(&words, &[out, format.words(inner)])?,
+        scale_array(&scales, &groups)?,
+        biases.map(|biases| scale_array(&biases, &groups)).transpose()?,
+        format,
+        None,
+    )
 }
 
 /// The first NaN among these bytes of one of a quantized weight's arrays, if its numbers are floats of 8 bits or

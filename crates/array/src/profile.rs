@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
+use crate::Dtype;
+use crate::PackedWeight;
 use crate::backend::{Operand, Step};
 use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
 use crate::ops::quantized::QuantMode;
-use crate::{Dtype, PackedWeight};
+use crate::packed::Experts;
+use crate::shape::size_of;
 
 const OFF: u8 = 0;
 const OPS: u8 = 1;
@@ -152,6 +155,23 @@ fn bytes(step: &Step) -> u64 {
     match &step.op {
         // Of the table it reads as many rows as it gives.
         Op::Embedding => plain - of(&step.inputs[0]) + step.outputs.iter().map(of).sum::<u64>(),
+        // Of the matrices at most one for each index.
+        Op::GatherMatmul | Op::GatherLinear { .. } => {
+            let count = |operand: &Operand| match operand {
+                Operand::Host(view) => view.shape[0],
+                Operand::Packed(weight) => weight.shape()[0],
+                Operand::Absent => 0,
+            };
+            let chosen = step.outputs.first().map_or(0, |out| match out {
+                Operand::Host(view) => size_of(&view.shape[..view.shape.len() - 2]),
+                Operand::Packed(_) | Operand::Absent => 0,
+            });
+            let unread = |at: usize| {
+                let there = count(&step.inputs[at]).max(1);
+                of(&step.inputs[at]) / there as u64 * there.saturating_sub(chosen) as u64
+            };
+            plain - unread(0) - unread(1)
+        }
         Op::PagedAttention(paged) => {
             let keys = seen(paged, &step.inputs[0]).map(|(keys, _)| keys).sum::<u64>();
             plain + keys * (paged.kv.bytes_per_position() / paged.kv.layers) as u64
@@ -195,19 +215,24 @@ fn arithmetic(step: &Step) -> Arithmetic {
         Precision::Bf16 | Precision::Fast => Arithmetic::Bf16,
     };
     // Products of two bf16 arrays are exact in bf16.
-    let halves = || step.inputs.iter().all(|x| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16));
-    // 8-bit floats have no int8 product.
+    let half = |x: &Operand| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16);
+    let halves = || step.inputs.iter().all(half);
+    // 8-bit floats have no int8 product, all other codes have.
     let integers = |weight: &PackedWeight| match weight {
-        PackedWeight::Quant(weight) => weight.spec().is_none_or(|spec| spec.mode() != QuantMode::Mxfp8),
-        PackedWeight::Float(_) => false,
+        PackedWeight::Float(_) | PackedWeight::Experts(Experts::Float(_)) => false,
+        _ => weight.quantization().is_none_or(|format| format.mode() != QuantMode::Mxfp8),
     };
     let quantized = || step.inputs.iter().any(|x| matches!(x, Operand::Packed(weight) if integers(weight)));
     match &step.op {
         Op::Linear { precision: Precision::Fast } if quantized() => Arithmetic::Int8,
+        Op::GatherLinear { precision: Precision::Fast, .. } if quantized() => Arithmetic::Int8,
         Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } if halves() => Arithmetic::Bf16,
         Op::Matmul { precision } | Op::Linear { precision } | Op::LinearTransposed { precision } => {
             float(*precision)
         }
+        Op::GatherMatmul | Op::GatherLinear { .. } if step.inputs[..2].iter().all(half) => Arithmetic::Bf16,
+        Op::GatherLinear { precision, .. } => float(*precision),
+        Op::GatherMatmul => Arithmetic::F32,
         Op::LinearCrossEntropy(spec) => float(spec.precision),
         Op::Attention(spec) | Op::AttentionVjp(spec) => float(spec.precision),
         // What is kept in f32 is not rounded for products.
@@ -227,7 +252,11 @@ fn operations(step: &Step) -> u64 {
     let size = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let first = step.inputs.first().map_or_else(Vec::new, shape);
     match &step.op {
-        Op::Matmul { .. } | Op::Linear { .. } | Op::LinearTransposed { .. } => {
+        Op::Matmul { .. }
+        | Op::Linear { .. }
+        | Op::LinearTransposed { .. }
+        | Op::GatherMatmul
+        | Op::GatherLinear { .. } => {
             2 * size(&shape(&step.outputs[0])) * first.last().copied().unwrap_or(1) as u64
         }
         // Logits, and as much again for each gradient that is formed.
@@ -332,12 +361,16 @@ mod tests {
             Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Vec::new() }))
         };
         let linear = |precision| Op::Linear { precision };
+        let experts = |precision| Op::GatherLinear { precision, transposed: false };
         let (fast, bf16, exact) = (Precision::Fast, Precision::Bf16, Precision::Exact);
         for (name, op, weight, expected) in [
             ("quantized", linear(fast), &quantized, Arithmetic::Int8),
             ("8-bit floats", linear(fast), &eight, Arithmetic::Bf16),
             ("packed floats have no 8-bit form", linear(fast), &float, Arithmetic::Bf16),
             ("plain floats", linear(fast), &singles, Arithmetic::Bf16),
+            ("quantized experts", experts(fast), &quantized, Arithmetic::Int8),
+            ("experts, bf16", experts(bf16), &quantized, Arithmetic::Bf16),
+            ("plain experts, exact", experts(exact), &singles, Arithmetic::F32),
             ("quantized, bf16", linear(bf16), &quantized, Arithmetic::Bf16),
             ("quantized, exact", linear(exact), &quantized, Arithmetic::F32),
             ("backward", Op::LinearTransposed { precision: bf16 }, &quantized, Arithmetic::Bf16),
@@ -354,6 +387,19 @@ mod tests {
         for op in [linear(exact), Op::Matmul { precision: exact }] {
             let inputs = [halves.clone(), halves.clone()];
             assert_eq!(arithmetic(&step(op, &inputs, &[64, 64])), Arithmetic::Bf16, "two of bf16 are exact");
+        }
+    }
+
+    #[test]
+    fn of_experts_only_those_count_that_can_be_read() {
+        let indices = |count: usize| plain(&[count], Dtype::U32);
+        let inputs = |count| {
+            [plain(&[1, 1, 4], Dtype::F32), plain(&[9, 4, 5], Dtype::F32), indices(count), indices(count)]
+        };
+        for (count, read) in [(2, 2), (30, 9)] {
+            let step = step(Op::GatherMatmul, &inputs(count), &[count, 1, 5]);
+            assert_eq!(bytes(&step), (4 + read * 20 + 2 * count as u64 + 5 * count as u64) * 4, "{count}");
+            assert_eq!(operations(&step), 2 * 4 * 5 * count as u64, "{count}");
         }
     }
 

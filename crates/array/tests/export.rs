@@ -1,7 +1,7 @@
 //! Functions in files, and graphs as text.
 
 use mica_array::fft::{self, Norm};
-use mica_array::quantized::{QuantMode, QuantSpec, quantize};
+use mica_array::quantized::{QuantMode, QuantSpec, QuantizedArray, quantize};
 use mica_array::transforms::{checkpoint, compile, grad};
 use mica_array::{
     Array, Dtype, Error, FunctionExporter, PackedWeight, Precision, Result, conv, export_function,
@@ -267,13 +267,20 @@ fn constants_compiled_functions_and_packed_weights_are_written_out() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("f.safetensors");
     let plain = cases::random(&[64, 64], Dtype::F32, 1);
-    let packed = Array::from_packed(
-        PackedWeight::quantize(&plain, mica_array::quantized::QuantSpec::affine(4, 32).unwrap()).unwrap(),
-    );
+    let format = QuantSpec::affine(4, 32).unwrap();
+    let packed = Array::from_packed(PackedWeight::quantize(&plain, format).unwrap());
+    let words = [packed.packed().unwrap().to_mlx().unwrap().words, cases::random(&[64, 8], Dtype::U32, 4)];
+    let numbers = |seed| cases::random(&[2, 64, 2], Dtype::F32, seed);
+    let words = Array::stack(&words, 0).unwrap();
+    let stacked = QuantizedArray::new(words, numbers(5), Some(numbers(6)), format, None).unwrap();
+    let experts = Array::from_packed(PackedWeight::from_mlx(&stacked).unwrap());
+    let chosen = Array::from_slice(&[1u32, 0, 1], &[3]).unwrap();
     let bias = cases::random(&[64], Dtype::BF16, 2);
     let gate = compile(|x: &[Array]| Ok(vec![x[0].silu()? * &x[1]]));
     let f = |x: &[Array]| {
         let y = x[0].linear(&packed, None, Precision::Exact)?.add(&bias)?;
+        let rows = y.expand_dims(&[1])?.astype(Dtype::F32)?;
+        let y = y.add(rows.gather_linear(&experts, None, Some(&chosen), Precision::Exact)?.squeeze(&[1])?)?;
         let y = checkpoint(|y| Ok(vec![y[0].tanh()? * f64::NEG_INFINITY.exp()]), &[y])?;
         gate.call(&[y[0].clone(), x[0].clone()])
     };

@@ -32,6 +32,7 @@ pub mod quant;
 pub mod random;
 pub mod reduce;
 pub mod rope;
+mod routing;
 mod rows;
 pub mod scan;
 pub mod sort;

@@ -7,6 +7,7 @@
 mod complex;
 mod conv;
 mod elementwise;
+mod experts;
 mod fft;
 mod fused;
 mod gathered;
@@ -363,6 +364,7 @@ fn lower(step: &Step) -> Result<Lowered> {
         Op::Linalg(op) => Ok(gathered::decomposition(*op, step)),
         Op::Hadamard { scale } => gathered::hadamard(*scale, step),
         Op::GatherMatmul => gathered::gather_matmul(step),
+        Op::GatherLinear { precision, transposed } => experts::gather_linear(step, *precision, *transposed),
         Op::SegmentedMatmul => gathered::segmented_matmul(step),
         Op::Codec(op) => Ok(gathered::codec(*op, step)),
         Op::Tracer(_)

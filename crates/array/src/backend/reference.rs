@@ -131,7 +131,10 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         Op::AdamW(spec) => Ok(elementwise::adamw(spec, &all()?)),
         Op::Conv(spec) => one(conv::conv(spec, &input(0)?, &input(1)?, &out.shape)),
         Op::Hadamard { scale } => one(gathered::hadamard(*scale, &input(0)?)),
-        Op::GatherMatmul => one(gathered::gather_matmul(&all()?, &out.shape)?),
+        Op::GatherMatmul => one(gathered::gather_matmul(&all()?, &out.shape, false)?),
+        Op::GatherLinear { transposed, .. } => {
+            one(gathered::gather_matmul(&all()?, &out.shape, !transposed)?)
+        }
         Op::SegmentedMatmul => one(gathered::segmented_matmul(&all()?, &out.shape)),
         Op::Fused(fused) => region::region(fused, step),
         Op::PagedAttention(_)

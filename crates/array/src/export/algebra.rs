@@ -3,7 +3,7 @@
 use serde_json::Value as Json;
 use smallvec::SmallVec;
 
-use super::decode::{bad, flag, number, signed_wholes, text, whole, wholes};
+use super::decode::{bad, flag, number, precision, signed_wholes, text, whole, wholes};
 use crate::ops::conv::{ConvNd, convolution};
 use crate::ops::fft::{FftKind, FftSpec, raw};
 use crate::ops::linalg;
@@ -57,6 +57,10 @@ pub(super) fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> R
         }
         "hadamard_transform" => one(input(0)?.hadamard_transform(Some(number(node, "scale")? as f32))?),
         "gather_mm" => one(input(0)?.gather_mm(input(1)?, Some(input(2)?), Some(input(3)?), false)?),
+        "gather_linear" => {
+            let how = (precision(node)?, flag(node, "transposed")?);
+            one(input(0)?.gather_linear_either(input(1)?, Some(input(2)?), Some(input(3)?), how)?)
+        }
         "segmented_mm" => one(input(0)?.segmented_mm(input(1)?, input(2)?)?),
         "quantize" => {
             let codes = quantize(input(0)?, format(node)?, inputs.get(1))?;

@@ -166,7 +166,7 @@ fn spec_of(json: &Json) -> Result<Spec> {
     Ok(Spec::new(shape, dtype))
 }
 
-fn precision(object: &Json) -> Result<Precision> {
+pub(super) fn precision(object: &Json) -> Result<Precision> {
     match text(object, "precision")? {
         "exact" => Ok(Precision::Exact),
         "bf16" => Ok(Precision::Bf16),

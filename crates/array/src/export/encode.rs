@@ -216,6 +216,9 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
             return Err(Error::Kernel(format!("{} should have been opened", describe(op)).into()));
         }
         Op::GatherMatmul | Op::SegmentedMatmul => json!({}),
+        Op::GatherLinear { precision, transposed } => {
+            json!({ "precision": precision_name(*precision), "transposed": transposed })
+        }
         Op::Hadamard { scale } => json!({ "scale": scale }),
         Op::Conv(spec) => json!({
             "stride": spec.stride.as_slice(),

@@ -8,7 +8,6 @@ use smallvec::smallvec;
 use super::{Grads, Vjp};
 use crate::dtype::promote;
 use crate::op::{Op, Precision, first_failure};
-use crate::packed::PackedWeight;
 use crate::shape::{Shape, broadcast_shapes};
 use crate::{Array, Dtype, Error, Result};
 
@@ -132,7 +131,7 @@ impl Array {
         first_failure(&[self])?;
         match self.packed().as_deref() {
             None => self.astype(dtype),
-            Some(PackedWeight::Quant(_)) if dtype == Dtype::F32 => {
+            Some(weight) if weight.quantization().is_some() && dtype == Dtype::F32 => {
                 Ok(Array::lazy(Op::Dequantize, smallvec![self.clone()], self.shape(), dtype))
             }
             Some(_) => {

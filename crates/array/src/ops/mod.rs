@@ -11,6 +11,7 @@ pub mod custom;
 pub mod diagonal;
 pub mod einsum;
 pub mod elementwise;
+pub mod experts;
 pub mod fast;
 pub mod fft;
 pub mod index;

@@ -2,6 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
+use super::sort::Side;
 use super::{Grads, Jvp, Tangents, Vjp, Vmap};
 use crate::dtype::promote;
 use crate::node::Inputs;
@@ -313,10 +314,25 @@ pub(crate) fn gather_matmul_vjp(rule: &Vjp) -> Result<Grads> {
         grads[0] = Some(Array::scatter_add(&parts, &lhs, 0, a.dim(0))?);
     }
     if rule.needs[1] {
-        let parts = a.swap_axes(-1, -2)?.gather_mm(&ct, Some(&lhs), Some(&each), false)?;
-        grads[1] = Some(Array::scatter_add(&parts, &rhs, 0, b.dim(0))?);
+        grads[1] = Some(sum_by_matrix([a, &ct], [&lhs, &rhs], b.dim(0))?);
     }
     Ok(grads)
+}
+
+/// For each of `count` matrices Σ aᵀ · ct over the entries whose `rhs` names it, of the matrices of `a` that `lhs`
+/// names and those of `ct` in order: the rows of a matrix put together are one segment of one long sum.
+pub(crate) fn sum_by_matrix([a, ct]: [&Array; 2], [lhs, rhs]: [&Array; 2], count: usize) -> Result<Array> {
+    let rows = |array: Array| array.reshape_to(&[array.dim(0) * array.dim(1), array.dim(2)]);
+    // What names no matrix is an error here too, not an entry that belongs to no segment.
+    let matrices = Array::arange(0.0, count as f64, 1.0, Dtype::U32)?;
+    let rhs = matrices.take(rhs, 0)?;
+    let order = rhs.argsort(0)?;
+    let sorted = rhs.take(&order, 0)?;
+    let left = rows(a.take(&lhs.take(&order, 0)?, 0)?)?;
+    let right = rows(ct.take(&order, 0)?)?;
+    let bound = |side: Side| sorted.searchsorted(&matrices, side)?.multiply(a.dim(1));
+    let segments = Array::stack(&[bound(Side::Left)?, bound(Side::Right)?], 1)?;
+    left.swap_axes(0, 1)?.segmented_mm(&right, &segments)
 }
 
 /// By masks over the inner dimension: the segments are data, so their sizes are not known here.
@@ -380,7 +396,7 @@ pub(crate) fn bilinear_jvp(op: &Op, rule: &Jvp) -> Result<Tangents> {
 }
 
 /// Each example's matrices stand in one list, so that its indices begin where its matrices do.
-pub(crate) fn gather_matmul_vmap(rule: &Vmap) -> Result<Array> {
+pub(crate) fn gather_matmul_vmap(op: &Op, rule: &Vmap) -> Result<Array> {
     let mut inputs: Inputs = rule.inputs.iter().cloned().collect();
     for side in 0..2 {
         let mut indices = rule.full(side + 2)?;
@@ -395,7 +411,7 @@ pub(crate) fn gather_matmul_vmap(rule: &Vmap) -> Result<Array> {
         }
         inputs[side + 2] = indices.contiguous()?;
     }
-    rule.build(Op::GatherMatmul, inputs)
+    rule.build(op.clone(), inputs)
 }
 
 /// Segments are a list anyway. Matrices that differ are masked outside of each segment.

@@ -155,6 +155,9 @@ fn rule_of(op: &Op, rule: &Jvp) -> Result<Tangents> {
         Op::Fused(region) => region.jvp(rule),
         Op::Custom(custom) => ops::custom::custom_jvp(custom.as_ref(), rule),
         Op::Conv(_) | Op::GatherMatmul | Op::SegmentedMatmul => ops::products::bilinear_jvp(op, rule),
+        Op::GatherLinear { precision, transposed } => {
+            ops::experts::gather_linear_jvp((*precision, *transposed), rule)
+        }
         Op::Fft(_) | Op::Hadamard { .. } => ops::products::linear_jvp(op, rule),
         Op::Linalg(op) => ops::linalg::linalg_jvp(*op, rule),
         Op::Codec(op) => ops::quantized::codec_jvp(*op, rule),

@@ -198,6 +198,9 @@ fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
         Op::Linalg(op) => ops::linalg::linalg_vjp(*op, rule),
         Op::Hadamard { scale } => ops::products::hadamard_vjp(*scale, rule),
         Op::GatherMatmul => ops::products::gather_matmul_vjp(rule),
+        Op::GatherLinear { precision, transposed } => {
+            ops::experts::gather_linear_vjp((*precision, *transposed), rule)
+        }
         Op::SegmentedMatmul => ops::products::segmented_matmul_vjp(rule),
         Op::Codec(op) => ops::quantized::codec_vjp(*op, rule),
         Op::Custom(custom) => ops::custom::custom_vjp(custom.as_ref(), rule),

@@ -327,7 +327,7 @@ fn rule_of(op: &Op, rule: &Vmap) -> Result<Outputs> {
         }
         Op::Linalg(_) | Op::Codec(_) => several(op, rule),
         Op::Conv(spec) => one(ops::conv::conv_vmap(spec, rule)?),
-        Op::GatherMatmul => one(ops::products::gather_matmul_vmap(rule)?),
+        Op::GatherMatmul | Op::GatherLinear { .. } => one(ops::products::gather_matmul_vmap(op, rule)?),
         Op::SegmentedMatmul => one(ops::products::segmented_matmul_vmap(rule)?),
         Op::PagedAttention(_) => Err(Error::unsupported(
             op.name(),

@@ -248,6 +248,25 @@ pub fn op_cases() -> Vec<OpCase> {
     add("linear", vec![normal(&[2, 3, 4], 114), normal(&[5, 4], 115), normal(&[5], 116)], |x| {
         one(x[0].linear(&x[1], Some(&x[2]), Precision::Exact)?)
     });
+    let chosen = || ints(&[2, 0, 2, 1], &[2, 2]);
+    add("gather_mm", vec![normal(&[2, 1, 3, 4], 171), normal(&[4, 4, 2], 172), chosen()], |x| {
+        one(x[0].gather_mm(&x[1], None, Some(&x[2]), false)?)
+    });
+    add("gather_linear", vec![normal(&[2, 1, 3, 4], 173), normal(&[4, 2, 4], 174), chosen()], |x| {
+        one(x[0].gather_linear(&x[1], None, Some(&x[2]), Precision::Exact)?)
+    });
+    add(
+        "gather_linear of chosen rows",
+        vec![normal(&[3, 1, 4], 175), normal(&[3, 2, 4], 176), chosen()],
+        |x| {
+            one(x[0].gather_linear(
+                &x[1],
+                Some(&x[2]),
+                Some(&x[2].flatten()?.reshape(&[2, 2])?),
+                Precision::Exact,
+            )?)
+        },
+    );
     add("embedding", vec![normal(&[5, 3], 117), ints(&[4, 0, 4, 2], &[2, 2])], |x| {
         one(Array::embedding(&x[0].square()?, &x[1], x[0].dtype())?)
     });

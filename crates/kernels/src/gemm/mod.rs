@@ -6,10 +6,9 @@
 //!
 //! A plan knows its [`Gemm::workspace_bytes`]; the caller allocates them and appends the plan's
 //! tasks to a list. The same bits come out for any number of rows, threads, and any cutting:
-//! docs/NUMERICS.md has the orders. Grouped products (experts) will be another `product`
-//! source.
+//! docs/NUMERICS.md has the orders. [`Grouped`] multiplies rows by the matrices that indices name.
 //!
-//! Files: `types` what is asked; `product` cutting and loops; `pack` and `block` packing;
+//! Files: `types` what is asked; `cut` blocks, `product` the loops over them; `grouped` rows for experts; `pack` and `block` packing;
 //! `store` the epilogue; `weight` packed weights, `read` from files; `micro` the table of innermost loops, one file per tier.
 
 #[cfg(target_arch = "x86_64")]
@@ -19,7 +18,9 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod block;
+mod cut;
 mod generic;
+mod grouped;
 mod micro;
 mod pack;
 mod pairs;
@@ -38,6 +39,7 @@ use mica_simd::Isa;
 use mica_threads::{Pool, Task};
 
 pub use generic::{MatmulTask, Number};
+pub use grouped::{FloatExperts, Grouped, GroupedSpec, Matrices};
 pub use types::{Epilogue, FloatType, FloatView, FloatViewMut, Precision};
 pub use weight::{FloatWeight, WeightPacking};
 pub use workspace::{WorkspaceBuf, run};
@@ -137,6 +139,7 @@ impl<'a> Gemm<'a> {
             b: BSource::Strided(b),
             out,
             addends,
+            chosen: false,
         }))
     }
 
@@ -173,6 +176,7 @@ impl<'a> Gemm<'a> {
             b,
             out,
             addends,
+            chosen: false,
         }))
     }
 

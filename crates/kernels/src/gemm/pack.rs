@@ -54,6 +54,15 @@ pub(crate) trait PanelSource: std::fmt::Debug + Send + Sync {
     /// The tier is available; the range lies inside the operand and the destination is writable.
     unsafe fn panels(&self, isa: Isa, form: PanelForm, range: PanelRange);
 
+    /// The same of one of several matrices.
+    ///
+    /// # Safety
+    /// As above, and there is such a matrix.
+    unsafe fn panels_of(&self, _matrix: usize, isa: Isa, form: PanelForm, range: PanelRange) {
+        // SAFETY: passed on.
+        unsafe { self.panels(isa, form, range) }
+    }
+
     /// Ranges begin at multiples of so many k.
     fn step(&self) -> usize {
         256
@@ -65,8 +74,9 @@ pub(crate) trait PanelSource: std::fmt::Debug + Send + Sync {
 pub(super) enum BSource {
     /// Rows are k, columns are n.
     Strided(Matrix),
-    /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around.
-    Weight { tiles: Tiles, transposed: bool },
+    /// A packed weight `[out, in]`: k runs over `in` and n over `out`, or the other way around. If batch entries
+    /// have weights of their own, `others` are those of all, the first one included.
+    Weight { tiles: Tiles, transposed: bool, others: Option<Arc<[Tiles]>> },
     /// Whatever writes panels.
     Panels(Arc<dyn PanelSource>),
 }
@@ -244,6 +254,43 @@ impl PackA {
         }
     }
 
+    /// [`PackA::rows`] of rows that lie anywhere: at these offsets (bytes, modulo 2⁶⁴) from `from`, elements `column`
+    /// bytes apart. They are copied to `lines`, the rows that this packer was made for, a panel at a time.
+    ///
+    /// # Safety
+    /// As there, and `lines` has room for a panel of lines, so many bytes apart, of `k` elements.
+    pub unsafe fn chosen(
+        &self,
+        (from, column, offsets): (*const u8, isize, &[usize]),
+        panel: usize,
+        padded: impl Fn(usize) -> usize,
+        k: usize,
+        (lines, step): (*mut u8, isize),
+        into: *mut u8,
+    ) {
+        let size = self.reader.float.size();
+        let row_bytes = PackA::row_bytes(if self.pairs { Line::Pairs } else { Line::F32 }, k);
+        for (at, offsets) in offsets.chunks(panel).enumerate() {
+            for (line, &offset) in offsets.iter().enumerate() {
+                let from = from.wrapping_add(offset);
+                let line = lines.wrapping_offset(line as isize * step);
+                // SAFETY: promised by the caller.
+                unsafe {
+                    if column == size as isize {
+                        std::ptr::copy_nonoverlapping(from, line, k * size);
+                    } else if size == 4 {
+                        copy_apart::<u32>(from, column, k, line);
+                    } else {
+                        copy_apart::<u16>(from, column, k, line);
+                    }
+                }
+            }
+            let here = offsets.len();
+            // SAFETY: the lines were just written; panels follow each other.
+            unsafe { self.rows(lines, (here, panel), &padded, k, into.add(at * panel * row_bytes)) }
+        }
+    }
+
     /// Whether rows have to be turned around.
     fn turns(&self) -> bool {
         self.reader.how == How::LinesAlongOther
@@ -328,6 +375,20 @@ impl PackA {
     }
 }
 
+/// Copies `count` elements that lie `step` bytes apart.
+///
+/// # Safety
+/// They are readable, and as many writable in a row.
+unsafe fn copy_apart<T>(from: *const u8, step: isize, count: usize, into: *mut u8) {
+    for at in 0..count {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let value = from.wrapping_offset(at as isize * step).cast::<T>().read();
+            into.cast::<T>().add(at).write(value);
+        }
+    }
+}
+
 /// Packs panels of B.
 pub(super) struct PackB {
     isa: Isa,
@@ -355,7 +416,7 @@ impl PackB {
             BSource::Strided(b) => {
                 (Some(Reader::new(isa, b.float, b.row, b.column, How::LinesAlongK, into)), None)
             }
-            BSource::Weight { tiles, transposed } => {
+            BSource::Weight { tiles, transposed, .. } => {
                 let from = match tiles.float {
                     FloatType::F32 => block::From::F32,
                     FloatType::Bf16 => block::From::Pairs,
@@ -368,15 +429,15 @@ impl PackB {
     }
 
     /// Packs `k` elements from `k0` (a multiple of 32) of `panels` panels from column `n0` (a
-    /// multiple of 16), of a product with `n` columns. `base` is the batch entry's matrix for
-    /// strided operands.
+    /// multiple of 16), of a product with `n` columns. `base` is where the batch entry's matrix is, unless
+    /// it writes its panels itself.
     ///
     /// # Safety
     /// The operand has those elements; `panels * stride` bytes from `into` are writable, and
     /// `stride` is at least `line.panel_bytes(k)`.
     pub unsafe fn panels(
         &self,
-        base: *const u8,
+        (entry, base): (usize, *const u8),
         (n0, n, panels): (usize, usize, usize),
         (k0, k): (usize, usize),
         into: *mut u8,
@@ -385,7 +446,8 @@ impl PackB {
         if let BSource::Panels(source) = &self.source {
             // SAFETY: passed on.
             return unsafe {
-                source.panels(self.isa, self.form, PanelRange { n0, panels, k0, k, into, stride })
+                let range = PanelRange { n0, panels, k0, k, into, stride };
+                source.panels_of(entry, self.isa, self.form, range)
             };
         }
         let (k_padded, step) = match self.line {
@@ -405,11 +467,11 @@ impl PackB {
                             (k0 + at) as isize * reader.along_k + column as isize * reader.along_other;
                         reader.read(base.wrapping_offset(offset), (ks, columns), into, 64, 16);
                     }
-                    (BSource::Weight { tiles, transposed }, _, Some(block)) => {
+                    (BSource::Weight { tiles, transposed, .. }, _, Some(block)) => {
                         let exists = if ks == 0 { 0 } else { 16 };
                         let (panel, within) =
                             if *transposed { ((k0 + at) / 16, column) } else { (column / 16, k0 + at) };
-                        let from = tiles.pointer.wrapping_add(tiles.offset(panel, within));
+                        let from = base.wrapping_add(tiles.offset(panel, within));
                         let from_step = if tiles.float == FloatType::F16 { 32 } else { 64 };
                         block(&Job {
                             from,

@@ -1,4 +1,4 @@
-//! One product as tasks: how it is cut into blocks, and the loops around the micro-kernel.
+//! One product as tasks: the loops around the micro-kernel.
 //!
 //! A *chunk* is a block of `mc` rows by `nc` columns with the whole of k. It walks k in steps of
 //! `kc`, with its sums in scratch memory, so a block of B (`kc` x a few panels) stays in the
@@ -6,7 +6,8 @@
 //! chain over k, whatever the blocks.
 //!
 //! A is packed by a task of its own when several chunks read the same rows, otherwise by the
-//! chunk. B is read in place when a packed weight has the right kind of lines, packed by a task when
+//! chunk. Rows that an index chose ([`super::grouped`]) lie anywhere, and so do their outputs: they are
+//! packed by way of lines that follow each other, and stored one by one. B is read in place when a packed weight has the right kind of lines, packed by a task when
 //! several blocks of rows read it (twenty blocks that pack the same columns cost a tenth of a product),
 //! and by the chunk otherwise or when the whole of it would take too much memory.
 
@@ -15,16 +16,14 @@ use std::sync::Arc;
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
 
+use super::cut::{Cut, FEW_ROWS};
 use super::micro::{self, Call, Line, Micro};
 use super::pack::{BSource, PackA, PackB};
-use super::store::{Place, StoreFn, StoreJob, storer};
+use super::store::{Addends, Place, StoreFn, StoreJob, storer};
 use super::types::{FloatType, Matrix, Precision};
 use crate::layout::prefetch;
 use crate::view::Dims;
 
-/// Up to this many rows a product is bound by reading B: weights are read in place even if they
-/// must be widened, and each chunk packs its own A.
-const FEW_ROWS: usize = 32;
 /// Widening in the loop costs two operations per line and call; more rows than two panels repeat
 /// it too often.
 const WIDEN_ROWS: usize = 16;
@@ -37,16 +36,6 @@ const B_LIMIT_TILES: usize = 256 << 20;
 /// The same of a packed weight that is read the other way: what a third-level cache holds. Quantized weights and
 /// patches are never written out whole: from there they came back slower than each block of rows unpacks them.
 const B_LIMIT_WEIGHT: usize = 16 << 20;
-/// Bytes of a packed weight per chunk when rows are few: long reads for the prefetchers, and still
-/// many chunks to share out.
-const STREAM_BYTES: usize = 128 << 10;
-
-/// Rows and columns of a chunk at most, where vectors multiply.
-const MOST_ROWS: usize = 192;
-const MOST_COLUMNS: usize = 384;
-/// Chunks to have for many cores.
-const CHUNKS: usize = 16;
-
 /// A product, checked and cut. Operands must outlive the tasks made from it.
 pub(super) struct Product {
     isa: Isa,
@@ -62,6 +51,8 @@ pub(super) struct Product {
     store: StoreFn,
     pack_a: PackA,
     pack_b: PackB,
+    /// Rows are chosen by an index.
+    chosen: bool,
     /// B panels are read where a packed weight has them.
     in_place: bool,
     cut: Cut,
@@ -74,14 +65,6 @@ pub(super) struct Product {
 unsafe impl Send for Product {}
 // SAFETY: as above.
 unsafe impl Sync for Product {}
-
-/// Block sizes.
-#[derive(Clone, Copy, Debug)]
-struct Cut {
-    mc: usize,
-    nc: usize,
-    kc: usize,
-}
 
 /// What [`Product::new`] takes: checked matrices.
 pub(super) struct Request {
@@ -96,15 +79,39 @@ pub(super) struct Request {
     pub b: BSource,
     pub out: Matrix,
     pub addends: Vec<Matrix>,
+    /// Blocks are of [`Chosen`] rows: `m` is how many a matrix of B has in the mean, batch entries are
+    /// the matrices of B, and there are no addends.
+    pub chosen: bool,
+}
+
+/// Rows of A that are multiplied by one matrix of B, wherever they are.
+pub(super) struct Chosen<'a> {
+    /// Where each row is: bytes behind the start of A, modulo 2⁶⁴.
+    pub from: &'a [usize],
+    /// Where each row of the output is, likewise.
+    pub to: &'a [usize],
+}
+
+/// What a chunk computes: some columns of a block of rows, or of rows that were chosen.
+pub(super) struct Block<'a> {
+    pub entry: usize,
+    pub row_block: usize,
+    pub column_block: usize,
+    pub chosen: Option<Chosen<'a>>,
+    pub packed_a: Option<*const u8>,
+    pub packed_b: *const u8,
 }
 
 impl Product {
     pub fn new(mut request: Request) -> Product {
-        request.fold_batch();
-        request.turn_if_narrow();
-        let Request { isa, threads, precision, batch, m, n, k, mut a, mut b, out, addends } = request;
+        let chosen = request.chosen;
+        if !chosen {
+            request.fold_batch();
+            request.turn_if_narrow();
+        }
+        let Request { isa, threads, precision, batch, m, n, k, mut a, mut b, out, addends, .. } = request;
         // A single row (column) is contiguous across whatever its stride says.
-        if m == 1 && a.column != a.float.size() as isize {
+        if m == 1 && !chosen && a.column != a.float.size() as isize {
             a.row = a.float.size() as isize;
         }
         if let BSource::Strided(b) = &mut b
@@ -117,7 +124,7 @@ impl Product {
         let round = precision == Precision::Bf16;
         let panels_line = if pairs { Line::Pairs } else { Line::F32 };
         let place = match &b {
-            BSource::Weight { tiles, transposed: false } => match tiles.float {
+            BSource::Weight { tiles, transposed: false, .. } => match tiles.float {
                 FloatType::F32 if !round => Some(Line::F32),
                 FloatType::Bf16 if pairs => Some(Line::Pairs),
                 FloatType::Bf16 if m <= WIDEN_ROWS => Some(Line::WidenBf16),
@@ -143,15 +150,21 @@ impl Product {
             BSource::Panels(_) => 0,
         };
         let mut cut = Cut::new(&micro, in_place, strided, fine, batches, m, n, k);
-        if !in_place && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
-            cut.across(&micro, batches, m, n);
+        let mut apart = chosen;
+        if chosen {
+            cut.any_rows(&micro);
+        } else {
+            if !in_place && b_bytes <= b_limit && m > FEW_ROWS && pairs && micro.tile_rows.is_none() {
+                cut.across(&micro, batches, m, n);
+            }
+            apart = strided && isa == Isa::Avx512 && cut.long(&micro, (batches, threads), m, n, k);
         }
-        let apart = strided && isa == Isa::Avx512 && cut.long(&micro, (batches, threads), m, n, k);
+        let lines = Matrix { column: a.float.size() as isize, row: line_step(&cut, a.float), ..a.clone() };
         Product {
             a_shared: m > FEW_ROWS && n > cut.nc && !apart,
             b_shared: !in_place && m > cut.mc && b_bytes <= b_limit && !apart,
             store: storer(isa),
-            pack_a: PackA::new(isa, &a, micro.line, round),
+            pack_a: PackA::new(isa, if chosen { &lines } else { &a }, micro.line, round),
             pack_b: PackB::new(isa, &b, panels_line, round),
             isa,
             batch,
@@ -163,6 +176,7 @@ impl Product {
             out,
             addends,
             micro,
+            chosen,
             in_place,
             cut,
         }
@@ -176,8 +190,13 @@ impl Product {
         self.m.div_ceil(self.cut.mc)
     }
 
-    fn column_blocks(&self) -> usize {
+    pub fn column_blocks(&self) -> usize {
         self.n.div_ceil(self.cut.nc)
+    }
+
+    /// Rows that a block has at most, and of which whole multiples are multiplied best.
+    pub fn row_units(&self) -> (usize, usize) {
+        (self.cut.mc, self.micro.rows)
     }
 
     /// Batch entries of A that differ.
@@ -209,11 +228,13 @@ impl Product {
         }
     }
 
-    /// Where the matrix of a batch entry is; packed weights know it themselves.
+    /// Where the matrix of a batch entry is, unless it writes its own panels.
     fn b_base(&self, entry: usize) -> *const u8 {
         match &self.b {
             BSource::Strided(b) => b.at(entry, &self.batch),
-            BSource::Weight { .. } | BSource::Panels(_) => std::ptr::null(),
+            BSource::Weight { others: Some(all), .. } => all[entry].pointer,
+            BSource::Weight { tiles, .. } => tiles.pointer,
+            BSource::Panels(_) => std::ptr::null(),
         }
     }
 
@@ -288,14 +309,48 @@ impl Product {
         unsafe { self.pack_a.rows(from, (rows, self.micro.rows), padded, k, into) }
     }
 
-    /// The slab of A that a chunk's thread is likely to pack after this one: the block and its range of k.
-    fn slab_after(&self, block: usize, k0: usize) -> Option<(usize, (usize, usize))> {
-        let kc = self.cut.kc;
-        if k0 + kc < self.k {
-            return Some((block, (k0 + kc, kc.min(self.k - k0 - kc))));
+    /// Packs `k` elements from `k0` of the rows of a block, by way of `lines` if they were chosen.
+    ///
+    /// # Safety
+    /// `into` has room for the block's slab, and `lines` for a panel of lines.
+    unsafe fn pack_block(&self, block: &Block, (k0, k): (usize, usize), lines: *mut u8, into: *mut u8) {
+        let Some(chosen) = &block.chosen else {
+            // SAFETY: passed on.
+            return unsafe { self.pack_rows(self.row_unit(block), (k0, k), into) };
+        };
+        let from = self.a.pointer.wrapping_offset(k0 as isize * self.a.column);
+        let padded = |here: usize| self.micro.padded(here, chosen.from.len());
+        // SAFETY: the rows are inside A; the caller promises the room.
+        unsafe {
+            self.pack_a.chosen(
+                (from, self.a.column, chosen.from),
+                self.micro.rows,
+                padded,
+                k,
+                (lines, line_step(&self.cut, self.a.float)),
+                into,
+            )
         }
-        let more = block % self.row_blocks() + 1 < self.row_blocks();
-        more.then(|| (block + 1, (0, kc.min(self.k))))
+    }
+
+    /// The number of a block's rows over batch entries and row blocks of A.
+    fn row_unit(&self, block: &Block) -> usize {
+        if self.a_batches() == 1 {
+            block.row_block
+        } else {
+            block.entry * self.row_blocks() + block.row_block
+        }
+    }
+
+    /// The slab of A that a chunk's thread is likely to pack after this one: the block and its range of k.
+    fn slab_after(&self, block: &Block, k0: usize) -> Option<(usize, (usize, usize))> {
+        let kc = self.cut.kc;
+        let unit = self.row_unit(block);
+        if k0 + kc < self.k {
+            return Some((unit, (k0 + kc, kc.min(self.k - k0 - kc))));
+        }
+        let more = block.chosen.is_none() && unit % self.row_blocks() + 1 < self.row_blocks();
+        more.then(|| (unit + 1, (0, kc.min(self.k))))
     }
 
     /// Asks for part `part.0` of `part.1` of the elements of A that [`Product::pack_rows`] would read.
@@ -318,23 +373,48 @@ impl Product {
         }
     }
 
+    /// The same of rows that were chosen.
+    fn ask_for_chosen(&self, chosen: &Chosen, (k0, k): (usize, usize), part: (usize, usize)) {
+        let size = self.a.float.size();
+        if self.a.column != size as isize {
+            return;
+        }
+        let count = chosen.from.len();
+        for &offset in &chosen.from[count * part.0 / part.1..count * (part.0 + 1) / part.1] {
+            prefetch(self.a.pointer.wrapping_add(offset + k0 * size), k * size);
+        }
+    }
+
+    /// Stores sums of rows of a block, from `row` on.
+    ///
+    /// # Safety
+    /// As [`StoreFn`], for the block's own rows.
+    unsafe fn put(&self, block: &Block, row: usize, job: StoreJob) {
+        let Some(chosen) = &block.chosen else {
+            // SAFETY: passed on.
+            return unsafe { (self.store)(&job) };
+        };
+        for (line, &to) in chosen.to[row..row + job.rows].iter().enumerate() {
+            // SAFETY: a row of the job; its place in the output is this chunk's own.
+            unsafe {
+                let out = Place { pointer: job.out.pointer.wrapping_add(to), ..job.out };
+                (self.store)(&StoreJob { sums: job.sums.add(line * 16), rows: 1, out, ..job });
+            }
+        }
+    }
+
     /// Computes one block of the output.
     ///
     /// # Safety
-    /// As [`Product::tasks`]; the packing tasks have run.
-    unsafe fn multiply(
-        &self,
-        entry: usize,
-        row_block: usize,
-        column_block: usize,
-        packed_a: Option<*const u8>,
-        packed_b: *const u8,
-        scratch: &Scratch,
-    ) {
+    /// As [`Product::tasks`]; the packing tasks have run. Rows that were chosen, at most `mc`, are inside A and the
+    /// output, and their matrix is one of B's.
+    pub unsafe fn multiply(&self, block: &Block, scratch: &Scratch) {
+        let &Block { entry, row_block, column_block, packed_a, packed_b, .. } = block;
         let Cut { mc, nc, kc } = self.cut;
         let micro = &self.micro;
         let (m0, n0) = (row_block * mc, column_block * nc);
-        let (rows, columns) = (mc.min(self.m - m0), nc.min(self.n - n0));
+        let rows = block.chosen.as_ref().map_or(mc.min(self.m - m0), |chosen| chosen.from.len());
+        let columns = nc.min(self.n - n0);
         let panels = columns.div_ceil(16);
         let step = micro.panels_for(rows.min(micro.rows));
         let k_blocks = self.k.div_ceil(kc).max(1);
@@ -356,6 +436,12 @@ impl Product {
                 scratch.take::<u8>(row_panels * micro.rows * bytes).as_mut_ptr()
             }
         };
+        let lines = match block.chosen {
+            Some(_) => {
+                scratch.take::<u8>(micro.rows * line_step(&self.cut, self.a.float) as usize).as_mut_ptr()
+            }
+            None => std::ptr::null_mut(),
+        };
         let own_b = !self.in_place && !self.b_shared;
         let b_scratch = match own_b {
             true => scratch.take::<u8>(panels * micro.line.panel_bytes(kc)).as_mut_ptr(),
@@ -363,13 +449,13 @@ impl Product {
         };
         let b_base = self.b_base(entry);
         let panels_in_place: *const u8 = match &self.b {
-            BSource::Weight { tiles, .. } if self.in_place => {
-                tiles.pointer.wrapping_add(tiles.offset(n0 / 16, 0))
-            }
+            BSource::Weight { tiles, .. } if self.in_place => b_base.wrapping_add(tiles.offset(n0 / 16, 0)),
             _ => std::ptr::null(),
         };
-        let out = place(&self.out, entry, &self.batch).moved(m0, n0);
-        let addends: Vec2 = Vec2::of(&self.addends, entry, &self.batch, m0, n0);
+        // Of rows that were chosen each has a place of its own.
+        let across = |row: usize| if self.chosen { 0 } else { row };
+        let out = Place::of(&self.out, entry, &self.batch).moved(across(m0), n0);
+        let addends = Addends::of(&self.addends, entry, &self.batch, m0, n0);
 
         // SAFETY: packed panels and tiles have the sizes computed above; the output block is this
         // chunk's own.
@@ -384,16 +470,15 @@ impl Product {
                     Some(block) => block.wrapping_add(self.slab(k0)),
                     None => own_a as *const u8,
                 };
-                let block = if self.a_batches() == 1 { 0 } else { entry } * self.row_blocks() + row_block;
                 if packed_a.is_none() {
-                    self.pack_rows(block, (k0, k), own_a);
+                    self.pack_block(block, (k0, k), lines, own_a);
                 }
                 // What will be packed next comes from memory while this slab is multiplied.
                 let next = if packed_a.is_some() || straight { None } else { self.slab_after(block, k0) };
                 let calls = panels.div_ceil(step) * row_panels;
                 let (b, b_stride) = if own_b {
                     let (range, stride) = ((n0, self.n, panels), micro.line.panel_bytes(kc));
-                    self.pack_b.panels(b_base, range, (k0, k), b_scratch, stride);
+                    self.pack_b.panels((entry, b_base), range, (k0, k), b_scratch, stride);
                     (b_scratch as *const u8, stride)
                 } else if self.b_shared {
                     let entry = if self.b_batches() == 1 { 0 } else { entry };
@@ -420,9 +505,12 @@ impl Product {
                                 prefetch(next, bytes);
                             }
                         }
-                        if let Some((block, range)) = next {
-                            let call = panel / step * row_panels + row_panel;
-                            self.ask_for_rows(block, range, (call, calls));
+                        if let Some((unit, range)) = next {
+                            let part = (panel / step * row_panels + row_panel, calls);
+                            match &block.chosen {
+                                Some(chosen) => self.ask_for_chosen(chosen, range, part),
+                                None => self.ask_for_rows(unit, range, part),
+                            }
                         }
                         micro.get(here, wide)(&Call {
                             steps,
@@ -437,14 +525,18 @@ impl Product {
                         });
                         if k_block + 1 == k_blocks && !later {
                             let column = panel * 16;
-                            (self.store)(&StoreJob {
-                                sums,
-                                panel: tile,
-                                rows: here,
-                                columns: (wide * 16).min(columns - column),
-                                out: out.moved(row, column),
-                                addends: addends.moved(row, column).as_slice(),
-                            });
+                            self.put(
+                                block,
+                                row,
+                                StoreJob {
+                                    sums,
+                                    panel: tile,
+                                    rows: here,
+                                    columns: (wide * 16).min(columns - column),
+                                    out: out.moved(across(row), column),
+                                    addends: addends.moved(row, column).as_slice(),
+                                },
+                            );
                         }
                     }
                 }
@@ -452,47 +544,28 @@ impl Product {
             if later {
                 for row_panel in 0..row_panels {
                     let row = row_panel * micro.rows;
-                    (self.store)(&StoreJob {
-                        sums: acc.add(row_panel * panels * tile),
-                        panel: tile,
-                        rows: micro.rows.min(rows - row),
-                        columns,
-                        out: out.moved(row, 0),
-                        addends: addends.moved(row, 0).as_slice(),
-                    });
+                    self.put(
+                        block,
+                        row,
+                        StoreJob {
+                            sums: acc.add(row_panel * panels * tile),
+                            panel: tile,
+                            rows: micro.rows.min(rows - row),
+                            columns,
+                            out: out.moved(across(row), 0),
+                            addends: addends.moved(row, 0).as_slice(),
+                        },
+                    );
                 }
             }
         }
     }
 }
 
-fn place(matrix: &Matrix, entry: usize, batch: &[usize]) -> Place {
-    Place { pointer: matrix.at(entry, batch), float: matrix.float, row: matrix.row, column: matrix.column }
-}
-
-/// Up to two places: bias and residual.
-struct Vec2 {
-    places: [Place; 2],
-    count: usize,
-}
-
-impl Vec2 {
-    fn of(addends: &[Matrix], entry: usize, batch: &[usize], row: usize, column: usize) -> Vec2 {
-        let nowhere = Place { pointer: std::ptr::null_mut(), float: FloatType::F32, row: 0, column: 0 };
-        let mut places = [nowhere; 2];
-        for (slot, matrix) in places.iter_mut().zip(addends) {
-            *slot = place(matrix, entry, batch).moved(row, column);
-        }
-        Vec2 { places, count: addends.len().min(2) }
-    }
-
-    fn moved(&self, row: usize, column: usize) -> Vec2 {
-        Vec2 { places: self.places.map(|place| place.moved(row, column)), count: self.count }
-    }
-
-    fn as_slice(&self) -> &[Place] {
-        &self.places[..self.count]
-    }
+/// Bytes from one line of `kc` elements to the next: an odd number of cache lines, so that they do not share the same
+/// few sets of a cache.
+fn line_step(cut: &Cut, float: FloatType) -> isize {
+    ((cut.kc * float.size()).div_ceil(64) | 1) as isize * 64
 }
 
 impl Request {
@@ -541,96 +614,6 @@ impl Request {
             *addend = addend.clone().transposed();
         }
         std::mem::swap(&mut self.m, &mut self.n);
-    }
-}
-
-impl Cut {
-    fn new(
-        micro: &Micro,
-        in_place: bool,
-        strided: bool,
-        fine: bool,
-        batches: usize,
-        m: usize,
-        n: usize,
-        k: usize,
-    ) -> Cut {
-        let wide = micro.panels_for(m.min(micro.rows)) * 16;
-        // A third of a 48 KB first-level cache a panel; f32 that need not start at multiples of 256 take three
-        // quarters of that, so that three panels stay there while the rows of A pass (Emerald Rapids, 2,048 square:
-        // 285 GFLOP/s with 128 lines, 305 with 192, 297 with 256).
-        let lines = if fine && micro.line == Line::F32 { 192 } else { 256 };
-        let unit = if micro.line == Line::Pairs { 2 * lines } else { lines };
-        let few = m <= FEW_ROWS;
-        // Read in place with few rows: straight through.
-        let kc = if (few && in_place) || k <= unit + unit / 2 { k.max(1) } else { unit };
-        let kc = kc.next_multiple_of(32);
-        // Rows of A per chunk: `mc * kc` is half of a 1 MB second-level cache at most.
-        let most_rows = if micro.tile_rows.is_some() { 512 } else { MOST_ROWS };
-        let blocks = m.div_ceil(most_rows).max(1);
-        let mut mc = m.div_ceil(blocks).max(1).next_multiple_of(micro.rows);
-        let mut nc = if few {
-            let panel = micro.line.panel_bytes(if in_place { k.max(1) } else { kc });
-            (STREAM_BYTES / panel).max(1) * 16
-        } else {
-            MOST_COLUMNS
-        };
-        nc = nc.next_multiple_of(wide).min(n.max(1).next_multiple_of(wide));
-        // Enough chunks for many cores, as long as the blocks stay worth their packing.
-        let chunks = |mc: usize, nc: usize| batches * m.div_ceil(mc) * n.div_ceil(nc);
-        // A weight that has to be unpacked is unpacked by each block of rows, and every block of columns
-        // reads all of A, which no cache holds if k is long.
-        let unpacks = !in_place && !strided;
-        let least = if k > 8 * kc { 128 } else { wide };
-        while chunks(mc, nc) < CHUNKS && nc >= 2 * least && !few {
-            nc = (nc / 2).next_multiple_of(wide);
-            if chunks(mc, nc) < CHUNKS && mc >= 128 && !unpacks {
-                mc = (mc / 2).next_multiple_of(micro.rows);
-            }
-        }
-        Cut { mc, nc, kc }
-    }
-
-    /// Large blocks where there would be small ones for the sake of [`CHUNKS`], of sums so long that no cache holds
-    /// their packed operands, if there are enough for the threads: their chunks pack for themselves. True if that was
-    /// chosen. (Emerald Rapids, sums of 8,192: 256 x 256 1.33 times as fast, 256 x 768 1.1 to 1.2 times; AVX2 gained
-    /// nothing, other tiers were not measured.)
-    fn long(
-        &mut self,
-        micro: &Micro,
-        (batches, threads): (usize, usize),
-        m: usize,
-        n: usize,
-        k: usize,
-    ) -> bool {
-        let large = batches * m.div_ceil(MOST_ROWS) * n.div_ceil(MOST_COLUMNS);
-        if k <= 8 * self.kc || m <= FEW_ROWS || large >= CHUNKS {
-            return false;
-        }
-        let even = |size: usize, most: usize, unit: usize| {
-            size.div_ceil(size.div_ceil(most).max(1)).max(1).next_multiple_of(unit)
-        };
-        let (mc, nc) = (even(m, 128, micro.rows), even(n, MOST_COLUMNS, 16 * micro.panels_for(micro.rows)));
-        let chunks = batches * m.div_ceil(mc) * n.div_ceil(nc);
-        if !chunks.is_multiple_of(threads.max(1)) && chunks < 4 * threads {
-            return false;
-        }
-        (self.mc, self.nc) = (mc, nc);
-        true
-    }
-
-    /// Few rows by all columns: for pairs in vectors. Their rows are packed almost as fast as they are copied, so the
-    /// chunk that needs them does it, and no other core has to send them (Zen 5, 512 to 4,096 square: 2 to 5 % faster
-    /// where both cores share a third-level cache, 4 to 23 % where they don't).
-    fn across(&mut self, micro: &Micro, batches: usize, m: usize, n: usize) {
-        let wide = micro.panels_for(micro.rows) * 16;
-        let mut nc = n.clamp(1, 4096).next_multiple_of(wide);
-        let blocks = CHUNKS.div_ceil((batches * n.div_ceil(nc)).max(1));
-        let mc = m.div_ceil(blocks).clamp(FEW_ROWS, 256).next_multiple_of(micro.rows);
-        while batches * m.div_ceil(mc) * n.div_ceil(nc) < CHUNKS && nc >= 4 * wide {
-            nc = (nc / 2).next_multiple_of(wide);
-        }
-        (self.mc, self.nc) = (mc, nc);
     }
 }
 
@@ -729,7 +712,10 @@ impl Task for Stage {
                     let (at, stride) = product.b_place(entry, first, (k0, k));
                     let range = (first * 16, product.n, panels);
                     // SAFETY: the workspace has room for all slabs.
-                    unsafe { product.pack_b.panels(base, range, (k0, k), self.packed_b.add(at), stride) }
+                    unsafe {
+                        let into = self.packed_b.add(at);
+                        product.pack_b.panels((entry, base), range, (k0, k), into, stride)
+                    }
                 }
             }
             What::Multiply => {
@@ -742,18 +728,16 @@ impl Task for Stage {
                 };
                 let packed =
                     product.a_shared.then(|| self.packed_a.wrapping_add(block * product.a_block_bytes()));
-                let row_block = unit % product.row_blocks();
+                let block = Block {
+                    entry,
+                    row_block: unit % product.row_blocks(),
+                    column_block: column,
+                    chosen: None,
+                    packed_a: packed.map(|pointer| pointer as *const u8),
+                    packed_b: self.packed_b,
+                };
                 // SAFETY: promised to `Product::tasks`.
-                unsafe {
-                    product.multiply(
-                        entry,
-                        row_block,
-                        column,
-                        packed.map(|pointer| pointer as *const u8),
-                        self.packed_b,
-                        scratch,
-                    )
-                }
+                unsafe { product.multiply(&block, scratch) }
             }
         }
     }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use mica_simd::Isa;
 
 use super::block::round_to_bf16;
-use super::types::FloatType;
+use super::types::{FloatType, Matrix};
 
 /// Where a place of the output is, or of something that is added to it.
 #[derive(Clone, Copy)]
@@ -18,10 +18,47 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// Where the matrix of a batch entry begins.
+    pub(super) fn of(matrix: &Matrix, entry: usize, batch: &[usize]) -> Place {
+        let Matrix { float, row, column, .. } = *matrix;
+        Place { pointer: matrix.at(entry, batch), float, row, column }
+    }
+
     /// The place `rows` further down and `columns` to the right.
     pub fn moved(self, rows: usize, columns: usize) -> Place {
         let by = rows as isize * self.row + columns as isize * self.column;
         Place { pointer: self.pointer.wrapping_offset(by), ..self }
+    }
+}
+
+/// Up to two places: bias and residual.
+pub(super) struct Addends {
+    places: [Place; 2],
+    count: usize,
+}
+
+impl Addends {
+    pub(super) fn of(
+        addends: &[Matrix],
+        entry: usize,
+        batch: &[usize],
+        row: usize,
+        column: usize,
+    ) -> Addends {
+        let nowhere = Place { pointer: std::ptr::null_mut(), float: FloatType::F32, row: 0, column: 0 };
+        let mut places = [nowhere; 2];
+        for (slot, matrix) in places.iter_mut().zip(addends) {
+            *slot = Place::of(matrix, entry, batch).moved(row, column);
+        }
+        Addends { places, count: addends.len().min(2) }
+    }
+
+    pub(super) fn moved(&self, row: usize, column: usize) -> Addends {
+        Addends { places: self.places.map(|place| place.moved(row, column)), count: self.count }
+    }
+
+    pub(super) fn as_slice(&self) -> &[Place] {
+        &self.places[..self.count]
     }
 }
 

@@ -140,6 +140,11 @@ impl FloatWeight {
         FloatWeight { tiles: Tiles { pointer: pointer.cast_mut(), float, inputs }, out, _owner: owner }
     }
 
+    /// Where the panels are.
+    pub(super) fn tiles(&self) -> &Tiles {
+        &self.tiles
+    }
+
     /// Outputs: rows of the logical matrix.
     pub fn out(&self) -> usize {
         self.out
@@ -217,7 +222,7 @@ impl FloatWeight {
         let (k, n) = if transposed { (count, self.inputs()) } else { (self.inputs(), count) };
         let mut tiles = self.tiles.clone();
         tiles.pointer = tiles.pointer.wrapping_add(tiles.offset(outputs.start / PANEL, 0));
-        let b = BSource::Weight { tiles, transposed };
+        let b = BSource::Weight { tiles, transposed, others: None };
         let as_matrix = |shape: &[usize]| match shape {
             [one] => vec![1, *one],
             more => more.to_vec(),
@@ -269,6 +274,7 @@ impl FloatWeight {
             b,
             out: o,
             addends,
+            chosen: false,
         }))
     }
 

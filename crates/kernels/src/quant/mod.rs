@@ -7,7 +7,8 @@
 //!
 //! Files: `form` says how a weight is coded, `tile` is the memory layout, `pack` and `blocks` fill it, `lanes` the vector type all kernels are written in, `tier`
 //! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
-//! `gemm`, `few` multiplies few rows without panels, `gather` gives rows as numbers. The codes themselves are mica-codec's subject.
+//! `gemm`, `few` multiplies few rows without panels, `gather` gives rows as numbers, `grouped` multiplies rows by the
+//! weights that indices name. The codes themselves are mica-codec's subject.
 
 mod blocks;
 mod fast;
@@ -18,6 +19,7 @@ mod few;
 mod float;
 mod form;
 mod gather;
+mod grouped;
 mod lanes;
 mod pack;
 mod plan;
@@ -28,6 +30,7 @@ mod tile;
 mod weight;
 
 pub use gather::Floats;
+pub use grouped::{ExpertsPlan, QuantExperts};
 pub use pack::Part;
 pub use plan::{Precision, ProductPlan};
 pub use sink::Epilogue;

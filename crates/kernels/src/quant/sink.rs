@@ -34,6 +34,8 @@ impl<'a> Epilogue<'a> {
 pub(super) struct Sink<'a> {
     out: ViewMut<'a, f32>,
     epilogue: Epilogue<'a>,
+    /// Where each row is, in elements behind the start of the output, if they lie anywhere.
+    places: Option<&'a [isize]>,
 }
 
 impl<'a> Sink<'a> {
@@ -67,7 +69,17 @@ impl<'a> Sink<'a> {
                 residual.shape()
             ));
         }
-        Ok(Sink { out, epilogue })
+        Ok(Sink { out, epilogue, places: None })
+    }
+
+    /// Rows of `n` contiguous values anywhere: at these places behind `out`.
+    ///
+    /// # Safety
+    /// They are valid to write for as long as the sink, and nobody else writes what is put there.
+    pub unsafe fn scattered(out: *mut f32, places: &'a [isize], n: usize) -> Sink<'a> {
+        // SAFETY: promised by the caller; the stride of rows is not used.
+        let out = unsafe { ViewMut::from_raw(out, &[places.len(), n], &[0, 1]) };
+        Sink { out, epilogue: Epilogue::none(), places: Some(places) }
     }
 
     /// Columns of the output.
@@ -85,7 +97,11 @@ impl<'a> Sink<'a> {
         let n = self.n();
         // SAFETY: row and column are inside the views; 16 lanes are touched only where they fit.
         unsafe {
-            let out = self.out.pointer().offset(row as isize * self.out.strides()[0]).add(column);
+            let place = match self.places {
+                Some(places) => places[row],
+                None => row as isize * self.out.strides()[0],
+            };
+            let out = self.out.pointer().offset(place).add(column);
             let bias = self.epilogue.bias.as_ref().map(|bias| bias.pointer().add(column));
             let residual = self
                 .epilogue

@@ -5,6 +5,7 @@
 //! as zero. A NaN makes its group's d NaN, an infinity makes it infinite, so neither is lost.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use mica_simd::Isa;
 use mica_threads::{Scratch, Task};
@@ -75,6 +76,16 @@ impl<'a> Stage<'a> {
             && self.rows.shape() == other.rows.shape()
             && self.rows.strides() == other.rows.strides()
             && (self.group, self.isa) == (other.group, other.isa)
+    }
+
+    /// Values per group.
+    pub(super) fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Bytes from one staged row to the next.
+    pub(super) fn stride(&self) -> usize {
+        row_stride(self.k)
     }
 
     fn groups(&self) -> usize {
@@ -155,6 +166,54 @@ impl Staged<'_> {
     /// Values per group.
     pub fn group(&self) -> usize {
         self.group
+    }
+
+    /// `m` rows like these in other memory.
+    pub(super) fn elsewhere(&self, m: usize, values: *mut u8, scales: *mut f32, sums: *mut f32) -> Self {
+        Staged { m, values, scales, sums, ..self.clone() }
+    }
+
+    /// Rows from `first` on, a multiple of [`ROW_LANES`].
+    pub(super) fn part(&self, first: usize, m: usize) -> Self {
+        let before = self.scale_offset(first, self.k / self.group);
+        let values = self.values.wrapping_add(first * self.stride);
+        self.elsewhere(m, values, self.scales.wrapping_add(before), self.sums.wrapping_add(before))
+    }
+
+    /// Copies a row to row `at` of others of the same width and groups.
+    ///
+    /// # Safety
+    /// There are such rows; the one was staged, and the place of the other is the caller's alone.
+    pub(super) unsafe fn copy_row(&self, row: usize, into: &Staged, at: usize) {
+        let groups = self.k / self.group;
+        let (from, to) = (self.scale_offset(row, groups), into.scale_offset(at, groups));
+        // SAFETY: promised by the caller.
+        unsafe {
+            let values = into.values.add(at * into.stride);
+            std::ptr::copy_nonoverlapping(self.values.add(row * self.stride), values, self.k);
+            for g in (0..groups * ROW_LANES).step_by(ROW_LANES) {
+                into.scales.add(to + g).write(self.scales.add(from + g).read());
+                into.sums.add(to + g).write(self.sums.add(from + g).read());
+            }
+        }
+    }
+
+    /// Zeros for rows that are not there, behind the last of a group of [`ROW_LANES`].
+    ///
+    /// # Safety
+    /// These places of the group are the caller's alone.
+    pub(super) unsafe fn clear_scales(&self, rows: Range<usize>) {
+        let groups = self.k / self.group;
+        for row in rows {
+            let at = self.scale_offset(row, groups);
+            for g in (0..groups * ROW_LANES).step_by(ROW_LANES) {
+                // SAFETY: promised by the caller.
+                unsafe {
+                    self.scales.add(at + g).write(0.0);
+                    self.sums.add(at + g).write(0.0);
+                }
+            }
+        }
     }
 }
 

@@ -61,8 +61,7 @@ fn matrix_of(view: &HostView, index: usize) -> HostView {
     }
 }
 
-/// Runs of one right matrix over left matrices that lie one after another are one product: rows do not
-/// depend on each other.
+/// Rows of one right matrix are multiplied together, but for f64.
 pub(super) fn gather_matmul(step: &Step) -> Result<Lowered> {
     let host = |at: usize| step.inputs[at].host().cloned();
     let (a, b, lhs, rhs) = (host(0)?, host(1)?, host(2)?, host(3)?);
@@ -70,13 +69,22 @@ pub(super) fn gather_matmul(step: &Step) -> Result<Lowered> {
     if out.shape.contains(&0) || a.shape[2] == 0 {
         return Ok(by_reference(step));
     }
-    let entries: usize = lhs.shape.iter().product();
+    if a.dtype != Dtype::F64 {
+        return super::experts::gather_matmul(step);
+    }
+    let entries = lhs.shape.iter().product();
+    Ok(one_after_another([a, b, lhs, rhs, out], entries))
+}
+
+/// Runs of one right matrix over left matrices that lie one after another are one product: rows do not
+/// depend on each other.
+fn one_after_another([a, b, lhs, rhs, out]: [HostView; 5], entries: usize) -> Lowered {
     let rank = out.shape.len();
     let (m, n) = (out.shape[rank - 2], out.shape[rank - 1]);
     // A chunk should have some rows to multiply.
     let per_chunk = 64usize.div_ceil(m).min(entries).max(1);
     let stacked = a.strides[0] == m as isize * a.strides[1];
-    Ok(task("gather_mm", entries.div_ceil(per_chunk), move |chunk, scratch| {
+    task("gather_mm", entries.div_ceil(per_chunk), move |chunk, scratch| {
         // Whole views, which may cross threads; their pointers alone may not.
         let (a, b, lhs, rhs, out) = (&a, &b, &lhs, &rhs, &out);
         // SAFETY: contiguous u32 of `entries` elements, which have been computed.
@@ -113,7 +121,7 @@ pub(super) fn gather_matmul(step: &Step) -> Result<Lowered> {
             at += run;
         }
     })
-    .into())
+    .into()
 }
 
 pub(super) fn segmented_matmul(step: &Step) -> Result<Lowered> {

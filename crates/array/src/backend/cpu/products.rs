@@ -43,6 +43,9 @@ pub(super) fn lower(step: &Step) -> Result<Lowered> {
         (Op::Dequantize, Some(PackedWeight::Float(weight))) => {
             Ok(keep(weight).unpack(write(step.outputs[0].host()?)?)?.into())
         }
+        (Op::Dequantize, Some(PackedWeight::Experts(weights))) => {
+            super::experts::dequantize(keep(weights), step.outputs[0].host()?)
+        }
         _ => Ok(by_reference(step)),
     }
 }
@@ -56,7 +59,7 @@ fn packed(step: &Step) -> Option<&PackedWeight> {
 }
 
 /// A weight for as long as the plan runs.
-fn keep<W>(weight: &W) -> &'static W {
+pub(super) fn keep<W>(weight: &W) -> &'static W {
     // SAFETY: the plan holds an Arc of every packed weight its steps read until its tasks are done,
     // and tasks do not outlive the plan.
     unsafe { &*std::ptr::from_ref(weight) }
@@ -76,7 +79,7 @@ fn rows(view: &HostView) -> [usize; 2] {
     [size(view).checked_div(width).unwrap_or(0), width]
 }
 
-fn floats(view: &HostView) -> Result<Floats<'static>> {
+pub(super) fn floats(view: &HostView) -> Result<Floats<'static>> {
     let [m, n] = rows(view);
     let strides = [n as isize, 1];
     // SAFETY: outputs are contiguous, alive and written by this step alone.
@@ -104,6 +107,7 @@ pub(super) fn linear(
         Operand::Packed(packed) => match packed.as_ref() {
             PackedWeight::Quant(weight) => quantized_linear(x, weight, out, precision, transposed),
             PackedWeight::Float(weight) => float_linear(x, weight, out, precision, transposed),
+            PackedWeight::Experts(_) => Err(needs_indices()),
         },
         other => plain_linear(x, other.host()?, out, precision, transposed),
     }
@@ -161,7 +165,7 @@ pub(super) fn write(view: &HostView) -> Result<FloatViewMut<'static>> {
     })
 }
 
-fn quantized_precision(precision: Precision) -> quant::Precision {
+pub(super) fn quantized_precision(precision: Precision) -> quant::Precision {
     match precision {
         Precision::Exact => quant::Precision::Exact,
         Precision::Bf16 => quant::Precision::Bf16,
@@ -169,7 +173,7 @@ fn quantized_precision(precision: Precision) -> quant::Precision {
     }
 }
 
-fn float_precision(precision: Precision) -> gemm::Precision {
+pub(super) fn float_precision(precision: Precision) -> gemm::Precision {
     match precision {
         Precision::Exact => gemm::Precision::Exact,
         Precision::Bf16 | Precision::Fast => gemm::Precision::Bf16,
@@ -276,7 +280,13 @@ pub(super) fn linear_part(
             )?;
             Ok(Lowered::Product(plan))
         }
+        PackedWeight::Experts(_) => Err(needs_indices()),
     }
+}
+
+/// Constructors of ops that read one weight refuse several.
+fn needs_indices() -> crate::Error {
+    crate::Error::unsupported("linear", "a product with experts needs indices")
 }
 
 fn matmul(step: &Step, precision: Precision) -> Result<Lowered> {
@@ -303,12 +313,16 @@ pub(super) fn product(
     if accumulate {
         spec.epilogue = gemm::Epilogue::accumulate();
     }
-    spec.precision = match (a.dtype, b.dtype) {
-        // Products in their own dtype lose nothing: those of two bf16 are exact in f32.
+    spec.precision = own_precision(a, b, precision);
+    Ok(lowered(Gemm::plan(&spec)?))
+}
+
+/// Products in their own dtype lose nothing: those of two bf16 are exact in f32.
+pub(super) fn own_precision(a: &HostView, b: &HostView, precision: Precision) -> gemm::Precision {
+    match (a.dtype, b.dtype) {
         (Dtype::BF16, Dtype::BF16) => gemm::Precision::Bf16,
         _ => float_precision(precision),
-    };
-    Ok(lowered(Gemm::plan(&spec)?))
+    }
 }
 
 /// In f64, a task per matrix of a batch whose leading dimensions are more than one.
@@ -355,6 +369,7 @@ pub(super) fn lookup(weight: &Operand, ids: &HostView, out: &HostView) -> Result
             Ok(keep(weight).gather_rows(ids, floats(out)?)?.into())
         }
         PackedWeight::Float(weight) => Ok(gather(keep(weight), ids, out)),
+        PackedWeight::Experts(_) => Err(needs_indices()),
     }
 }
 

@@ -9,6 +9,7 @@ use mica_kernels::view::contiguous_strides;
 
 use crate::backend::{HostView, Operand};
 use crate::op::Scalar;
+use crate::packed::Experts;
 use crate::shape::{Shape, size_of};
 use crate::{Dtype, Error, PackedWeight, Result};
 
@@ -149,6 +150,13 @@ impl Dense {
                 let values = match weight.as_ref() {
                     PackedWeight::Float(float) => float_values(float)?,
                     PackedWeight::Quant(quant) => quantized_values(quant),
+                    PackedWeight::Experts(Experts::Float(experts)) => {
+                        let each = experts.weights().iter().map(float_values).collect::<Result<Vec<_>>>()?;
+                        each.concat()
+                    }
+                    PackedWeight::Experts(Experts::Quant(experts)) => {
+                        experts.weights().iter().flat_map(quantized_values).collect()
+                    }
                 };
                 return Ok(Dense::floats(&weight.shape(), values));
             }

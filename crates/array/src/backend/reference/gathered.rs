@@ -10,8 +10,8 @@ use crate::ops::products::hadamard_factor;
 use crate::shape::size_of;
 use crate::{Dtype, Error, Result};
 
-/// Products of the matrices that indices name.
-pub(super) fn gather_matmul(inputs: &[Dense], shape: &[usize]) -> Result<Dense> {
+/// Products of the matrices that indices name; the right ones are [n, k] if they are `turned`.
+pub(super) fn gather_matmul(inputs: &[Dense], shape: &[usize], turned: bool) -> Result<Dense> {
     let (a, b, lhs, rhs) = (&inputs[0], &inputs[1], &inputs[2], &inputs[3]);
     let rank = shape.len();
     let (m, n, k) = (shape[rank - 2], shape[rank - 1], a.shape[2]);
@@ -26,7 +26,9 @@ pub(super) fn gather_matmul(inputs: &[Dense], shape: &[usize]) -> Result<Dense> 
     for at in 0..lhs.size() {
         let (x, y) = (index(lhs, at, a.shape[0])?, index(rhs, at, b.shape[0])?);
         for i in 0..m * n {
-            let product = |p: usize| a.at((x * m + i / n) * k + p) * b.at((y * k + p) * n + i % n);
+            let right =
+                |p: usize| b.at(if turned { (y * n + i % n) * k + p } else { (y * k + p) * n + i % n });
+            let product = |p: usize| a.at((x * m + i / n) * k + p) * right(p);
             result.push((0..k).map(product).sum());
         }
     }

@@ -119,6 +119,10 @@ pub(super) fn is_same(a: &Op, b: &Op) -> bool {
         (Op::Matmul { precision: a }, Op::Matmul { precision: b })
         | (Op::Linear { precision: a }, Op::Linear { precision: b })
         | (Op::LinearTransposed { precision: a }, Op::LinearTransposed { precision: b }) => a == b,
+        (
+            Op::GatherLinear { precision: a, transposed: s },
+            Op::GatherLinear { precision: b, transposed: t },
+        ) => a == b && s == t,
         (Op::RandomBits { width: a }, Op::RandomBits { width: b }) => a == b,
         (Op::RmsNorm { eps: a }, Op::RmsNorm { eps: b })
         | (Op::RmsNormVjp { eps: a }, Op::RmsNormVjp { eps: b })
