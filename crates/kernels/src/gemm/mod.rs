@@ -21,6 +21,8 @@ mod avx512;
 pub(crate) mod block;
 mod generic;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod pairs;
 mod product;
