@@ -53,7 +53,8 @@ pub(crate) struct Job {
     pub into: *mut u8,
     /// Bytes from a destination line (pair line for [`Into::Pairs`]) to the next.
     pub into_step: usize,
-    /// Bytes from a line to what will be read after this block: a hint.
+    /// Bytes from a line to what will be read after this block: a hint, which AVX-512 takes.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     pub ahead: isize,
     /// Destination lines to store (at most 16, all of them 16 elements long).
     pub into_lines: usize,

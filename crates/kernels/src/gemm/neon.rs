@@ -1,4 +1,4 @@
-//! NEON micro-kernels: 6 rows x 1 panel, 24 sums in 32 registers.
+//! NEON micro-kernels: 6 rows x 1 panel, 24 sums in 32 registers; 5 rows where B is widened on the way.
 //!
 //! Four steps at a time: a register then holds a row's elements of A for all of them, which the multiplication picks by
 //! lane, so that four fifths of the loads are of B. B is read a register at a time, each of which serves all rows.
@@ -51,19 +51,22 @@ unsafe fn chain<const R: usize, const P: usize, const L: u8>(call: &Call) {
             let mut a = block.cast::<f32>();
             while step + 4 <= end {
                 let x: [float32x4_t; R] = std::array::from_fn(|r| vld1q_f32(a.add(r * 16)));
-                macro_rules! lanes {
-                    ($($lane:literal)*) => { $(
+                macro_rules! two_steps {
+                    ($first:literal $second:literal) => {
                         for p in 0..P {
                             for part in 0..4 {
-                                let w = line::<L>(call.b.add(p * call.b_panel), step + $lane, part);
+                                let [w0, w1] =
+                                    two_lines::<L>(call.b.add(p * call.b_panel), step + $first, part);
                                 for r in 0..R {
-                                    acc[r][p][part] = vfmaq_laneq_f32::<$lane>(acc[r][p][part], w, x[r]);
+                                    let sum = vfmaq_laneq_f32::<$first>(acc[r][p][part], w0, x[r]);
+                                    acc[r][p][part] = vfmaq_laneq_f32::<$second>(sum, w1, x[r]);
                                 }
                             }
                         }
-                    )* };
+                    };
                 }
-                lanes!(0 1 2 3);
+                two_steps!(0 1);
+                two_steps!(2 3);
                 step += 4;
                 a = a.add(4);
             }
@@ -97,6 +100,24 @@ const fn line_bytes<const L: u8>() -> usize {
     if L == F32 { 64 } else { 32 }
 }
 
+/// Four columns of lines `step`, an even one, and `step + 1` of a panel, widened.
+///
+/// # Safety
+/// The panel has those lines.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn two_lines<const L: u8>(b: *const u8, step: usize, part: usize) -> [float32x4_t; 2] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        if L != BF16 {
+            return [line::<L>(b, step, part), line::<L>(b, step + 1, part)];
+        }
+        let pairs = vld1q_u32(b.add(step * 32).cast::<u32>().add(4 * part));
+        let high = vandq_u32(pairs, vdupq_n_u32(0xffff_0000));
+        [vreinterpretq_f32_u32(vshlq_n_u32::<16>(pairs)), vreinterpretq_f32_u32(high)]
+    }
+}
+
 /// Four columns of line `step` of a panel, widened.
 ///
 /// # Safety
@@ -121,29 +142,38 @@ unsafe fn line<const L: u8>(b: *const u8, step: usize, part: usize) -> float32x4
     }
 }
 
-macro_rules! table {
+/// As many sums as leave registers for A and B.
+static F32_TABLE: [&[MicroFn]; 6] = [
+    &[chain::<1, 1, F32>, chain::<1, 2, F32>, chain::<1, 3, F32>, chain::<1, 4, F32>],
+    &[chain::<2, 1, F32>, chain::<2, 2, F32>, chain::<2, 3, F32>],
+    &[chain::<3, 1, F32>, chain::<3, 2, F32>],
+    &[chain::<4, 1, F32>],
+    &[chain::<5, 1, F32>],
+    &[chain::<6, 1, F32>],
+];
+
+/// Widening takes some more.
+macro_rules! widened {
     ($l:expr) => {
         [
             &[chain::<1, 1, $l> as MicroFn, chain::<1, 2, $l>, chain::<1, 3, $l>, chain::<1, 4, $l>],
-            &[chain::<2, 1, $l>, chain::<2, 2, $l>, chain::<2, 3, $l>],
-            &[chain::<3, 1, $l>, chain::<3, 2, $l>],
+            &[chain::<2, 1, $l>, chain::<2, 2, $l>],
+            &[chain::<3, 1, $l>],
             &[chain::<4, 1, $l>],
             &[chain::<5, 1, $l>],
-            &[chain::<6, 1, $l>],
         ]
     };
 }
 
-static F32_TABLE: [&[MicroFn]; 6] = table!(F32);
-static BF16_TABLE: [&[MicroFn]; 6] = table!(BF16);
-static F16_TABLE: [&[MicroFn]; 6] = table!(F16);
+static BF16_TABLE: [&[MicroFn]; 5] = widened!(BF16);
+static F16_TABLE: [&[MicroFn]; 5] = widened!(F16);
 
 pub(super) fn micro(line: Line) -> Micro {
-    let table = match line {
-        Line::F32 => &F32_TABLE,
-        Line::WidenBf16 => &BF16_TABLE,
-        Line::WidenF16 => &F16_TABLE,
+    let (table, panels): (&'static [&'static [MicroFn]], &'static [usize]) = match line {
+        Line::F32 => (&F32_TABLE, &[4, 3, 2, 1, 1, 1]),
+        Line::WidenBf16 => (&BF16_TABLE, &[4, 2, 1, 1, 1]),
+        Line::WidenF16 => (&F16_TABLE, &[4, 2, 1, 1, 1]),
         Line::Pairs => unreachable!("pairs are packed for avx512bf16 and amx only"),
     };
-    Micro { rows: 6, line, panels: &[4, 3, 2, 1, 1, 1], table, tile_rows: None }
+    Micro { rows: table.len(), line, panels, table, tile_rows: None }
 }

@@ -183,7 +183,11 @@ impl<const PRODUCTS: u8> Lanes for Neon<PRODUCTS> {
     unsafe fn dot<const WIDE: bool>(acc: I, q: I, a: *const i8) -> I {
         // SAFETY: as above.
         unsafe {
-            let a = vreinterpretq_s8_s32(vdupq_n_s32(a.cast::<i32>().read_unaligned()));
+            let four = a.cast::<i32>().read_unaligned();
+            // Dot products pick the four bytes by lane: a plain load, where repeating them takes a vector operation.
+            let four =
+                if PRODUCTS == LONG { vdupq_n_s32(four) } else { vsetq_lane_s32::<0>(four, vdupq_n_s32(0)) };
+            let a = vreinterpretq_s8_s32(four);
             let acc = each!(acc => vreinterpretq_s32_u32(acc));
             let q = each!(q => vreinterpretq_u8_u32(q));
             let sums = match PRODUCTS {
