@@ -142,7 +142,7 @@ unsafe fn line<const L: u8>(b: *const u8, step: usize, part: usize) -> float32x4
     }
 }
 
-/// As many sums as leave registers for A and B.
+/// As many sums as leave registers for A and B: with more, LLVM keeps some in memory.
 static F32_TABLE: [&[MicroFn]; 6] = [
     &[chain::<1, 1, F32>, chain::<1, 2, F32>, chain::<1, 3, F32>, chain::<1, 4, F32>],
     &[chain::<2, 1, F32>, chain::<2, 2, F32>, chain::<2, 3, F32>],
@@ -156,7 +156,7 @@ static F32_TABLE: [&[MicroFn]; 6] = [
 macro_rules! widened {
     ($l:expr) => {
         [
-            &[chain::<1, 1, $l> as MicroFn, chain::<1, 2, $l>, chain::<1, 3, $l>, chain::<1, 4, $l>],
+            &[chain::<1, 1, $l> as MicroFn, chain::<1, 2, $l>, chain::<1, 3, $l>],
             &[chain::<2, 1, $l>, chain::<2, 2, $l>],
             &[chain::<3, 1, $l>],
             &[chain::<4, 1, $l>],
@@ -171,8 +171,8 @@ static F16_TABLE: [&[MicroFn]; 5] = widened!(F16);
 pub(super) fn micro(line: Line) -> Micro {
     let (table, panels): (&'static [&'static [MicroFn]], &'static [usize]) = match line {
         Line::F32 => (&F32_TABLE, &[4, 3, 2, 1, 1, 1]),
-        Line::WidenBf16 => (&BF16_TABLE, &[4, 2, 1, 1, 1]),
-        Line::WidenF16 => (&F16_TABLE, &[4, 2, 1, 1, 1]),
+        Line::WidenBf16 => (&BF16_TABLE, &[3, 2, 1, 1, 1]),
+        Line::WidenF16 => (&F16_TABLE, &[3, 2, 1, 1, 1]),
         Line::Pairs => unreachable!("pairs are packed for avx512bf16 and amx only"),
     };
     Micro { rows: table.len(), line, panels, table, tile_rows: None }
