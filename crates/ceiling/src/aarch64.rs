@@ -9,7 +9,7 @@ use crate::{Arithmetic, Loop};
 /// Only called for tiers that the machine has.
 pub fn innermost(isa: Isa, arithmetic: Arithmetic) -> Option<Loop> {
     Some(match (isa, arithmetic) {
-        (Isa::Neon | Isa::NeonDot | Isa::NeonI8mm, Arithmetic::F32 | Arithmetic::Bf16) => (f32, 24 * 8),
+        (Isa::Neon | Isa::NeonDot | Isa::NeonI8mm, Arithmetic::F32 | Arithmetic::Bf16) => (fmla, 24 * 8),
         (Isa::NeonI8mm, Arithmetic::Int8) => (usmmla, 24 * 64),
         (Isa::NeonDot, Arithmetic::Int8) => (sdot, 24 * 32),
         (Isa::Neon, Arithmetic::Int8) => (long, 6 * 32),
@@ -53,7 +53,7 @@ macro_rules! chains {
     };
 }
 
-chains!(f32, "neon", "fmla", "v30.4s, v31.4s");
+chains!(fmla, "neon", "fmla", "v30.4s, v31.4s");
 chains!(sdot, "neon,dotprod", "sdot", "v30.16b, v31.16b");
 chains!(usmmla, "neon,i8mm", "usmmla", "v30.16b, v31.16b");
 
