@@ -207,8 +207,8 @@ fn products(isa: Isa, available: &[Isa]) -> &'static str {
         }
         Isa::Avx2 => "no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed",
         Isa::NeonI8mm | Isa::NeonDot => {
-            "int8 products run on dot products of NEON: prompts are fast; bf16 products, those of training, run as f32 \
-             multiply-adds, at their rate"
+            "int8 products run on dot products of NEON; bf16 products, those of training, run as f32 multiply-adds, at \
+             their rate"
         }
         Isa::Neon if available.contains(&Isa::NeonDot) => {
             "NEON without its dot products was chosen (MICA_ISA): prompts run slower than they could"
