@@ -19,7 +19,7 @@ pub fn innermost(isa: Isa, arithmetic: Arithmetic) -> Option<Loop> {
         (Isa::Avx2 | Isa::Avx2Vnni, Arithmetic::F32 | Arithmetic::Bf16) => (avx2_f32, 12 * 16),
         (Isa::Avx2Vnni, Arithmetic::Int8) => (avx2_vnni_int8, 12 * 64),
         (Isa::Avx2, Arithmetic::Int8) => (avx2_int8, 4 * 64),
-        (Isa::Scalar | Isa::Neon, _) => return None,
+        (Isa::Scalar | Isa::Neon | Isa::NeonDot | Isa::NeonI8mm, _) => return None,
     })
 }
 

@@ -19,8 +19,10 @@ const EPSILON: f32 = 1e-7;
 pub fn quantize_group(values: &[f32], bits: usize, codes: &mut [u8]) -> (f32, f32) {
     debug_assert_eq!(values.len(), codes.len());
     let largest = ((1u32 << bits) - 1) as f32;
-    let min = values.iter().copied().fold(f32::INFINITY, f32::min);
-    let max = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    // Of zeros the first, as MLX has it: `f32::min` may take either, and does so by processor.
+    let min = values.iter().copied().fold(f32::INFINITY, |min, value| if value < min { value } else { min });
+    let max =
+        values.iter().copied().fold(f32::NEG_INFINITY, |max, value| if value > max { value } else { max });
     let (scale, bias) = if bits == 1 {
         ((max - min).max(EPSILON), min)
     } else {

@@ -23,7 +23,9 @@ use crate::error::KernelError;
 use crate::layout::{Linear, by_size, gather_run};
 use crate::plan::Plan;
 use crate::view::{Dims, Strides};
-use keys::{Bits, KeyOrder, keys_of, rank_of, write_values, write_words};
+#[cfg(target_arch = "x86_64")]
+use keys::write_words;
+use keys::{Bits, KeyOrder, keys_of, rank_of, write_values};
 
 /// How much order is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -420,8 +420,10 @@ fn a_row_never_depends_on_the_others() {
                     let alone: Vec<Vec<f32>> = (0..70).map(|row| product(row, 1)).collect();
                     let counts: Vec<usize> = match isa {
                         Isa::Scalar => vec![2, 3, 4, 5, 9, 70],
-                        // Every count on the best tiers, one of three on AVX2.
-                        Isa::Avx2 | Isa::Avx2Vnni => (1..=70).step_by(3).chain([70]).collect(),
+                        // Every count on the best tiers, one of three on AVX2 and NEON.
+                        Isa::Avx2 | Isa::Avx2Vnni | Isa::Neon | Isa::NeonDot => {
+                            (1..=70).step_by(3).chain([70]).collect()
+                        }
                         _ => (1..=70).collect(),
                     };
                     for m in counts {

@@ -10,8 +10,14 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Portable Rust, what every architecture gets.
     Scalar,
-    /// AArch64 with NEON (and dot products where detected by the kernels that use them).
+    /// AArch64, all of which has NEON.
     Neon,
+    /// [`Isa::Neon`] with dot products of bytes (FEAT_DotProd: Cortex-A76, Neoverse N1, Apple M1 and later): int8 products
+    /// of codes below 128 in one instruction. All results have the bits of [`Isa::Neon`].
+    NeonDot,
+    /// [`Isa::NeonDot`] with products of unsigned by signed bytes (FEAT_I8MM: Cortex-A710, Neoverse V1 and N2, Apple M2
+    /// and later): those of all codes. All results have the bits of [`Isa::Neon`].
+    NeonI8mm,
     /// AVX2, FMA and F16C.
     Avx2,
     /// [`Isa::Avx2`] with AVX-VNNI (Alder Lake and later without AVX-512, Zen 5): int8 products in one instruction in
@@ -27,8 +33,17 @@ pub enum Isa {
     Amx,
 }
 
-const ALL: [Isa; 7] =
-    [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx2Vnni, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+const ALL: [Isa; 9] = [
+    Isa::Scalar,
+    Isa::Neon,
+    Isa::NeonDot,
+    Isa::NeonI8mm,
+    Isa::Avx2,
+    Isa::Avx2Vnni,
+    Isa::Avx512,
+    Isa::Avx512Bf16,
+    Isa::Amx,
+];
 
 /// The environment variable that lowers the tier, for tests and comparisons.
 pub const ISA_VARIABLE: &str = "MICA_ISA";
@@ -74,6 +89,8 @@ impl Isa {
         match self {
             Isa::Scalar => "scalar",
             Isa::Neon => "neon",
+            Isa::NeonDot => "neondot",
+            Isa::NeonI8mm => "neoni8mm",
             Isa::Avx2 => "avx2",
             Isa::Avx2Vnni => "avx2vnni",
             Isa::Avx512 => "avx512",
@@ -137,7 +154,15 @@ fn detect() -> Vec<Isa> {
 
 #[cfg(target_arch = "aarch64")]
 fn detect() -> Vec<Isa> {
-    vec![Isa::Scalar, Isa::Neon]
+    use std::arch::is_aarch64_feature_detected;
+    let mut tiers = vec![Isa::Scalar, Isa::Neon];
+    if is_aarch64_feature_detected!("dotprod") {
+        tiers.push(Isa::NeonDot);
+        if is_aarch64_feature_detected!("i8mm") {
+            tiers.push(Isa::NeonI8mm);
+        }
+    }
+    tiers
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]

@@ -4,6 +4,8 @@
 //! kernel by `match`, or writes it once over [`Vector`] and runs it with [`dispatch`]. A tier
 //! promises all of its features together, so that a kernel needs one test, not five.
 
+#[cfg(target_arch = "aarch64")]
+pub mod aarch64;
 mod convert;
 mod isa;
 pub mod math;

@@ -40,6 +40,11 @@ fn prefetch(at: *const u8) {
         // SAFETY: a prefetch touches nothing and cannot fault.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) at, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;
 }

@@ -206,7 +206,14 @@ fn products(isa: Isa, available: &[Isa]) -> &'static str {
             "int8 products run on AVX-VNNI: prompts are faster than with AVX2 alone; training runs at AVX2 speed"
         }
         Isa::Avx2 => "no AVX-512 with VNNI and BF16: prompts and training run at AVX2 speed",
-        Isa::Neon => "NEON kernels are used where they exist; others run as portable code",
+        Isa::NeonI8mm | Isa::NeonDot => {
+            "int8 products run on dot products of NEON; bf16 products, those of training, run as f32 multiply-adds, at \
+             their rate"
+        }
+        Isa::Neon if available.contains(&Isa::NeonDot) => {
+            "NEON without its dot products was chosen (MICA_ISA): prompts run slower than they could"
+        }
+        Isa::Neon => "no dot products of bytes: int8 products run as 16-bit ones, bf16 products as f32",
         Isa::Scalar => "no vector instructions are used: everything is slow",
     }
 }
@@ -225,6 +232,9 @@ mod tests {
             (Isa::Avx2, &all[..4], "was chosen", "no AVX-512"),
             (Isa::Avx2, &all[..2], "no AVX-512", "chosen"),
             (Isa::Avx2Vnni, &[Isa::Scalar, Isa::Avx2, Isa::Avx2Vnni], "AVX-VNNI", "chosen"),
+            (Isa::NeonDot, &[Isa::Scalar, Isa::Neon, Isa::NeonDot], "dot products of NEON", "no dot"),
+            (Isa::Neon, &[Isa::Scalar, Isa::Neon, Isa::NeonDot], "was chosen", "no dot"),
+            (Isa::Neon, &[Isa::Scalar, Isa::Neon], "no dot products", "chosen"),
         ] {
             let text = products(isa, available);
             assert!(text.contains(words) && !text.contains(not), "{isa} of {available:?}: {text}");

@@ -115,6 +115,8 @@ pub(super) fn select(isa: Isa, line: Line) -> Micro {
         (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, _) => super::avx512::micro(line),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2 | Isa::Avx2Vnni, _) => super::avx2::micro(line),
+        #[cfg(target_arch = "aarch64")]
+        (Isa::Neon | Isa::NeonDot | Isa::NeonI8mm, _) => super::neon::micro(line),
         _ => super::scalar::micro(line),
     }
 }

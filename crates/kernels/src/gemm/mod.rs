@@ -22,6 +22,8 @@ mod cut;
 mod generic;
 mod grouped;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod pairs;
 mod product;

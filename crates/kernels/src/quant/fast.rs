@@ -333,7 +333,7 @@ struct Gemm<'a> {
 
 /// Tiles brought into the form that products read many times.
 struct Panel<'a> {
-    /// `[tile][k / 4][16 rows × 4]`.
+    /// `[tile][k / 4][16 rows × 4]`, arranged.
     codes: &'a [u8],
     /// `[tile][group][16]`.
     scales: &'a [f32],
@@ -361,8 +361,8 @@ impl PerTier for Gemm<'_> {
     }
 }
 
-/// Rows of x per pass.
-const COLUMNS: usize = 8;
+/// Rows of x per pass: on NEON the sums of a row take four of 32 registers.
+const COLUMNS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 8 };
 
 impl Gemm<'_> {
     #[inline(always)]
@@ -379,7 +379,9 @@ impl Gemm<'_> {
                 // SAFETY: block g of a tile that exists; the panel has room for it.
                 unsafe {
                     let block = weight.tile_pointer(self.range.0 + tile).add(g * layout.block);
-                    unpack::<L>(&layout, block, codes.as_mut_ptr().add(at * layout.group * TILE_ROWS));
+                    let codes = codes.as_mut_ptr().add(at * layout.group * TILE_ROWS);
+                    unpack::<L>(&layout, block, codes);
+                    L::arrange(codes, layout.group / 4);
                     let (s, b) = layout.scales_of::<L>(block);
                     L::store_f32(scales.as_mut_ptr().add(at * TILE_ROWS), s);
                     L::store_f32(biases.as_mut_ptr().add(at * TILE_ROWS), b);
@@ -401,7 +403,7 @@ impl Gemm<'_> {
         }
     }
 
-    /// A tile by 8 rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
+    /// A tile by [`COLUMNS`] rows of x. The int32 sums of a group live in registers, the f32 chains in L1.
     #[inline(always)]
     unsafe fn block<L: Lanes, const WIDE: bool>(
         &self,
@@ -422,15 +424,12 @@ impl Gemm<'_> {
             let scales = x.scale_offset(row, groups);
             let (d, e) = (x.scales.add(scales).cast_const(), x.sums.add(scales).cast_const());
             for g in 0..groups {
-                let mut sums = [L::zero(); COLUMNS];
                 let codes = panel.codes.as_ptr().add(tile * tile_codes + g * layout.group * TILE_ROWS);
-                let first = g * layout.group;
-                for unit in 0..layout.group / 4 {
-                    let q = L::load(codes.add(unit * 64));
-                    for c in 0..COLUMNS {
-                        sums[c] = L::dot::<WIDE>(sums[c], q, values[c].add(first + unit * 4));
-                    }
+                let mut rows = values;
+                for row in &mut rows {
+                    *row = row.add(g * layout.group);
                 }
+                let sums = L::dots::<WIDE, COLUMNS>(codes, layout.group / 4, rows);
                 let s = L::load_f32(panel.scales.as_ptr().add((tile * groups + g) * TILE_ROWS));
                 for c in 0..COLUMNS {
                     let chain = chains.add(c * TILE_ROWS);

@@ -1,7 +1,7 @@
 //! Sixteen 32-bit lanes: the one vector shape that the quantized kernels are written in.
 //!
 //! A tile of a quantized weight has 16 rows, so a lane is an output row whatever the instruction
-//! set: one AVX-512 register, two AVX2 registers, or an array. Kernels are generic over [`Lanes`]
+//! set: one AVX-512 register, two AVX2 registers, four of NEON, or an array. Kernels are generic over [`Lanes`]
 //! and are instantiated once per tier inside a function that enables the tier's features; every
 //! method is inlined into it. [`at_tier`](super::tier::at_tier) picks the instance.
 
@@ -9,12 +9,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::Neon;
 pub(super) use scalar::Scalar;
 
 use super::tile::ScaleType;
@@ -61,6 +65,22 @@ pub(super) trait Lanes: Copy + 'static {
     /// that codes may pass 127.
     unsafe fn dot<const WIDE: bool>(acc: Self::I, q: Self::I, a: *const i8) -> Self::I;
 
+    /// Brings `units` units of 16 rows × 4 codes, an even number, into the order in which [`Lanes::dots`] reads them.
+    #[inline(always)]
+    unsafe fn arrange(codes: *mut u8, units: usize) {
+        let _ = (codes, units);
+    }
+    /// Sums of the products of `units` arranged units with C rows of a.
+    #[inline(always)]
+    unsafe fn dots<const WIDE: bool, const C: usize>(
+        codes: *const u8,
+        units: usize,
+        a: [*const i8; C],
+    ) -> [Self::I; C] {
+        // SAFETY: promised by the caller.
+        unsafe { dots_by_unit::<Self, WIDE, C>(codes, units, a) }
+    }
+
     /// Signed integers to f32.
     unsafe fn to_f32(a: Self::I) -> Self::F;
     /// All lanes the same.
@@ -95,4 +115,24 @@ pub(super) trait Lanes: Copy + 'static {
     unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::I;
     /// Rounded to bf16 and widened again.
     unsafe fn round_bf16(a: Self::F) -> Self::F;
+}
+
+/// [`Lanes::dots`] of units in the order of k.
+#[inline(always)]
+unsafe fn dots_by_unit<L: Lanes, const WIDE: bool, const C: usize>(
+    codes: *const u8,
+    units: usize,
+    a: [*const i8; C],
+) -> [L::I; C] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut sums = [L::zero(); C];
+        for unit in 0..units {
+            let q = L::load(codes.add(unit * 64));
+            for c in 0..C {
+                sums[c] = L::dot::<WIDE>(sums[c], q, a[c].add(unit * 4));
+            }
+        }
+        sums
+    }
 }

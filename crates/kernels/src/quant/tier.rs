@@ -30,6 +30,12 @@ pub(super) unsafe fn at_tier<W: PerTier>(isa: Isa, work: W) -> W::Output {
             Isa::Avx2Vnni => avx2_vnni(work),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(work),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => neon_i8mm(work),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => neon_dot(work),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon(work),
             _ => work.run::<Scalar>(),
         }
     }
@@ -54,4 +60,25 @@ unsafe fn avx2<W: PerTier>(work: W) -> W::Output {
 unsafe fn avx2_vnni<W: PerTier>(work: W) -> W::Output {
     // SAFETY: the features are enabled here.
     unsafe { work.run::<super::lanes::Avx2<true>>() }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon<W: PerTier>(work: W) -> W::Output {
+    // SAFETY: the features are enabled here.
+    unsafe { work.run::<super::lanes::Neon<{ super::lanes::neon::LONG }>>() }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod")]
+unsafe fn neon_dot<W: PerTier>(work: W) -> W::Output {
+    // SAFETY: the features are enabled here.
+    unsafe { work.run::<super::lanes::Neon<{ super::lanes::neon::DOT }>>() }
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,dotprod,i8mm")]
+unsafe fn neon_i8mm<W: PerTier>(work: W) -> W::Output {
+    // SAFETY: the features are enabled here.
+    unsafe { work.run::<super::lanes::Neon<{ super::lanes::neon::I8MM }>>() }
 }

@@ -173,6 +173,7 @@ pub(super) unsafe fn write_values<T: Bits>(
 ///
 /// # Safety
 /// There is room for them.
+#[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn write_words<T: Bits>(words: &[u32], out: *mut T, stride: isize) {
     // SAFETY: the caller's.
     unsafe { write_each(words, out, stride, |word| word) }

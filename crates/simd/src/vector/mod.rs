@@ -331,7 +331,7 @@ pub fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx2 | Isa::Avx2Vnni => unsafe { run_avx2(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => unsafe { run_neon(kernel) },
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe { run_neon(kernel) },
         _ => kernel.run::<scalar::F32x16>(),
     }
 }

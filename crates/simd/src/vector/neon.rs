@@ -13,6 +13,7 @@ use half::{bf16, f16};
 
 use super::{LANES, Vector, bf16_bits};
 use crate::Isa;
+use crate::aarch64::{narrow_f16, widen_f16};
 
 #[derive(Clone, Copy)]
 pub struct F32x16([float32x4_t; 4]);
@@ -202,21 +203,17 @@ impl Vector for F32x16 {
             unsafe { vst1_u16(p.add(4 * k).cast(), vmovn_u32(vreinterpretq_u32_s32(bits[k]))) };
         }
     }
-    // The f16 conversions of NEON are not stable in Rust; one lane at a time is right, and slow.
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> Self {
-        let mut out = [0.0; LANES];
-        for (i, lane) in out.iter_mut().enumerate() {
-            // SAFETY: the caller promises the memory.
-            *lane = unsafe { p.add(i).read_unaligned() }.to_f32();
-        }
-        Self::from_array(out)
+        let p: *const u16 = p.cast();
+        // SAFETY: the caller promises the memory; see the module's documentation.
+        F32x16(std::array::from_fn(|k| widen_f16(unsafe { vld1_u16(p.add(4 * k)) })))
     }
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut f16) {
-        for (i, lane) in self.to_array().into_iter().enumerate() {
-            // SAFETY: the caller promises the memory.
-            unsafe { p.add(i).write_unaligned(f16::from_f32(lane)) };
+        for k in 0..4 {
+            // SAFETY: the caller promises the memory; see the module's documentation.
+            unsafe { vst1_u16(p.add(4 * k).cast(), narrow_f16(self.0[k])) };
         }
     }
 
