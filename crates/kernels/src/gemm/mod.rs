@@ -8,8 +8,9 @@
 //! tasks to a list. The same bits come out for any number of rows, threads, and any cutting:
 //! docs/NUMERICS.md has the orders. [`Grouped`] multiplies rows by the matrices that indices name.
 //!
-//! Files: `types` what is asked; `cut` blocks, `product` the loops over them; `grouped` rows for experts; `pack` and `block` packing;
-//! `store` the epilogue; `weight` packed weights, `read` from files; `micro` the table of innermost loops, one file per tier.
+//! Files: `types` what is asked; `cut` blocks, `product` the loops over them; `grouped` rows for experts; `pack`
+//! and `block` packing; `store` the epilogue; `weight` packed weights, `read` from files; `micro` the table of
+//! innermost loops, one file per tier.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -6,8 +6,10 @@
 //! chain over k, whatever the blocks.
 //!
 //! A is packed by a task of its own when several chunks read the same rows, otherwise by the
-//! chunk. Rows that an index chose ([`super::grouped`]) lie anywhere, and so do their outputs: they are
-//! packed by way of lines that follow each other, and stored one by one. B is read in place when a packed weight has the right kind of lines, packed by a task when
+//! chunk. Rows that an index chose ([`super::grouped`]) lie anywhere, and so do their outputs: they
+//! are packed by way of lines that follow each other, and stored one by one.
+//!
+//! B is read in place when a packed weight has the right kind of lines, packed by a task when
 //! several blocks of rows read it (twenty blocks that pack the same columns cost a tenth of a product),
 //! and by the chunk otherwise or when the whole of it would take too much memory.
 
