@@ -110,7 +110,7 @@ fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> PackedWeight {
         }
         // One of small magnitude, and no 8-bit float that is NaN.
         _ => {
-            let numbers = words.bitwise_and(&Array::full(&[1], f64::from(0xbfbf_bfbfu32), Dtype::U32));
+            let numbers = words.bitwise_and(Array::full(&[1], f64::from(0xbfbf_bfbfu32), Dtype::U32));
             (numbers.expect("integers"), Array::full(&groups, 56.0, Dtype::U8), None)
         }
     };

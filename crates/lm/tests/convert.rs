@@ -185,7 +185,7 @@ fn small_floats_that_are_no_numbers_are_refused() {
         let opened = load(&broken, Packing::Frozen).err().unwrap().to_string();
         assert!(opened.contains(&tensor) && opened.contains(&format!("element {place}")), "{name}: {opened}");
         let recipe = Recipe { dequantize: true, ..Recipe::default() };
-        let converted = convert(&broken, &parent.path().join("out"), &recipe).unwrap_err().to_string();
+        let converted = convert(&broken, parent.path().join("out"), &recipe).unwrap_err().to_string();
         assert!(converted.contains("NaN"), "{name}: {converted}");
     }
 }
