@@ -67,7 +67,8 @@ impl PackedWeight {
     /// arrays, as [`PackedWeight::read_float`]'s does. Affine scales and biases are of `dtype`; the other modes have
     /// scales of bytes and no biases.
     ///
-    /// Codes and scales that are floats must not be NaN ([`first_nan`]).
+    /// # Errors
+    /// Of `read`, and if a code or scale that is a float of 8 bits is NaN.
     pub fn read_mlx<E: From<Error> + Send>(
         shape: [usize; 2],
         format: QuantSpec,
@@ -75,6 +76,14 @@ impl PackedWeight {
         read: impl Fn(Part, Range<usize>, &mut [u8]) -> Result<(), E> + Sync + Send,
     ) -> Result<PackedWeight, E> {
         let scale = scale_type(format, dtype)?;
+        let read = |part: Part, rows: Range<usize>, into: &mut [u8]| -> Result<(), E> {
+            let start = rows.start * (into.len() / rows.len().max(1));
+            read(part, rows, into)?;
+            match first_nan(format, part, into) {
+                Some(at) => Err(bad(format!("{part:?} of {shape:?} are NaN at {}", start + at)).into()),
+                None => Ok(()),
+            }
+        };
         let weight =
             with_pool(|pool| QuantWeight::read(pool, format, shape, scale, read)).map_err(Error::from)??;
         Ok(PackedWeight::Quant(weight))
@@ -166,6 +175,11 @@ impl PackedWeight {
         }
     }
 
+    /// Whether it holds codes, MLX's or ggml's.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self, PackedWeight::Quant(_) | PackedWeight::Experts(Experts::Quant(_)))
+    }
+
     /// How it is coded, if it is quantized in a format that MLX has. Of ggml's blocks that are `Q6_K` it has none.
     pub fn quantization(&self) -> Option<QuantSpec> {
         match self {
@@ -246,17 +260,20 @@ fn to_mlx(weight: &QuantWeight) -> Result<QuantizedArray> {
 /// The first NaN among these bytes of one of a quantized weight's arrays, if its numbers are floats of 8 bits or
 /// fewer: those of affine codes are arrays' own matter.
 pub fn first_nan(format: QuantSpec, part: Part, bytes: &[u8]) -> Option<usize> {
-    // Looked at without branches first, which is done at the speed of memory.
-    let find = |bad: fn(&u8) -> bool| match bytes.iter().fold(false, |any, code| any | bad(code)) {
-        true => bytes.iter().position(bad),
-        false => None,
-    };
     match (format.mode(), part) {
-        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Part::Scales) => find(|&code| code == 0xff),
+        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Part::Scales) => first(bytes, |code| code == 0xff),
         (QuantMode::Nvfp4, Part::Scales) | (QuantMode::Mxfp8, Part::Words) => {
-            find(|&code| code & 0x7f == 0x7f)
+            first(bytes, |code| code & 0x7f == 0x7f)
         }
         _ => None,
+    }
+}
+
+/// The first of these bytes that is bad: hardly ever one, so all are looked at without branches before.
+fn first(bytes: &[u8], bad: impl Fn(u8) -> bool) -> Option<usize> {
+    match bytes.iter().fold(false, |any, &code| any | bad(code)) {
+        true => bytes.iter().position(|&code| bad(code)),
+        false => None,
     }
 }
 

@@ -10,14 +10,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once};
 use std::time::Duration;
 
-use crate::Dtype;
-use crate::PackedWeight;
 use crate::backend::{Operand, Step};
 use crate::kv::{KvFormat, PagedSpec, PagedStep};
 use crate::op::{AttentionSpec, Op, Precision};
-use crate::ops::quantized::QuantMode;
-use crate::packed::Experts;
+use crate::ops::quantized::{QuantMode, QuantSpec};
 use crate::shape::size_of;
+use crate::{Dtype, PackedWeight};
 
 const OFF: u8 = 0;
 const OPS: u8 = 1;
@@ -218,9 +216,9 @@ fn arithmetic(step: &Step) -> Arithmetic {
     let half = |x: &Operand| matches!(x, Operand::Host(view) if view.dtype == Dtype::BF16);
     let halves = || step.inputs.iter().all(half);
     // 8-bit floats have no int8 product, all other codes have.
-    let integers = |weight: &PackedWeight| match weight {
-        PackedWeight::Float(_) | PackedWeight::Experts(Experts::Float(_)) => false,
-        _ => weight.quantization().is_none_or(|format| format.mode() != QuantMode::Mxfp8),
+    let integers = |weight: &PackedWeight| {
+        let eight = |format: QuantSpec| format.mode() == QuantMode::Mxfp8;
+        weight.is_quantized() && !weight.quantization().is_some_and(eight)
     };
     let quantized = || step.inputs.iter().any(|x| matches!(x, Operand::Packed(weight) if integers(weight)));
     match &step.op {
@@ -328,7 +326,6 @@ mod tests {
     use crate::Array;
     use crate::backend::HostView;
     use crate::kv::KvSpec;
-    use crate::ops::quantized::QuantSpec;
     use std::sync::Arc;
 
     fn plain(shape: &[usize], dtype: Dtype) -> Operand {

@@ -130,6 +130,8 @@ fn blocks_of_gguf_are_packed_for_products() {
     let mut writer = GgufWriter::new();
     for name in &names {
         let kind = BlockType::from_name(name).unwrap();
+        let block = mica_codec::gguf::GgufBlock::from_name(name).unwrap();
+        assert_eq!((kind.block_elements(), kind.block_bytes()), (block.values(), block.bytes()), "{name}");
         let rows = golden.shape(&format!("{name}.blocks"))[0];
         writer.tensor(*name, kind, &[rows, kind.block_elements()], golden.bytes(&format!("{name}.blocks")));
     }
@@ -158,9 +160,12 @@ fn blocks_of_gguf_are_packed_for_products() {
     }
     let floats = Array::from_packed(files::pack_gguf(&file, "floats").unwrap());
     assert_eq!(floats.dequantize().unwrap().to_vec::<f32>().unwrap(), [1.0, 2.0]);
-    for (name, expected) in
-        [("damaged", "block 5 of Q4_0"), ("one", "no matrix"), ("other", "Q2_K"), ("none", "none")]
-    {
+    for (name, expected) in [
+        ("damaged", "blocks.gguf: tensor damaged: block 5 of Q4_0"),
+        ("one", "no matrix"),
+        ("other", "Q2_K"),
+        ("none", "none"),
+    ] {
         let error = files::pack_gguf(&file, name).unwrap_err().to_string();
         assert!(error.contains(expected), "{name}: {error}");
     }

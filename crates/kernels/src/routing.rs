@@ -71,6 +71,22 @@ unsafe impl Sync for Table {}
 /// Words of a block in the table.
 const BLOCK_WORDS: usize = 3;
 
+/// Refuses an output some of whose elements share a place: chunks would write them at the same time.
+pub(crate) fn check_apart(name: &'static str, shape: &[usize], strides: &[isize]) -> Result<(), KernelError> {
+    let mut steps: Vec<(usize, usize)> =
+        shape.iter().zip(strides).map(|(&size, stride)| (stride.unsigned_abs(), size)).collect();
+    steps.sort_unstable();
+    let mut span = 1;
+    for (step, size) in steps {
+        if size > 1 && step < span {
+            let message = format!("elements of the output overlap: strides {strides:?} of {shape:?}");
+            return Err(KernelError::new(name, message));
+        }
+        span += size.saturating_sub(1) * step;
+    }
+    Ok(())
+}
+
 impl Routing {
     /// Checks that there are two lists of as many indices, of entries with `m` rows each, into `counts` matrices.
     pub fn new(

@@ -228,9 +228,8 @@ impl<'a> Out<'a> {
                     false => (read("scales")?, None),
                 };
                 let codes = QuantizedArray::new(read("weight")?, scales, biases, spec, None)?;
-                // Packed as a model's are, and so found to hold no NaN.
-                let packed = Array::from_packed(PackedWeight::from_mlx(&codes)?);
-                Ok(if affine { packed.dequantize()? } else { codes.dequantize(Some(dtype))? })
+                // Small floats are numbers of bf16, whatever they become then.
+                Ok(Array::from_packed(PackedWeight::from_mlx(&codes)?).dequantize()?)
             }
         };
         let target = if recipe.dequantize { recipe.quantize } else { Some(spec) };

@@ -91,6 +91,10 @@ fn constant(index: usize, array: &Array, tensors: &mut Vec<(String, Array)>) -> 
         return Ok(json!({ "tensor": name }));
     };
     let Some(format) = packed.quantization() else {
+        if packed.is_quantized() {
+            let message = "a weight of Q6_K blocks has no form in the file: dequantize it first";
+            return Err(Error::invalid("export_function", message));
+        }
         tensors.push((name.clone(), array.dequantize()?));
         return Ok(json!({ "tensor": name }));
     };

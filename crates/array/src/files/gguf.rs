@@ -109,7 +109,8 @@ fn quantized(tensor: &GgufTensor, bytes: &[u8]) -> Result<[Array; 3]> {
 /// ```
 ///
 /// # Errors
-/// A tensor that is missing, no matrix or of another kind, and a scale that is NaN or infinite.
+/// A tensor that is missing, no matrix or of another kind, and a block whose scale is NaN or infinite. Plain floats are
+/// taken as they are.
 pub fn pack_gguf(file: &Gguf, name: &str) -> Result<PackedWeight> {
     let fail = file_error("pack_gguf");
     let tensor = file.require(name).map_err(&fail)?;
@@ -125,7 +126,11 @@ pub fn pack_gguf(file: &Gguf, name: &str) -> Result<PackedWeight> {
         return PackedWeight::read_float([out, inner], dtype, read);
     }
     match GgufBlock::from_name(kind.name()) {
-        Some(block) => PackedWeight::read_gguf([out, inner], block, read),
+        Some(block) => PackedWeight::read_gguf([out, inner], block, read).map_err(|error| {
+            let text = error.to_string();
+            let text = text.strip_prefix("[quantized_weight] ").unwrap_or(&text);
+            Error::invalid("pack_gguf", format!("{}: tensor {name}: {text}", file.path().display()))
+        }),
         None => {
             let known: Vec<&str> = GgufBlock::ALL.iter().map(|block| block.name()).collect();
             let message =

@@ -17,7 +17,8 @@ impl Array {
     ///
     /// A token in `k` of its experts: x [tokens, 1, 1, in], `rhs_indices` [tokens, k], result [tokens, k, 1, out].
     /// As with [`Array::linear`] the result has x's dtype, and packed experts are frozen. Rows that are routed to the
-    /// same expert are multiplied together, and each has the bits of its product alone.
+    /// same expert are multiplied together, and each has the bits of its product alone (of a row in half precision by a
+    /// quantized weight: of its product as f32, rounded).
     pub fn gather_linear(
         &self,
         weight: &Array,
@@ -53,6 +54,10 @@ impl Array {
                 NAME,
                 format!("input {self:?} does not fit weights [experts, out, in] of {weight:?}"),
             ));
+        }
+        let quantized = weight.packed().is_some_and(|packed| packed.is_quantized());
+        if transposed && precision == Precision::Fast && quantized {
+            return Err(Error::invalid(NAME, "precision fast is for inference: expected bf16 or exact"));
         }
         let lhs = matrix_indices(NAME, self, lhs_indices)?;
         let right = matrix_indices(NAME, weight, rhs_indices)?;

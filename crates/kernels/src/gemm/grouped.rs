@@ -14,7 +14,8 @@ use super::pack::{BSource, PanelSource};
 use super::product::{Block, Chosen, Product, Request};
 use super::types::{FloatType, FloatView, FloatViewMut, Matrix, Precision};
 use super::weight::{FloatWeight, Tiles};
-use crate::routing::{Routing, Table};
+use crate::error::check_tier;
+use crate::routing::{Routing, Table, check_apart};
 use crate::view::Dims;
 use crate::{KernelError, View};
 
@@ -139,6 +140,7 @@ impl<'a> Grouped<'a> {
         precision: Precision,
         isa: Isa,
     ) -> Result<Grouped<'a>, KernelError> {
+        check_tier(NAME, isa)?;
         let [lefts, m, _] = three(a.shape())?;
         let routing = Routing::new(NAME, indices, m, [lefts, rights])?;
         let entries = routing.entries();
@@ -146,6 +148,7 @@ impl<'a> Grouped<'a> {
             let message = format!("{entries} indices and an output of {:?}", out.shape());
             return Err(KernelError::new(NAME, message));
         }
+        check_apart(NAME, out.shape(), out.strides())?;
         let bytes = (a.bytes(), a.float_type());
         let mut a = Matrix::of("a", bytes, a.shape(), a.strides(), &[lefts], (m, k))?;
         let bytes = (out.bytes(), out.float_type());
@@ -153,8 +156,6 @@ impl<'a> Grouped<'a> {
         // Rows have places of their own: the batch entries of the product are the matrices of b.
         let steps = |matrix: &mut Matrix| [std::mem::take(&mut matrix.batch[0]), matrix.row];
         let (a_steps, out_steps) = (steps(&mut a), steps(&mut out));
-        // A tier that the machine lacks would be an illegal instruction.
-        let isa = if Isa::available().contains(&isa) { isa } else { Isa::get() };
         let batch: Dims = [rights][..].into();
         let product = Product::new(Request {
             isa,

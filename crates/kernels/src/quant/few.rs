@@ -61,30 +61,61 @@ impl<'a> FewTask<'a> {
         let k = self.weight.inner;
         let width = if self.pairs() { k / 2 } else { k };
         let staged = scratch.take::<u32>(self.m * width);
+        let rounded = self.precision == Precision::Bf16;
         for row in 0..self.m {
             let to = &mut staged[row * width..][..width];
-            // SAFETY: the row is inside the view and contiguous.
+            let pairs = self.pairs();
+            // SAFETY: the row is inside the view and contiguous, and as long as there are inputs; the tier was checked.
             unsafe {
                 match &self.x {
-                    FloatView::F32(view) => self.stage_row(view.run(&[row, 0], k), to),
-                    FloatView::Bf16(view) => self.stage_row(view.run(&[row, 0], k), to),
-                    FloatView::F16(view) => self.stage_row(view.run(&[row, 0], k), to),
+                    FloatView::F32(view) => {
+                        at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to, rounded, pairs })
+                    }
+                    FloatView::F16(view) => {
+                        at_tier(self.isa, StageRow { from: view.run(&[row, 0], k), to, rounded, pairs })
+                    }
+                    // Nothing is left to round.
+                    FloatView::Bf16(view) => {
+                        let from = view.run(&[row, 0], k);
+                        at_tier(self.isa, StageRow { from, to, rounded: false, pairs })
+                    }
                 }
             }
         }
         staged
     }
+}
 
-    fn stage_row<T: Float>(&self, from: &[T], to: &mut [u32]) {
-        let round = |value: &T| half::bf16::from_f32(value.to_f32());
-        if self.pairs() {
-            for (to, from) in to.iter_mut().zip(from.chunks_exact(2)) {
-                *to = u32::from(round(&from[0]).to_bits()) | u32::from(round(&from[1]).to_bits()) << 16;
+/// One row, rounded as the tier's `gemm` rounds: some tiers take subnormal numbers for zero.
+struct StageRow<'a, T> {
+    /// A multiple of 16.
+    from: &'a [T],
+    to: &'a mut [u32],
+    rounded: bool,
+    pairs: bool,
+}
+
+impl<T: Float> PerTier for StageRow<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let width = if self.pairs { 8 } else { 16 };
+        for (from, to) in self.from.chunks_exact(16).zip(self.to.chunks_exact_mut(width)) {
+            let mut values = [0f32; 16];
+            values.iter_mut().zip(from).for_each(|(value, from)| *value = from.to_f32());
+            if self.rounded {
+                // SAFETY: there are 16 values.
+                unsafe { L::store_f32(values.as_mut_ptr(), L::round_bf16(L::load_f32(values.as_ptr()))) };
             }
-        } else if self.precision == Precision::Bf16 {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = round(from).to_f32().to_bits());
-        } else {
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32().to_bits());
+            let bits = values.map(f32::to_bits);
+            if self.pairs {
+                for (to, pair) in to.iter_mut().zip(bits.chunks_exact(2)) {
+                    *to = pair[0] >> 16 | pair[1] & 0xffff_0000;
+                }
+            } else {
+                to.copy_from_slice(&bits);
+            }
         }
     }
 }

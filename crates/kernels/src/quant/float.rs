@@ -2,9 +2,8 @@
 //!
 //! y = x·wᵀ, and dx = dy·w for training through a frozen weight. Weights are s·q + b in f32, one
 //! fused multiply-add (of codes without biases the number times the scale, rounded once), and for bf16 rounded once
-//! more. The product itself is `gemm`'s: this file
-//! dequantizes tiles into its panels as it asks for them, so a quantized product has the bits of
-//! the float product with the dequantized weight, on every tier.
+//! more. The product itself is `gemm`'s: this file dequantizes tiles into its panels as it asks for them, so a quantized
+//! product has the bits of the float product with the dequantized weight, on every tier.
 //!
 //! A panel is 16 columns of the product, a line of 16 values (or pairs) per k. Forward, a panel is
 //! a tile and a lane one of its rows; transposed, it is 16 columns of a group, and k runs over the
@@ -82,7 +81,7 @@ impl PerTier for Fill<'_> {
 
 /// How bytes of unpacked codes become weights, with s and what else a group has: z.
 pub(super) trait Values {
-    /// Whether bf16 holds all of them as they are.
+    /// Whether bf16 holds all of them as they are, but for those below its smallest (2⁻¹³³), which stay what they are.
     const HALF: bool;
     /// Bytes 0 to 3 of each lane.
     unsafe fn of_lanes<L: Lanes>(q: L::I, s: L::F, z: L::F) -> [L::F; 4];

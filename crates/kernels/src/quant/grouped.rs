@@ -20,7 +20,7 @@ use super::weight::QuantWeight;
 use crate::error::check_tier;
 use crate::gemm::{self, FloatView, Grouped, PanelForm, PanelRange, PanelSource};
 use crate::plan::Workspace;
-use crate::routing::{Routing, RowBlock, Table};
+use crate::routing::{Routing, RowBlock, Table, check_apart};
 use crate::{KernelError, View, ViewMut};
 
 const NAME: &str = "gather_qmm";
@@ -116,6 +116,7 @@ impl QuantExperts {
             );
             return Err(KernelError::new(NAME, message));
         }
+        check_apart(NAME, out.shape(), out.strides())?;
         let stage = Stage::new(as_rows(&x)?, self.0[0].group_size(), isa)?;
         Ok(ExpertsPlan(Plan::Int8(Box::new(Int8 { experts: self, stage, routing, m, out, isa }))))
     }

@@ -5,10 +5,10 @@
 //! are quantized first; several weights that read the same ones share that step ([`ProductPlan::join`], or
 //! [`Stage`], then [`QuantWeight::product`] per weight).
 //!
-//! Files: `form` says how a weight is coded, `tile` is the memory layout, `pack` and `blocks` fill it, `lanes` the vector type all kernels are written in, `tier`
-//! their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product, `float` dequantizes into the panels of
-//! `gemm`, `few` multiplies few rows without panels, `gather` gives rows as numbers, `grouped` multiplies rows by the
-//! weights that indices name. The codes themselves are mica-codec's subject.
+//! Files: `form` says how a weight is coded, `tile` is the memory layout, `pack` and `blocks` fill it, `lanes` the
+//! vector type all kernels are written in, `tier` their dispatch, `fast`, `fast_wide` and `fast_amx` the int8 product,
+//! `float` dequantizes into the panels of `gemm`, `few` multiplies few rows without panels, `gather` gives rows as
+//! numbers, `grouped` multiplies rows by the weights that indices name. The codes themselves are mica-codec's subject.
 
 mod blocks;
 mod fast;

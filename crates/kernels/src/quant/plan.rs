@@ -25,7 +25,8 @@ const TRANSPOSED: &str = "transposed quantized product";
 /// How exactly a product is computed (docs/NUMERICS.md).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// Activations as int8 per group: for inference. With weights of 8-bit floats, [`Precision::Bf16`].
+    /// Activations as int8 per group: for inference. With weights of 8-bit floats, [`Precision::Bf16`]. Scales of 4-bit
+    /// floats must be below 2¹²⁶: the bias of larger ones is infinite.
     Fast,
     /// Activations and dequantized weights in bf16, f32 sums: for training bf16 models.
     Bf16,

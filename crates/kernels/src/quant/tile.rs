@@ -350,7 +350,8 @@ pub(super) unsafe fn unpack_affine<L: Lanes>(layout: &Layout, from: *const u8, t
             4 => unpack_as::<L, Plain<4>>(from, to, subs),
             5 => unpack_as::<L, Plain<5>>(from, to, subs),
             6 => unpack_as::<L, Plain<6>>(from, to, subs),
-            _ => unpack_as::<L, Plain<8>>(from, to, subs),
+            8 => unpack_as::<L, Plain<8>>(from, to, subs),
+            _ => unreachable!("a Form has no other widths"),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Quantized layers in MLX's own layout, in every mode.
 //!
 //! The codes stay as they are and are unpacked with every product. A [`Linear`] whose weight was
-//! packed once ([`quantize`](crate::quantize())) computes the affine ones much faster; these layers
-//! are for the other modes, and for programs that share the three arrays with something else.
+//! packed once ([`quantize`](crate::quantize())) computes much faster, in every mode; these layers
+//! are for programs that share the arrays with something else, and for inputs that are quantized too.
 
 use mica_array::quantized::{
     QuantMode, QuantSpec, QuantizedArray, qqmm, qqmm_floats, quantize, quantized_matmul,

@@ -1,7 +1,7 @@
 //! Lanes as two AVX2 registers.
 //!
-//! AVX-VNNI multiplies bytes in one instruction. Without it `vpmaddubsw` adds pairs of products in 16 bits with saturation: 2·127·127 fits, 2·255·127 does
-//! not, so 8-bit codes are multiplied nibble by nibble.
+//! AVX-VNNI multiplies bytes in one instruction. Without it `vpmaddubsw` adds pairs of products in 16 bits with
+//! saturation: 2·127·127 fits, 2·255·127 does not, so 8-bit codes are multiplied nibble by nibble.
 
 use std::arch::x86_64::*;
 
