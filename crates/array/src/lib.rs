@@ -51,7 +51,7 @@ pub use ops::quantized;
 pub use ops::random;
 pub use ops::select::Index;
 pub use ops::sort::{Side, Unique};
-pub use packed::{PackedWeight, Part, first_nan};
+pub use packed::{PackedWeight, Part};
 pub use print::{PrintOptions, print_options, set_print_options, with_print_options};
 pub use shape::{Shape, Strides};
 pub use stream::{Stream, ThreadLocalStream, async_eval, clear_streams, synchronize};

@@ -16,8 +16,8 @@ use crate::{Array, Dtype, Error, Result, Shape};
 
 pub use experts::Experts;
 
-/// A weight [out, in] that was repacked once, at load, for the kernels. Packing is a bijection:
-/// there is one copy only, and its original form can be had back bit for bit.
+/// A weight [out, in] that was repacked once, at load, for the kernels. There is one copy only: of floats and of MLX's
+/// codes the original form can be had back bit for bit, of ggml's blocks the numbers.
 #[derive(Debug)]
 pub enum PackedWeight {
     /// f32, bf16 or f16.
@@ -79,10 +79,7 @@ impl PackedWeight {
         let read = |part: Part, rows: Range<usize>, into: &mut [u8]| -> Result<(), E> {
             let start = rows.start * (into.len() / rows.len().max(1));
             read(part, rows, into)?;
-            match first_nan(format, part, into) {
-                Some(at) => Err(bad(format!("{part:?} of {shape:?} are NaN at {}", start + at)).into()),
-                None => Ok(()),
-            }
+            Ok(check_numbers(format, part, into, start)?)
         };
         let weight =
             with_pool(|pool| QuantWeight::read(pool, format, shape, scale, read)).map_err(Error::from)??;
@@ -115,14 +112,10 @@ impl PackedWeight {
         let codes = words.to_vec::<u32>()?;
         let (scales, biases) =
             (scale_vec(scales, scale)?, biases.as_ref().map(|b| scale_vec(b, scale)).transpose()?);
-        if let Scales::E8m0(bytes) | Scales::E4m3(bytes) = scales.as_scales()
-            && let Some(at) = first_nan(*format, Part::Scales, bytes)
-        {
-            return Err(bad(format!("scale {at} of {shape:?} is NaN")));
+        if let Scales::E8m0(bytes) | Scales::E4m3(bytes) = scales.as_scales() {
+            check_numbers(*format, Part::Scales, bytes, 0)?;
         }
-        if let Some(at) = words.with_bytes(|bytes| first_nan(*format, Part::Words, bytes))? {
-            return Err(bad(format!("value {at} of {shape:?} is NaN")));
-        }
+        words.with_bytes(|bytes| check_numbers(*format, Part::Words, bytes, 0))??;
         let packed = with_pool(|pool| {
             let biases = biases.as_ref().map(ScaleVec::as_scales);
             QuantWeight::pack(pool, *format, shape, &codes, scales.as_scales(), biases)
@@ -257,15 +250,18 @@ fn to_mlx(weight: &QuantWeight) -> Result<QuantizedArray> {
     )
 }
 
-/// The first NaN among these bytes of one of a quantized weight's arrays, if its numbers are floats of 8 bits or
-/// fewer: those of affine codes are arrays' own matter.
-pub fn first_nan(format: QuantSpec, part: Part, bytes: &[u8]) -> Option<usize> {
-    match (format.mode(), part) {
-        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Part::Scales) => first(bytes, |code| code == 0xff),
-        (QuantMode::Nvfp4, Part::Scales) | (QuantMode::Mxfp8, Part::Words) => {
-            first(bytes, |code| code & 0x7f == 0x7f)
-        }
-        _ => None,
+/// Refuses NaN among these bytes, from element `start` on, of one of a quantized weight's arrays, if its numbers are
+/// floats of 8 bits: kernels would read it as a number. Affine scales and biases are floats like others.
+fn check_numbers(format: QuantSpec, part: Part, bytes: &[u8], start: usize) -> Result<()> {
+    let (name, found) = match (format.mode(), part) {
+        (QuantMode::Mxfp4 | QuantMode::Mxfp8, Part::Scales) => ("scales", first(bytes, |code| code == 0xff)),
+        (QuantMode::Nvfp4, Part::Scales) => ("scales", first(bytes, |code| code & 0x7f == 0x7f)),
+        (QuantMode::Mxfp8, Part::Words) => ("weight", first(bytes, |code| code & 0x7f == 0x7f)),
+        _ => return Ok(()),
+    };
+    match found {
+        Some(at) => Err(bad(format!("{name}: NaN, first at element {}", start + at))),
+        None => Ok(()),
     }
 }
 

@@ -19,7 +19,7 @@ use mica_io::weights::{ShardedWriter, WeightFiles};
 use serde_json::{Value, json};
 
 use crate::config::{ModelConfig, QuantMode, QuantSpec};
-use crate::weights::{not_finite, read_finite};
+use crate::weights::{bad_codes, not_finite, read_finite};
 use crate::{Error, Result};
 
 /// Gives the new value of a tensor by its name, or `None` where it stays.
@@ -229,7 +229,9 @@ impl<'a> Out<'a> {
                 };
                 let codes = QuantizedArray::new(read("weight")?, scales, biases, spec, None)?;
                 // Small floats are numbers of bf16, whatever they become then.
-                Ok(Array::from_packed(PackedWeight::from_mlx(&codes)?).dequantize()?)
+                let packed = PackedWeight::from_mlx(&codes)
+                    .map_err(|error| bad_codes(files.path(), &module_name, error.into()))?;
+                Ok(Array::from_packed(packed).dequantize()?)
             }
         };
         let target = if recipe.dequantize { recipe.quantize } else { Some(spec) };

@@ -56,10 +56,9 @@ fn plain(kind: BlockType) -> Option<Dtype> {
 /// Words, scales and biases (f16, groups of 32) of a tensor of blocks.
 fn quantized(tensor: &GgufTensor, bytes: &[u8]) -> Result<[Array; 3]> {
     let (kind, shape) = (tensor.block_type(), tensor.shape());
-    let bits = match kind {
-        BlockType::Q4_0 | BlockType::Q4_1 => 4,
-        BlockType::Q8_0 => 8,
-        other => {
+    let block = match (kind, GgufBlock::from_name(kind.name())) {
+        (BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q8_0, Some(block)) => block,
+        (other, _) => {
             return Err(Error::unsupported(
                 "load_gguf",
                 format!(
@@ -69,8 +68,7 @@ fn quantized(tensor: &GgufTensor, bytes: &[u8]) -> Result<[Array; 3]> {
             ));
         }
     };
-    let block = GgufBlock::from_name(kind.name()).expect("one of three");
-    let blocks = bytes.len() / block.bytes();
+    let (bits, blocks) = (block.bits(), bytes.len() / block.bytes());
     let (mut words, mut scales, mut biases) =
         (vec![0u32; blocks * bits], Vec::with_capacity(blocks), Vec::with_capacity(blocks));
     let mut groups = Groups::default();

@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "G", requires = "quantize")]
     q_group_size: Option<usize>,
     /// How a group is coded: affine, mxfp4, mxfp8 or nvfp4
-    #[arg(long, value_name = "MODE", requires = "quantize", default_value = "affine", value_parser = PossibleValuesParser::new(QuantMode::ALL.map(QuantMode::name)).try_map(|name| name.parse::<QuantMode>()))]
+    #[arg(long, value_name = "MODE", requires = "quantize", default_value = "affine", value_parser = mode())]
     q_mode: QuantMode,
     /// Make quantized weights plain
     #[arg(long, short, conflicts_with = "quantize")]
@@ -70,6 +70,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let source = mica_lm::locate::locate(&args.model)?;
     report(&convert(source, &args.output, &recipe)?, args.json)
+}
+
+/// The names of modes.
+fn mode() -> impl TypedValueParser<Value = QuantMode> {
+    PossibleValuesParser::new(QuantMode::ALL.map(QuantMode::name)).try_map(|name| name.parse())
 }
 
 /// How to quantize.

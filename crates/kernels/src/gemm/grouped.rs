@@ -12,7 +12,7 @@ use mica_threads::{Scratch, Task};
 
 use super::pack::{BSource, PanelSource};
 use super::product::{Block, Chosen, Product, Request};
-use super::types::{FloatType, FloatView, FloatViewMut, Matrix, Precision};
+use super::types::{FloatView, FloatViewMut, Matrix, Precision};
 use super::weight::{FloatWeight, Tiles};
 use crate::error::check_tier;
 use crate::routing::{Routing, Table, check_apart};
@@ -78,11 +78,6 @@ impl FloatExperts {
     /// `[experts, out, in]`.
     pub fn shape(&self) -> [usize; 3] {
         [self.0.len(), self.0[0].out(), self.0[0].inputs()]
-    }
-
-    /// The element type.
-    pub fn float_type(&self) -> FloatType {
-        self.0[0].float_type()
     }
 }
 

@@ -89,9 +89,7 @@ impl<S: Element, R: Element, O: Element> Kernel for Row<'_, S, R, O> {
     fn run<V: Vector>(self) {
         let layout = self.weight.layout;
         let lane = self.row % TILE_ROWS;
-        let blocks = tile_of(self.weight, self.row).chunks_exact(layout.block);
-        let values = self.codes.chunks_exact(layout.group).zip(self.to.chunks_exact_mut(layout.group));
-        for (block, (codes, to)) in blocks.zip(values) {
+        for (block, codes, to) in groups_of(self.weight, self.row, self.codes, self.to) {
             let s = V::splat(scale_of::<S>(&block[layout.scales()..], lane));
             let b = V::splat(scale_of::<S>(&block[layout.biases()..], lane));
             for (codes, to) in codes.chunks_exact(16).zip(to.chunks_exact_mut(16)) {
@@ -123,9 +121,7 @@ impl<O: Element> Kernel for Scaled<'_, O> {
     fn run<V: Vector>(self) {
         let layout = self.weight.layout;
         let lane = self.row % TILE_ROWS;
-        let blocks = tile_of(self.weight, self.row).chunks_exact(layout.block);
-        let values = self.codes.chunks_exact(layout.group).zip(self.to.chunks_exact_mut(layout.group));
-        for (block, (codes, to)) in blocks.zip(values) {
+        for (block, codes, to) in groups_of(self.weight, self.row, self.codes, self.to) {
             let scales = &block[layout.scales()..];
             let s = V::splat(match layout.scale {
                 ScaleType::F32 => scale_of::<f32>(scales, lane),
@@ -148,6 +144,19 @@ impl<O: Element> Kernel for Scaled<'_, O> {
             }
         }
     }
+}
+
+/// The blocks of a row with the codes in them and the places of their values.
+#[inline(always)]
+fn groups_of<'a, O>(
+    weight: &'a QuantWeight,
+    row: usize,
+    codes: &'a [u8],
+    to: &'a mut [O],
+) -> impl Iterator<Item = (&'a [u8], &'a [u8], &'a mut [O])> {
+    let blocks = tile_of(weight, row).chunks_exact(weight.layout.block);
+    let values = codes.chunks_exact(weight.layout.group).zip(to.chunks_exact_mut(weight.layout.group));
+    blocks.zip(values).map(|(block, (codes, to))| (block, codes, to))
 }
 
 fn tile_of(weight: &QuantWeight, row: usize) -> &[u8] {

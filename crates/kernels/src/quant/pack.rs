@@ -324,7 +324,6 @@ fn interleave_nibbles(word: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{Fp4, Half, Plain};
     use super::super::weight::{ScaleVec, Unpacked};
     use super::*;
     use half::{bf16, f16};
@@ -417,16 +416,7 @@ mod tests {
             }
         }
         let mut rng = Rng::new(6);
-        check::<Plain<1>>(&mut rng);
-        check::<Plain<2>>(&mut rng);
-        check::<Plain<3>>(&mut rng);
-        check::<Plain<4>>(&mut rng);
-        check::<Plain<5>>(&mut rng);
-        check::<Plain<6>>(&mut rng);
-        check::<Plain<8>>(&mut rng);
-        check::<Half<6>>(&mut rng);
-        check::<Fp4<false>>(&mut rng);
-        check::<Fp4<true>>(&mut rng);
+        tile::all_codes!(check(&mut rng));
     }
 
     #[test]

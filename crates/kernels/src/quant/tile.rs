@@ -228,6 +228,21 @@ macro_rules! with_codes {
 }
 pub(super) use with_codes;
 
+/// Calls a function for all [`Codes`] there are.
+#[cfg(test)]
+macro_rules! all_codes {
+    ($check:ident($argument:expr)) => {
+        $crate::quant::tile::all_codes!(@ $check($argument): tile::Plain<1>, tile::Plain<2>, tile::Plain<3>, tile::Plain<4>,
+            tile::Plain<5>, tile::Plain<6>, tile::Plain<8>, tile::Half<6>, tile::Fp4<false>, tile::Fp4<true>)
+    };
+    (@ $check:ident($argument:expr): $($codes:ty),+) => {{
+        use $crate::quant::tile;
+        $($check::<$codes>($argument);)+
+    }};
+}
+#[cfg(test)]
+pub(super) use all_codes;
+
 /// The planes of a code: (width, bits below it in the code), wide plane first. A width of 0 is
 /// no plane.
 pub(super) const fn planes(bits: usize) -> [(usize, usize); 2] {
@@ -407,16 +422,7 @@ mod tests {
     #[test]
     fn places_are_a_bijection_and_units_read_them() {
         let mut rng = Rng::new(11);
-        check::<Plain<1>>(&mut rng);
-        check::<Plain<2>>(&mut rng);
-        check::<Plain<3>>(&mut rng);
-        check::<Plain<4>>(&mut rng);
-        check::<Plain<5>>(&mut rng);
-        check::<Plain<6>>(&mut rng);
-        check::<Plain<8>>(&mut rng);
-        check::<Half<6>>(&mut rng);
-        check::<Fp4<false>>(&mut rng);
-        check::<Fp4<true>>(&mut rng);
+        all_codes!(check(&mut rng));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use mica_array::files::dtype_from_file;
-use mica_array::{Array, Dtype, PackedWeight, Part, first_nan};
+use mica_array::{Array, Dtype, PackedWeight, Part};
 use mica_io::weights::{Weight, WeightFiles};
 
 use super::Source;
@@ -179,14 +179,10 @@ impl FileSource {
             .collect();
         let read = |part: Part, rows: Range<usize>, into: &mut [u8]| {
             let (weight, dtype) = &parts[part as usize];
-            let row = into.len() / rows.len().max(1);
-            read_range(weight, *dtype, rows.start * row, into)?;
-            match first_nan(spec, part, into) {
-                Some(at) => Err(damaged(weight, rows.start * row + at)),
-                None => Ok(()),
-            }
+            read_rows(weight, *dtype, rows, into)
         };
-        let packed = PackedWeight::read_mlx([out, inputs], spec, parts[1].1, read)?;
+        let packed = PackedWeight::read_mlx([out, inputs], spec, parts[1].1, read)
+            .map_err(|error| bad_codes(self.files.path(), path, error))?;
         Ok(Array::from_packed(packed))
     }
 }
@@ -204,22 +200,32 @@ fn read_rows(weight: &Weight, dtype: Dtype, rows: Range<usize>, into: &mut [u8])
 
 fn read_range(weight: &Weight, dtype: Dtype, start: usize, into: &mut [u8]) -> Result<()> {
     weight.read_range(start, into)?;
-    match not_finite(into, dtype) {
-        Some(at) => Err(damaged(weight, start / dtype.size() + at)),
-        None => Ok(()),
-    }
-}
-
-/// A tensor that holds what is no number. Of words that hold several, `at` counts these.
-fn damaged(weight: &Weight, at: usize) -> Error {
-    Error::BadFile {
+    let Some(at) = not_finite(into, dtype) else {
+        return Ok(());
+    };
+    Err(Error::BadFile {
         path: weight.path().to_path_buf(),
         message: format!(
-            "tensor {} of shape {:?} holds NaN or infinity, first at element {at}",
+            "tensor {} of shape {:?} holds NaN or infinity, first at element {}",
             weight.name(),
             weight.shape(),
+            start / dtype.size() + at
         ),
-        todo: "the file is damaged: fetch it again".to_string(),
+        todo: DAMAGED.to_string(),
+    })
+}
+
+const DAMAGED: &str = "the file is damaged: fetch it again";
+
+/// Says where codes are that no weight can be made of.
+pub(crate) fn bad_codes(file: &Path, module: &str, error: Error) -> Error {
+    match error {
+        Error::Array(mica_array::Error::Invalid { message, .. }) => Error::BadFile {
+            path: file.to_path_buf(),
+            message: format!("{module}.{message}"),
+            todo: DAMAGED.to_string(),
+        },
+        other => other,
     }
 }
 

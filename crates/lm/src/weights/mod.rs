@@ -4,7 +4,7 @@ mod files;
 mod random;
 
 pub use files::{FileSource, Packing};
-pub(crate) use files::{not_finite, read_finite};
+pub(crate) use files::{bad_codes, not_finite, read_finite};
 pub use random::RandomSource;
 
 use mica_array::Array;
