@@ -313,9 +313,13 @@ impl Engine {
                             }
                             _ => Visit::Leave(pointer),
                         });
+                        // Copies that nobody else has: no gradient asked for them.
+                        let needless = |index, input: &Array| {
+                            matches!(op, Op::SavedAs) && index > 0 && input.node().is_only()
+                        };
                         // The first input on top: it is entered first.
-                        for input in inputs.iter().rev() {
-                            if input.node().ready().is_none() {
+                        for (index, input) in inputs.iter().enumerate().rev() {
+                            if input.node().ready().is_none() && !needless(index, input) {
                                 stack.push(Visit::Enter(NodePointer::of(input)));
                             }
                         }
@@ -599,7 +603,7 @@ fn view(op: &Op, spec: &Spec, inputs: &[Array]) -> Option<Storage> {
     };
     let shape = input.shape();
     let (offset, strides): (isize, Strides) = match op {
-        Op::Tracer(_) | Op::StopGradient | Op::After => (0, host.strides.clone()),
+        Op::Tracer(_) | Op::StopGradient | Op::After | Op::SavedAs => (0, host.strides.clone()),
         Op::Transpose(order) => (0, order.iter().map(|&axis| host.strides[axis]).collect()),
         Op::Broadcast => (0, broadcast_strides(shape, &host.strides, &spec.shape)),
         Op::Slice { start, step } => (

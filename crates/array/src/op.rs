@@ -36,6 +36,10 @@ pub enum Op {
     /// The first input, once the others have been computed: gives evaluation an order where data
     /// gives none.
     After,
+    /// The first input. A gradient rule that asks for its values is given the second's, a copy in a narrower dtype
+    /// that is made before anything else uses the array: it is all that is kept until then. Further inputs are views
+    /// of the outputs that follow it on its node, which rules take likewise: else they would hold the whole node.
+    SavedAs,
     /// One value everywhere.
     Full(Scalar),
     /// start, start + step, …
@@ -407,6 +411,7 @@ impl Op {
             Op::Tracer(_) => "tracer",
             Op::StopGradient => "stop_gradient",
             Op::After => "after",
+            Op::SavedAs => "saved_as",
             Op::Full(_) => "full",
             Op::Arange { .. } => "arange",
             Op::Unary(op) => op.name(),
@@ -477,6 +482,7 @@ impl Op {
             Op::Tracer(_)
                 | Op::StopGradient
                 | Op::After
+                | Op::SavedAs
                 | Op::Transpose(_)
                 | Op::Broadcast
                 | Op::Slice { .. }

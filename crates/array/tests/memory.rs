@@ -1,6 +1,7 @@
 //! Limits and rehearsals. One test, because both are of the whole process.
 
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PagedSpec};
+use mica_array::transforms::grad;
 use mica_array::{Array, Dtype, Error, Precision, eval, memory};
 
 /// A chain of products of growing sizes, of which every intermediate dies.
@@ -64,6 +65,27 @@ fn limits_are_kept_and_rehearsals_are_right() {
     let (result, prompt) = memory::rehearse(attending);
     result.unwrap();
     assert!(prompt.bytes < 4 << 20, "{prompt:?}");
+
+    // Of arrays that gradients take as bf16, no more is kept.
+    let needs = |dtype: Dtype| {
+        let (grads, rehearsal) = memory::rehearse(|| {
+            let x = Array::full(&[256, 1024], 1.0, Dtype::F32).contiguous()?;
+            let squares = |x: &[Array]| {
+                let mut x = x[0].clone();
+                for _ in 0..16 {
+                    x = x.saved_as(dtype)?.square()?;
+                }
+                x.sum(&[], false)
+            };
+            let grads = grad(squares, &[x])?;
+            eval(&grads)?;
+            Ok::<_, Error>(grads)
+        });
+        grads.unwrap();
+        rehearsal.bytes >> 20
+    };
+    let (wide, narrow) = (needs(Dtype::F32), needs(Dtype::BF16));
+    assert!((16..21).contains(&wide) && narrow < 13, "{wide} and {narrow} MiB");
 
     // With less memory than that everything is computed as well, in more plans.
     memory::clear_cache();

@@ -57,6 +57,16 @@ impl Context {
         self.keys.is_some()
     }
 
+    /// The same values; while training with bf16 products, gradients are given a copy in bf16, so that no more than that
+    /// is kept for them (see [`Array::saved_as`]): for inputs of norms, products and activations, and what attention
+    /// takes and gives.
+    pub fn saved(&self, x: &Array) -> Result<Array> {
+        match (self.is_training(), self.precision) {
+            (true, Precision::Bf16) => x.saved_as(Dtype::BF16),
+            _ => Ok(x.clone()),
+        }
+    }
+
     /// Zeroes values with probability `rate` and scales the others up; only while training.
     pub fn dropout(&self, x: &Array, rate: f32) -> Result<Array> {
         self.dropout_shaped(x, rate, x.shape())

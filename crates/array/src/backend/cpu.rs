@@ -370,6 +370,7 @@ fn lower(step: &Step) -> Result<Lowered> {
         Op::Tracer(_)
         | Op::StopGradient
         | Op::After
+        | Op::SavedAs
         | Op::Transpose(_)
         | Op::Broadcast
         | Op::Slice { .. }

@@ -144,6 +144,7 @@ fn compute(step: &Step) -> Result<Vec<Dense>> {
         | Op::Tracer(_)
         | Op::StopGradient
         | Op::After
+        | Op::SavedAs
         | Op::Transpose(_)
         | Op::Broadcast
         | Op::Slice { .. }

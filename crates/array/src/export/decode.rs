@@ -264,6 +264,7 @@ fn build(name: &str, node: &Json, inputs: &[Array], spec: &Spec) -> Result<Vec<A
     match name {
         "stop_gradient" => one(x()?.stop_gradient()?),
         "after" => one(x()?.after(y()?)),
+        "saved_as" => one(x()?.with_copy(y()?)?),
         "full" => {
             one(Array::lazy(Op::Full(scalar(field(node, "value")?)?), Inputs::new(), shape, spec.dtype))
         }

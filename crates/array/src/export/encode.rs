@@ -146,6 +146,7 @@ fn attributes(op: &Op) -> Result<Map<String, Json>> {
     let json = match op {
         Op::StopGradient
         | Op::After
+        | Op::SavedAs
         | Op::Unary(_)
         | Op::Binary(_)
         | Op::Compare(_)

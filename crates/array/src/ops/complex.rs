@@ -13,6 +13,6 @@ pub(crate) fn adjoint(rule: &Vjp, apply: impl Fn(&Vjp) -> Result<Grads>) -> Resu
     }
     let conjugate = |array: &Option<Array>| array.as_ref().map(Array::conjugate).transpose();
     let cotangents = rule.cotangents.iter().map(conjugate).collect::<Result<Vec<_>>>()?;
-    let inner = Vjp { inputs: rule.inputs, output: rule.output, cotangents: &cotangents, needs: rule.needs };
+    let inner = Vjp { cotangents: &cotangents, ..*rule };
     apply(&inner)?.iter().map(conjugate).collect()
 }

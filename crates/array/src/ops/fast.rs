@@ -268,8 +268,8 @@ pub(crate) fn attention_vjp(spec: &AttentionSpec, rule: &Vjp) -> Result<Grads> {
         q.clone(),
         k.clone(),
         v.clone(),
-        rule.output.clone(),
-        rule.output.sibling(1),
+        rule.values(0),
+        rule.values(1),
         rule.cotangent().astype(q.dtype())?,
     ];
     inputs.extend(rule.inputs.get(3).cloned());

@@ -48,7 +48,11 @@ impl Array {
         if !dtype.is_inexact() {
             return Err(Error::dtype("matmul", "float arrays", dtype));
         }
-        let (a, b) = (self.astype(dtype)?, rhs.astype(dtype)?);
+        Array::product(&self.astype(dtype)?, &rhs.astype(dtype)?, dtype, precision)
+    }
+
+    /// Matrix product in `dtype` of operands that fit together; half types may stand for f32.
+    fn product(a: &Array, b: &Array, dtype: Dtype, precision: Precision) -> Result<Array> {
         let lead = broadcast_shapes("matmul", &a.shape()[..a.rank() - 2], &b.shape()[..b.rank() - 2])?;
         let extend = |array: &Array| {
             let mut shape = lead.clone();
@@ -57,7 +61,7 @@ impl Array {
         };
         let mut shape: Shape = lead.clone();
         shape.extend([a.dim(-2), b.dim(-1)]);
-        Ok(Array::lazy(Op::Matmul { precision }, smallvec![extend(&a)?, extend(&b)?], shape, dtype))
+        Ok(Array::lazy(Op::Matmul { precision }, smallvec![extend(a)?, extend(b)?], shape, dtype))
     }
 
     /// x · wᵀ (+ bias): x [.., in], w [out, in] plain or packed, bias \[out\].
@@ -144,8 +148,12 @@ impl Array {
 pub(crate) fn matmul_vjp(precision: Precision, rule: &Vjp) -> Result<Grads> {
     let (a, b, ct) = (&rule.inputs[0], &rule.inputs[1], rule.cotangent());
     let mut grads = Grads::new();
-    grads.push(if rule.needs[0] { Some(ct.matmul_with(&b.swap_axes(-1, -2)?, precision)?) } else { None });
-    grads.push(if rule.needs[1] { Some(a.swap_axes(-1, -2)?.matmul_with(ct, precision)?) } else { None });
+    let product = |a: &Array, b: &Array, of: &Array| {
+        Array::product(a, b, rule.output.dtype(), precision)?.astype(of.dtype())
+    };
+    let turned = |array: &Array| array.unwidened().swap_axes(-1, -2);
+    grads.push(if rule.needs[0] { Some(product(ct, &turned(b)?, a)?) } else { None });
+    grads.push(if rule.needs[1] { Some(product(&turned(a)?, ct, b)?) } else { None });
     Ok(grads)
 }
 
@@ -179,8 +187,9 @@ fn weight_gradient(rows: &Array, columns: &Array, weight: &Array, precision: Pre
             "a packed weight is frozen; dequantize it to train it, or train an adapter",
         ));
     }
-    let flat = |array: &Array| array.reshape(&[-1, array.dim(-1) as i64]);
-    let product = flat(rows)?.transpose(&[])?.matmul_with(&flat(columns)?, training(precision))?;
+    let dtype = promote(rows.dtype(), columns.dtype());
+    let flat = |array: &Array| array.unwidened().reshape(&[-1, array.dim(-1) as i64]);
+    let product = Array::product(&flat(rows)?.transpose(&[])?, &flat(columns)?, dtype, training(precision))?;
     product.astype(weight.dtype())
 }
 

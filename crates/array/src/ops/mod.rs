@@ -47,6 +47,8 @@ pub(crate) struct Vjp<'a> {
     pub inputs: &'a [Array],
     /// A handle on the node's first output; `sibling` gives the others.
     pub output: &'a Array,
+    /// Per output, what stands for it if it was saved in another dtype.
+    pub saved_outputs: &'a [Option<Array>],
     /// Per output, the gradient that arrives, if any does.
     pub cotangents: &'a [Option<Array>],
     /// Per input, whether a gradient is needed.
@@ -57,6 +59,12 @@ impl Vjp<'_> {
     /// The gradient of the only output.
     pub fn cotangent(&self) -> &Array {
         self.cotangents[0].as_ref().expect("a rule runs only when a cotangent has arrived")
+    }
+
+    /// An output's values, as saved.
+    pub fn values(&self, output: usize) -> Array {
+        let saved = self.saved_outputs.get(output).cloned().flatten();
+        saved.unwrap_or_else(|| self.output.sibling(output))
     }
 
     /// One gradient for the first input.

@@ -11,7 +11,7 @@ use crate::node::State;
 use crate::op::{Axes, Op, first_failure};
 use crate::shape::{Shape, broadcast_shapes, normalize_axes, normalize_axis, size_of};
 use crate::storage::Storage;
-use crate::{Array, Error, Result};
+use crate::{Array, Dtype, Error, Result};
 
 /// Saturated: no array has so many elements.
 fn product<'a>(sizes: impl Iterator<Item = &'a i64>) -> i64 {
@@ -306,13 +306,76 @@ impl Array {
         Array::lazy(Op::After, smallvec![self.clone(), other.clone()], self.shape(), self.dtype())
     }
 
+    /// The same values. Gradients that need them later take a copy rounded to `dtype`, which is made when the array
+    /// is first used and is all that is kept for them: half of the memory for f32 in bf16. The copy counts for
+    /// whatever is computed from this array or from `self`, and nothing is rounded on the way forward; where no
+    /// gradient needs it, it is not made. An array that is no wider than `dtype`, or saved already, stays as it is.
+    ///
+    /// ```
+    /// use mica_array::{Array, Dtype, transforms::grad};
+    ///
+    /// let x = Array::from_slice(&[1.0f32 + 1.0 / 512.0], &[1])?;
+    /// let square = |x: &[Array]| {
+    ///     let x = x[0].saved_as(Dtype::BF16)?;
+    ///     x.multiply(&x)?.sum(&[], false)
+    /// };
+    /// assert_eq!(grad(square, &[x])?[0].to_vec::<f32>()?, [2.0]);
+    /// # Ok::<(), mica_array::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Where one of the dtypes is no float.
+    pub fn saved_as(&self, dtype: Dtype) -> Result<Array> {
+        if !self.dtype().is_float() || !dtype.is_float() {
+            return Err(Error::dtype(
+                "saved_as",
+                "floats",
+                if self.dtype().is_float() { dtype } else { self.dtype() },
+            ));
+        }
+        let is_saved = matches!(&*self.node().state(), State::Lazy { op: Op::SavedAs, .. });
+        if is_saved || dtype.size() >= self.dtype().size() {
+            return Ok(self.clone());
+        }
+        self.with_copy(&self.astype(dtype)?)
+    }
+
+    /// This array, and a copy of it in another dtype for gradient rules.
+    pub(crate) fn with_copy(&self, copy: &Array) -> Result<Array> {
+        first_failure(&[self, copy])?;
+        if copy.shape() != self.shape() {
+            return Err(Error::shapes("saved_as", &self.shape().into(), &copy.shape().into()));
+        }
+        let mut inputs = smallvec![self.clone(), copy.clone()];
+        if self.output() == 0 && matches!(&*self.node().state(), State::Lazy { op: Op::Attention(_), .. }) {
+            let lse = self.sibling(1);
+            inputs.push(Array::lazy(Op::Reshape, smallvec![lse.clone()], lse.shape(), lse.dtype()));
+        }
+        Ok(Array::lazy(Op::SavedAs, inputs, self.shape(), self.dtype()))
+    }
+
+    /// The array of half the width that this one was widened from, which has the same values, if it is still to be
+    /// widened; else this one. For kernels that read either.
+    pub(crate) fn unwidened(&self) -> Array {
+        match &*self.node().state() {
+            State::Lazy { op: Op::Cast, inputs }
+                if self.dtype() == Dtype::F32 && matches!(inputs[0].dtype(), Dtype::BF16 | Dtype::F16) =>
+            {
+                inputs[0].clone()
+            }
+            _ => self.clone(),
+        }
+    }
+
     /// [`Array::contiguous`] for a kernel that needs it; no node where it shows already that there are no gaps.
     pub(crate) fn dense(&self) -> Result<Array> {
         let mut array = self.clone();
         let is_dense = loop {
             let before = match &*array.node().state() {
                 // These have gaps where their input has some.
-                State::Lazy { op: Op::StopGradient | Op::After | Op::Reshape, inputs } => inputs[0].clone(),
+                State::Lazy { op: Op::StopGradient | Op::After | Op::SavedAs | Op::Reshape, inputs } => {
+                    inputs[0].clone()
+                }
                 // A tracer stands for inputs of later calls too, which may have gaps.
                 State::Lazy { op, .. } => break !op.is_view() && !matches!(op, Op::Bitcast),
                 State::Ready(storage) => match &storage[array.output()] {

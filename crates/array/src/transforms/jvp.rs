@@ -106,7 +106,9 @@ pub(crate) fn forward_from(seeds: Vec<(Array, Array)>, outputs: &[Array]) -> Res
 
 fn rule_of(op: &Op, rule: &Jvp) -> Result<Tangents> {
     match op {
-        Op::Tracer(_) | Op::Contiguous | Op::After => rule.linear(0, |tangent| Ok(tangent.clone())),
+        Op::Tracer(_) | Op::Contiguous | Op::After | Op::SavedAs => {
+            rule.linear(0, |tangent| Ok(tangent.clone()))
+        }
         Op::StopGradient
         | Op::Full(_)
         | Op::Arange { .. }

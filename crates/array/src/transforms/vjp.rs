@@ -6,13 +6,13 @@
 
 use std::collections::HashMap;
 
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use super::dependents::{Stops, dependents};
-use crate::node::State;
+use crate::node::{Inputs, State};
 use crate::op::{Op, TraceGuard, TraceScope, UnaryOp};
 use crate::ops::{self, Vjp};
-use crate::{Array, Error, Result};
+use crate::{Array, Dtype, Error, Result};
 
 /// The outputs of a function and the gradients of its inputs.
 #[derive(Debug, Clone)]
@@ -83,6 +83,7 @@ pub(crate) fn trace(
 /// Gradients of `targets`, given those of some arrays built from them.
 pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<Vec<Array>> {
     let order = dependents(seeds.iter().map(|(array, _)| array), targets, Stops::Cut);
+    let mut copies = Copies::of(&order.nodes);
     // node → gradient per output
     let mut arrived: HashMap<usize, SmallVec<[Option<Array>; 1]>> = HashMap::new();
     for (array, seed) in seeds {
@@ -104,7 +105,16 @@ pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<
             _ => continue,
         };
         let needs: SmallVec<[bool; 4]> = inputs.iter().map(|input| order.contains(input.id())).collect();
-        let rule = Vjp { inputs: &inputs, output: node, cotangents: &cotangents, needs: &needs };
+        let values: Inputs = inputs.iter().map(|input| copies.input(input)).collect::<Result<_>>()?;
+        let saved_outputs: SmallVec<[Option<Array>; 1]> =
+            (0..node.node().outputs()).map(|output| copies.output(node, output)).collect::<Result<_>>()?;
+        let rule = Vjp {
+            inputs: &values,
+            output: node,
+            saved_outputs: &saved_outputs,
+            cotangents: &cotangents,
+            needs: &needs,
+        };
         let grads = rule_of(&op, &rule)?;
         for ((input, grad), &needed) in inputs.iter().zip(grads).zip(&needs) {
             if let (true, Some(grad)) = (needed, grad) {
@@ -124,6 +134,81 @@ pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<
         .collect()
 }
 
+/// What gradient rules are given in place of arrays that have copies in another dtype ([`Op::SavedAs`]), by node
+/// and output.
+struct Copies(HashMap<(usize, usize), Copy>);
+
+struct Copy {
+    array: Array,
+    /// In the dtype of what it stands for, once somebody has asked.
+    values: Option<Array>,
+}
+
+impl Copy {
+    fn values(&mut self, dtype: Dtype) -> Result<Array> {
+        if self.values.is_none() {
+            self.values = Some(self.array.astype(dtype)?);
+        }
+        Ok(self.values.clone().expect("it was just made"))
+    }
+}
+
+impl Copies {
+    fn of(nodes: &[Array]) -> Copies {
+        let mut copies = Copies(HashMap::new());
+        for node in nodes {
+            if let State::Lazy { op: Op::SavedAs, inputs } = &*node.node().state() {
+                copies.insert(inputs);
+            }
+        }
+        copies
+    }
+
+    fn insert(&mut self, inputs: &[Array]) {
+        let (node, first) = (inputs[0].id(), inputs[0].output());
+        for (index, copy) in inputs[1..].iter().enumerate() {
+            let copy = || Copy { array: copy.clone(), values: None };
+            self.0.entry((node, first + index)).or_insert_with(copy);
+        }
+    }
+
+    /// The copy of an array, if it has one.
+    fn copy(&mut self, array: &Array) -> Option<&mut Copy> {
+        let mut key = (array.id(), array.output());
+        if let State::Lazy { op: Op::SavedAs, inputs } = &*array.node().state() {
+            // Where nothing before it has a gradient it is not among the nodes.
+            self.insert(inputs);
+            key = (inputs[0].id(), inputs[0].output());
+        }
+        self.0.get_mut(&key)
+    }
+
+    /// What a rule is given for the output of a node, if that has a copy.
+    fn output(&mut self, node: &Array, output: usize) -> Result<Option<Array>> {
+        let copy = self.0.get_mut(&(node.id(), output));
+        copy.map(|copy| copy.values(node.node().spec(output).dtype)).transpose()
+    }
+
+    /// What a rule is given for this input.
+    fn input(&mut self, array: &Array) -> Result<Array> {
+        if let Some(copy) = self.copy(array) {
+            return copy.values(array.dtype());
+        }
+        let view = match &*array.node().state() {
+            State::Lazy { op: op @ (Op::Reshape | Op::Transpose(_) | Op::Slice { .. }), inputs } => {
+                (op.clone(), inputs[0].clone())
+            }
+            _ => return Ok(array.clone()),
+        };
+        // A view of what has a copy is the same view of the copy.
+        let (op, before) = view;
+        let Some(copy) = self.copy(&before) else { return Ok(array.clone()) };
+        let copy = copy.array.clone();
+        let dtype = copy.dtype();
+        Array::lazy(op, smallvec![copy], array.shape(), dtype).astype(array.dtype())
+    }
+}
+
 fn deliver(
     arrived: &mut HashMap<usize, SmallVec<[Option<Array>; 1]>>,
     to: &Array,
@@ -141,7 +226,7 @@ fn deliver(
 fn rule_of(op: &Op, rule: &Vjp) -> Result<ops::Grads> {
     match op {
         Op::Tracer(_) => rule.one(rule.cotangent().clone()),
-        Op::Contiguous | Op::After => rule.one(rule.cotangent().clone()),
+        Op::Contiguous | Op::After | Op::SavedAs => rule.one(rule.cotangent().clone()),
         Op::StopGradient
         | Op::Full(_)
         | Op::Arange { .. }

@@ -264,6 +264,7 @@ fn rule_of(op: &Op, rule: &Vmap) -> Result<Outputs> {
         | Op::Compare(_)
         | Op::Select
         | Op::Cast
+        | Op::SavedAs
         | Op::Contiguous => one(rule.build(op.clone(), rule.all()?)?),
         Op::Reshape => one(ops::shape::vmap::reshape(rule)?),
         Op::Transpose(order) => one(ops::shape::vmap::transpose(order, rule)?),

@@ -141,7 +141,7 @@ impl Attention {
         let heads = |y: Array, count: usize, norm: &Option<RmsNorm>| -> Result<Array> {
             let y = y.unflatten(-1, &[count as i64, shape.head_dim as i64])?;
             match norm {
-                Some(norm) => norm.forward(&y, context),
+                Some(norm) => norm.forward(&context.saved(&y)?, context),
                 None => Ok(y),
             }
         };
@@ -166,7 +166,8 @@ impl Attention {
                     key_start: false,
                     precision,
                 };
-                q.attention(&k, &v, input.key_start.as_ref(), spec)?
+                let (q, k, v) = (context.saved(&q)?, context.saved(&k)?, context.saved(&v)?);
+                context.saved(&q.attention(&k, &v, input.key_start.as_ref(), spec)?)?
             }
         };
         self.output.forward(&input.asked(&out)?.flatten_axes(2, 3)?, context)

@@ -113,9 +113,11 @@ impl Block {
         cache: Option<&mut Cache>,
         context: &Context,
     ) -> Result<Array> {
-        let normed = self.input_layernorm.forward(x, context)?;
-        let h = input.asked(x)?.add(self.self_attn.forward(&normed, input, cache, context)?)?;
-        h.add(self.mlp.forward(&self.post_attention_layernorm.forward(&h, context)?, context)?)
+        let normed = self.input_layernorm.forward(&context.saved(x)?, context)?;
+        let attended = self.self_attn.forward(&context.saved(&normed)?, input, cache, context)?;
+        let h = input.asked(x)?.add(attended)?;
+        let normed = self.post_attention_layernorm.forward(&context.saved(&h)?, context)?;
+        h.add(self.mlp.forward(&context.saved(&normed)?, context)?)
     }
 }
 

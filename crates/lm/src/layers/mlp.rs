@@ -121,6 +121,7 @@ impl Mlp {
     /// x [.., hidden] → the same shape.
     pub fn forward(&self, x: &Array, context: &Context) -> Result<Array> {
         let (gate, up) = (self.gate.forward(x, context)?, self.up.forward(x, context)?);
-        self.down.forward(&self.activation.gated(&gate, &up)?, context)
+        let inner = self.activation.gated(&context.saved(&gate)?, &context.saved(&up)?)?;
+        self.down.forward(&context.saved(&inner)?, context)
     }
 }

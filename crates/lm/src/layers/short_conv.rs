@@ -68,8 +68,8 @@ impl ShortConv {
         context: &Context,
     ) -> Result<Array> {
         let hidden = x.dim(-1);
-        let parts = self.in_proj.forward(x, context)?.split_sizes(&[hidden; 3], -1)?;
-        let gated = parts[0].multiply(&parts[2])?;
+        let parts = context.saved(&self.in_proj.forward(x, context)?)?.split_sizes(&[hidden; 3], -1)?;
+        let gated = context.saved(&parts[0].multiply(&parts[2])?)?;
         let y = match cache {
             Some(cache) => {
                 let slot = &mut cache.conv[self.cache_layer];
@@ -83,6 +83,7 @@ impl ShortConv {
             Some(bias) => y.add(bias.astype(y.dtype())?)?,
             None => y,
         };
-        self.out_proj.forward(&input.asked(&parts[1])?.multiply(input.asked(&y)?)?, context)
+        let mixed = input.asked(&parts[1])?.multiply(input.asked(&context.saved(&y)?)?)?;
+        self.out_proj.forward(&context.saved(&mixed)?, context)
     }
 }

@@ -168,14 +168,16 @@ impl Block {
         cache: Option<&mut Cache>,
         context: &Context,
     ) -> mica_array::Result<Array> {
-        let normed = self.operator_norm.forward(x, context)?;
+        let normed = self.operator_norm.forward(&context.saved(x)?, context)?;
+        let normed = context.saved(&normed)?;
         let mixed = match (&self.self_attn, &self.conv) {
             (Some(attention), _) => attention.forward(&normed, input, cache, context)?,
             (None, Some(conv)) => conv.forward(&normed, input, cache, context)?,
             (None, None) => unreachable!("`build` gives every block an operator"),
         };
         let h = input.asked(x)?.add(mixed)?;
-        h.add(self.feed_forward.forward(&self.ffn_norm.forward(&h, context)?, context)?)
+        let normed = self.ffn_norm.forward(&context.saved(&h)?, context)?;
+        h.add(self.feed_forward.forward(&context.saved(&normed)?, context)?)
     }
 }
 

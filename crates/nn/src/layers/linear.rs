@@ -113,7 +113,7 @@ impl Adapter {
     }
 
     fn apply(&self, x: &Array, base: &Array, weight: &Array, context: &Context) -> Result<Array> {
-        let dropped = context.dropout(x, self.dropout)?;
+        let dropped = context.saved(&context.dropout(x, self.dropout)?)?;
         let flat = dropped.reshape(&[-1, x.dim(-1) as i64])?;
         let (a, b) = (self.a.astype(x.dtype())?, self.b.astype(x.dtype())?);
         let low = flat.matmul_with(&a, context.precision)?.matmul_with(&b, context.precision)?;

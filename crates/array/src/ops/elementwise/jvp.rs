@@ -14,7 +14,13 @@ pub(crate) fn unary(op: UnaryOp, rule: &Jvp) -> Result<Tangents> {
             along.real()?.astype(Dtype::C64)
         });
     }
-    let pushed = Vjp { inputs: rule.inputs, output: rule.output, cotangents: rule.tangents, needs: &[true] };
+    let pushed = Vjp {
+        inputs: rule.inputs,
+        output: rule.output,
+        saved_outputs: &[],
+        cotangents: rule.tangents,
+        needs: &[true],
+    };
     let mut parts = unary_vjp(op, &pushed)?;
     rule.sum_of(parts.iter_mut().map(Option::take))
 }
@@ -25,6 +31,7 @@ pub(crate) fn binary(op: BinaryOp, rule: &Jvp) -> Result<Tangents> {
         let pushed = Vjp {
             inputs: rule.inputs,
             output: rule.output,
+            saved_outputs: &[],
             cotangents: &[Some(tangent.clone())],
             needs: &[index == 0, index == 1],
         };

@@ -82,6 +82,7 @@ pub(super) fn is_same(a: &Op, b: &Op) -> bool {
         (Op::Compare(a), Op::Compare(b)) => a == b,
         (Op::StopGradient, Op::StopGradient)
         | (Op::After, Op::After)
+        | (Op::SavedAs, Op::SavedAs)
         | (Op::Select, Op::Select)
         | (Op::Cast, Op::Cast)
         | (Op::Reshape, Op::Reshape)

@@ -173,12 +173,16 @@ impl Region {
             .map(|(&needed, input)| needed && input.dtype.is_inexact())
             .collect();
         let arrives = rule.cotangents.iter().map(Option::is_some).collect();
-        let operands: Vec<Array> =
-            rule.inputs.iter().chain(rule.cotangents.iter().flatten()).cloned().collect();
+        // What was widened is widened in the same pass.
+        let inputs = rule.inputs.iter().map(Array::unwidened);
+        let operands: Vec<Array> = inputs.chain(rule.cotangents.iter().flatten().cloned()).collect();
         let gradients = |tracers: &[Array]| {
             let (inputs, cotangents) = tracers.split_at(self.inputs.len());
             let shape = self.shape(tracers.iter().map(Array::shape))?;
-            let outputs = self.expand(inputs, &shape)?.into_iter().zip(rule.cotangents);
+            let inputs: Vec<Array> = (inputs.iter().zip(&self.inputs))
+                .map(|(tracer, input)| tracer.astype(input.dtype))
+                .collect::<Result<_>>()?;
+            let outputs = self.expand(&inputs, &shape)?.into_iter().zip(rule.cotangents);
             let reached = outputs.filter(|(_, cotangent)| cotangent.is_some()).map(|(output, _)| output);
             let seeds = reached.zip(cotangents.iter().cloned()).collect();
             let wanted = inputs.iter().zip(&needs).filter(|(_, needed)| **needed);
