@@ -475,6 +475,36 @@ impl Op {
         }
     }
 
+    /// Whether it moves elements and reads none, so that it can be taken of a copy as well.
+    pub(crate) fn is_saved_view(&self) -> bool {
+        matches!(self, Op::Reshape | Op::Transpose(_) | Op::Slice { .. } | Op::Broadcast | Op::Contiguous)
+    }
+
+    /// Whether its gradient rule takes copies in place of saved arrays ([`Op::SavedAs`]): one that is smooth in them.
+    /// Rules that compare, order or round inputs, or set them against outputs, need what the op was given; rules of
+    /// others (custom functions, checkpoints) are theirs to know.
+    pub(crate) fn gradient_takes_copies(&self) -> bool {
+        match self {
+            Op::Binary(op) => {
+                matches!(op, BinaryOp::Multiply | BinaryOp::Divide | BinaryOp::Power | BinaryOp::Atan2)
+            }
+            Op::Unary(_)
+            | Op::Softmax
+            | Op::Matmul { .. }
+            | Op::Linear { .. }
+            | Op::LinearTransposed { .. }
+            | Op::GatherLinear { .. }
+            | Op::RmsNorm { .. }
+            | Op::LayerNorm { .. }
+            | Op::Attention(_)
+            | Op::ShortConv(_)
+            | Op::Conv(_) => true,
+            // Forms everything between again, from the same inputs.
+            Op::Fused(_) => true,
+            _ => false,
+        }
+    }
+
     /// Whether the result is its input's memory seen through other strides, so that nothing runs.
     pub(crate) fn is_view(&self) -> bool {
         matches!(

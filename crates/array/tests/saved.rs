@@ -3,7 +3,7 @@
 use std::slice::from_ref;
 
 use mica_array::op::AttentionSpec;
-use mica_array::transforms::{checkpoint, compile, grad, value_and_grad, vmap};
+use mica_array::transforms::{checkpoint, compile, grad, jvp, value_and_grad, vjp, vmap};
 use mica_array::{Array, Dtype, Precision, Result, random};
 
 fn numbers(shape: &[usize], seed: u64) -> Array {
@@ -88,6 +88,84 @@ fn outputs_of_attention_are_rounded_for_its_own_gradient() {
     for input in 0..2 {
         assert_ne!(bits(&saved.grads[input]), bits(&plain.grads[input]));
         assert_close(&saved.grads[input], &plain.grads[input], 0.01);
+    }
+}
+
+#[test]
+fn gradients_that_compare_or_order_take_the_array() {
+    // In bf16 the three are one number.
+    let x = Array::from_slice(&[1.0f32, 1.001, 1.0005], &[3]).unwrap();
+    let weights = Array::from_slice(&[1.0f32, 2.0, 3.0], &[3]).unwrap();
+    let by = |f: &dyn Fn(&Array) -> Result<Array>| {
+        let loss = |x: &[Array]| f(&x[0].saved_as(Dtype::BF16)?)?.multiply(&weights)?.sum(&[], false);
+        grad(loss, from_ref(&x)).unwrap()[0].to_vec::<f32>().unwrap()
+    };
+    assert_eq!(by(&|x| x.max(&[], true)), [0.0, 6.0, 0.0]);
+    assert_eq!(by(&|x| x.sort(-1)), [1.0, 3.0, 2.0]);
+    assert_eq!(by(&|x| x.cummax(0, false, true)), [1.0, 5.0, 0.0]);
+    assert_eq!(by(&|x| x.maximum(1.0002)), [0.0, 2.0, 3.0]);
+    let rounded = |x: &Array| Ok(checkpoint(|x| Ok(vec![x[0].maximum(1.0002)?]), from_ref(x))?.remove(0));
+    assert_eq!(by(&rounded), [0.0, 2.0, 3.0]);
+}
+
+#[test]
+fn products_take_cotangents_of_any_dtype() {
+    let (x, w) = (numbers(&[4, 3], 20), numbers(&[5, 3], 21));
+    type Product = fn(&[Array]) -> Result<Vec<Array>>;
+    let products: [Product; 4] = [
+        |x| Ok(vec![x[0].linear(&x[1], None, Precision::Exact)?]),
+        |x| Ok(vec![x[0].matmul(&x[1].transpose(&[])?)?]),
+        |x| Ok(vec![x[0].saved_as(Dtype::BF16)?.linear(&x[1], None, Precision::Bf16)?]),
+        |x| {
+            let (x, w) = (x[0].saved_as(Dtype::BF16)?, x[1].saved_as(Dtype::BF16)?);
+            Ok(vec![x.matmul(&w.transpose(&[])?)?])
+        },
+    ];
+    for (index, product) in products.into_iter().enumerate() {
+        let inputs = [x.clone(), w.clone()];
+        let by = |dtype| {
+            let seed = Array::full(&[4, 5], 2.0, dtype);
+            vjp(product, &inputs, &[seed]).unwrap().1
+        };
+        let expected = by(Dtype::F32);
+        for dtype in [Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::I32] {
+            for (got, expected) in by(dtype).iter().zip(&expected) {
+                assert_eq!(got.dtype(), Dtype::F32, "{index}, {dtype}");
+                assert_close(got, expected, 0.01);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_gradients_and_tangents_of_gradients() {
+    let (x, w) = (numbers(&[4, 3], 22), numbers(&[2, 3], 23));
+    // Rows in bf16 by inputs with copies: neither operand of the weight's gradient was f32 to begin with.
+    let loss = |saved: bool| {
+        move |v: &[Array]| {
+            let keep = |x: &Array| if saved { x.saved_as(Dtype::BF16) } else { Ok(x.clone()) };
+            let y = keep(&v[0])?.linear(&v[1], None, Precision::Exact)?.tanh()?;
+            keep(&y)?.astype(Dtype::BF16)?.astype(Dtype::F32)?.square()?.sum(&[], false)
+        }
+    };
+    let inputs = [x, w];
+    let second = |saved| {
+        let first = move |v: &[Array]| {
+            let grads = grad(loss(saved), v)?;
+            grads[0].square()?.sum(&[], false)?.add(grads[1].square()?.sum(&[], false)?)
+        };
+        grad(first, &inputs).unwrap()
+    };
+    let along = |saved| {
+        let tangents = inputs.clone().map(|input| input.ones_like());
+        jvp(move |v| grad(loss(saved), v), &inputs, &tangents).unwrap().1
+    };
+    let each: [&dyn Fn(bool) -> Vec<Array>; 2] = [&second, &along];
+    for derivatives in each {
+        for (got, expected) in derivatives(true).iter().zip(&derivatives(false)) {
+            assert_eq!((got.dtype(), got.shape()), (expected.dtype(), expected.shape()));
+            assert_close(got, expected, 0.04);
+        }
     }
 }
 

@@ -89,6 +89,9 @@ fn documents_have_their_fields() {
             assert!(document[field].as_f64().is_some_and(f64::is_finite), "{name}: {field} in {document}");
         }
     }
+    // A token alone comes with the prompt and has no rate.
+    let one = document(&["generate", "--model", &llama, "--prompt-tokens", "1,2,3", "-n", "1", "--json"]);
+    assert!(one["generation_tps"].is_null() && one["prompt_tps"].is_number(), "{one}");
 }
 
 #[test]

@@ -108,9 +108,10 @@ impl Statistics {
         self.prompt_tokens as f64 / self.prompt_seconds.max(1e-9)
     }
 
-    /// Generated tokens a second; the first comes with the prompt.
-    pub fn generation_tps(&self) -> f64 {
-        self.generated_tokens.saturating_sub(1) as f64 / self.generation_seconds.max(1e-9)
+    /// Generated tokens a second; the first comes with the prompt, so that one alone has no rate.
+    pub fn generation_tps(&self) -> Option<f64> {
+        let decoded = self.generated_tokens.checked_sub(1).filter(|&decoded| decoded > 0)?;
+        Some(decoded as f64 / self.generation_seconds.max(1e-9))
     }
 }
 

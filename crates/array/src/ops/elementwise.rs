@@ -382,7 +382,7 @@ impl ops::Neg for &Array {
 
 pub(crate) fn unary_vjp(op: UnaryOp, rule: &Vjp) -> Result<Grads> {
     use UnaryOp::*;
-    let (x, y, ct) = (&rule.inputs[0], rule.output, rule.cotangent());
+    let (x, y, ct) = (&rule.inputs[0], &rule.values(0), rule.cotangent());
     let grad = match op {
         Abs => ct.multiply(x.sign()?)?,
         Neg => ct.negative()?,
@@ -452,7 +452,7 @@ fn one_minus_square(x: &Array) -> Result<Array> {
 
 pub(crate) fn binary_vjp(op: BinaryOp, rule: &Vjp) -> Result<Grads> {
     use BinaryOp::*;
-    let (a, b, y, ct) = (&rule.inputs[0], &rule.inputs[1], rule.output, rule.cotangent());
+    let (a, b, y, ct) = (&rule.inputs[0], &rule.inputs[1], &rule.values(0), rule.cotangent());
     let want = |index: usize, grad: &dyn Fn() -> Result<Array>| -> Result<Option<Array>> {
         if rule.needs[index] { grad().map(Some) } else { Ok(None) }
     };

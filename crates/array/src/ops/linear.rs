@@ -48,11 +48,19 @@ impl Array {
         if !dtype.is_inexact() {
             return Err(Error::dtype("matmul", "float arrays", dtype));
         }
-        Array::product(&self.astype(dtype)?, &rhs.astype(dtype)?, dtype, precision)
+        let (a, b) = (self.astype(dtype)?, rhs.astype(dtype)?);
+        Array::product(&a, &b, dtype, precision)
     }
 
-    /// Matrix product in `dtype` of operands that fit together; half types may stand for f32.
+    /// Matrix product in `dtype`, which the operands promote to. For f32 one of them stays as it is if it has a half
+    /// type, since kernels read it as fast.
     fn product(a: &Array, b: &Array, dtype: Dtype, precision: Precision) -> Result<Array> {
+        let is_half = |array: &Array| matches!(array.dtype(), Dtype::BF16 | Dtype::F16);
+        let stays = |array: &Array, other: &Array| dtype == Dtype::F32 && is_half(array) && !is_half(other);
+        let fit = |array: &Array, other: &Array| {
+            if stays(array, other) { Ok(array.clone()) } else { array.astype(dtype) }
+        };
+        let (a, b) = (&fit(a, b)?, &fit(b, a)?);
         let lead = broadcast_shapes("matmul", &a.shape()[..a.rank() - 2], &b.shape()[..b.rank() - 2])?;
         let extend = |array: &Array| {
             let mut shape = lead.clone();
@@ -148,8 +156,9 @@ impl Array {
 pub(crate) fn matmul_vjp(precision: Precision, rule: &Vjp) -> Result<Grads> {
     let (a, b, ct) = (&rule.inputs[0], &rule.inputs[1], rule.cotangent());
     let mut grads = Grads::new();
+    let dtype = promote(rule.output.dtype(), ct.dtype());
     let product = |a: &Array, b: &Array, of: &Array| {
-        Array::product(a, b, rule.output.dtype(), precision)?.astype(of.dtype())
+        Array::product(a, b, dtype, precision)?.astype(promote(of.dtype(), ct.dtype()))
     };
     let turned = |array: &Array| array.unwidened().swap_axes(-1, -2);
     grads.push(if rule.needs[0] { Some(product(ct, &turned(b)?, a)?) } else { None });
@@ -188,8 +197,9 @@ fn weight_gradient(rows: &Array, columns: &Array, weight: &Array, precision: Pre
         ));
     }
     let dtype = promote(rows.dtype(), columns.dtype());
-    let flat = |array: &Array| array.unwidened().reshape(&[-1, array.dim(-1) as i64]);
-    let product = Array::product(&flat(rows)?.transpose(&[])?, &flat(columns)?, dtype, training(precision))?;
+    let flat = |array: &Array| array.reshape(&[-1, array.dim(-1) as i64]);
+    let (rows, columns) = (flat(rows)?.transpose(&[])?, flat(&columns.unwidened())?);
+    let product = Array::product(&rows, &columns, dtype, training(precision))?;
     product.astype(weight.dtype())
 }
 

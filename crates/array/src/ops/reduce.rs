@@ -223,7 +223,7 @@ fn extremum_share(x: &Array, y: &Array, dtype: Dtype, axes: &[i32]) -> Result<Ar
 }
 
 pub(crate) fn softmax_vjp(rule: &Vjp) -> Result<Grads> {
-    let (y, ct) = (rule.output, rule.cotangent());
+    let (y, ct) = (&rule.values(0), rule.cotangent());
     let weighted = y.multiply(ct)?;
     rule.one(weighted.subtract(y.multiply(weighted.sum(&[-1], true)?)?)?)
 }

@@ -306,10 +306,17 @@ impl Array {
         Array::lazy(Op::After, smallvec![self.clone(), other.clone()], self.shape(), self.dtype())
     }
 
-    /// The same values. Gradients that need them later take a copy rounded to `dtype`, which is made when the array
-    /// is first used and is all that is kept for them: half of the memory for f32 in bf16. The copy counts for
-    /// whatever is computed from this array or from `self`, and nothing is rounded on the way forward; where no
-    /// gradient needs it, it is not made. An array that is no wider than `dtype`, or saved already, stays as it is.
+    /// The same values. Gradients that need them later take a copy rounded to `dtype`, which is made before the result
+    /// is used and is all that is kept for them: half of the memory for f32 in bf16. Nothing is rounded on the way
+    /// forward, and where no gradient needs the copy, it is not made.
+    ///
+    /// The copy counts for what is computed from the result and, if it has a gradient, from `self`, by ops whose
+    /// gradient is smooth: arithmetic, functions of one number, softmax, products, norms, attention, convolutions.
+    /// Gradients that compare or order (extremes, sorting, scattering) and those of custom functions and checkpoints
+    /// take the array itself. Near a pole the gradient is that of the rounded value, and what `dtype` can't hold is
+    /// infinite there. A compiled function fuses the copy with its neighbours, where it saves nothing.
+    ///
+    /// An array that is no wider than `dtype`, or saved already, stays as it is.
     ///
     /// ```
     /// use mica_array::{Array, Dtype, transforms::grad};
@@ -333,11 +340,20 @@ impl Array {
                 if self.dtype().is_float() { dtype } else { self.dtype() },
             ));
         }
-        let is_saved = matches!(&*self.node().state(), State::Lazy { op: Op::SavedAs, .. });
-        if is_saved || dtype.size() >= self.dtype().size() {
+        if self.is_saved() || dtype.size() >= self.dtype().size() {
             return Ok(self.clone());
         }
         self.with_copy(&self.astype(dtype)?)
+    }
+
+    /// Whether it is an array that has a copy for gradients, or a view of one.
+    fn is_saved(&self) -> bool {
+        let before = match &*self.node().state() {
+            State::Lazy { op: Op::SavedAs, .. } => return true,
+            State::Lazy { op, inputs } if op.is_saved_view() => inputs[0].clone(),
+            _ => return false,
+        };
+        matches!(&*before.node().state(), State::Lazy { op: Op::SavedAs, .. })
     }
 
     /// This array, and a copy of it in another dtype for gradient rules.
@@ -349,7 +365,7 @@ impl Array {
         let mut inputs = smallvec![self.clone(), copy.clone()];
         if self.output() == 0 && matches!(&*self.node().state(), State::Lazy { op: Op::Attention(_), .. }) {
             let lse = self.sibling(1);
-            inputs.push(Array::lazy(Op::Reshape, smallvec![lse.clone()], lse.shape(), lse.dtype()));
+            inputs.push(Array::lazy(Op::Contiguous, smallvec![lse.clone()], lse.shape(), lse.dtype()));
         }
         Ok(Array::lazy(Op::SavedAs, inputs, self.shape(), self.dtype()))
     }
@@ -357,14 +373,12 @@ impl Array {
     /// The array of half the width that this one was widened from, which has the same values, if it is still to be
     /// widened; else this one. For kernels that read either.
     pub(crate) fn unwidened(&self) -> Array {
-        match &*self.node().state() {
-            State::Lazy { op: Op::Cast, inputs }
-                if self.dtype() == Dtype::F32 && matches!(inputs[0].dtype(), Dtype::BF16 | Dtype::F16) =>
-            {
-                inputs[0].clone()
-            }
-            _ => self.clone(),
-        }
+        let before = match &*self.node().state() {
+            State::Lazy { op: Op::Cast, inputs } if self.dtype() == Dtype::F32 => inputs[0].clone(),
+            _ => return self.clone(),
+        };
+        let is_half = matches!(before.dtype(), Dtype::BF16 | Dtype::F16) && before.packed().is_none();
+        if is_half { before } else { self.clone() }
     }
 
     /// [`Array::contiguous`] for a kernel that needs it; no node where it shows already that there are no gaps.

@@ -91,7 +91,7 @@ pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<
             return Err(Error::shapes("vjp", &seed.shape().into(), &array.shape().into()));
         }
         if order.contains(array.id()) {
-            deliver(&mut arrived, &array, seed)?;
+            deliver(&mut arrived, &array, seed.astype(array.dtype())?)?;
         }
     }
     for node in order.nodes.iter().rev() {
@@ -105,9 +105,12 @@ pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<
             _ => continue,
         };
         let needs: SmallVec<[bool; 4]> = inputs.iter().map(|input| order.contains(input.id())).collect();
-        let values: Inputs = inputs.iter().map(|input| copies.input(input)).collect::<Result<_>>()?;
-        let saved_outputs: SmallVec<[Option<Array>; 1]> =
-            (0..node.node().outputs()).map(|output| copies.output(node, output)).collect::<Result<_>>()?;
+        let takes_copies = op.gradient_takes_copies();
+        let values: Inputs = match takes_copies {
+            true => inputs.iter().map(|input| copies.input(input)).collect::<Result<_>>()?,
+            false => inputs.clone(),
+        };
+        let saved_outputs = if takes_copies { copies.outputs(node)? } else { SmallVec::new() };
         let rule = Vjp {
             inputs: &values,
             output: node,
@@ -134,78 +137,73 @@ pub(crate) fn backward(seeds: Vec<(Array, Array)>, targets: &[Array]) -> Result<
         .collect()
 }
 
-/// What gradient rules are given in place of arrays that have copies in another dtype ([`Op::SavedAs`]), by node
-/// and output.
-struct Copies(HashMap<(usize, usize), Copy>);
-
-struct Copy {
-    array: Array,
-    /// In the dtype of what it stands for, once somebody has asked.
-    values: Option<Array>,
+/// What gradient rules are given in place of arrays that have copies in another dtype ([`Op::SavedAs`]).
+struct Copies {
+    /// By node and output of arrays that have a gradient. (Other arrays have copies too, behind their own
+    /// [`Op::SavedAs`].)
+    of: HashMap<(usize, usize), Array>,
+    /// By copy: its values in the dtype of what it stands for, once somebody has asked.
+    values: HashMap<usize, Array>,
 }
 
-impl Copy {
-    fn values(&mut self, dtype: Dtype) -> Result<Array> {
-        if self.values.is_none() {
-            self.values = Some(self.array.astype(dtype)?);
-        }
-        Ok(self.values.clone().expect("it was just made"))
-    }
-}
+/// How many views are looked through for a copy.
+const VIEWS: usize = 8;
 
 impl Copies {
     fn of(nodes: &[Array]) -> Copies {
-        let mut copies = Copies(HashMap::new());
+        let mut of = HashMap::new();
         for node in nodes {
             if let State::Lazy { op: Op::SavedAs, inputs } = &*node.node().state() {
-                copies.insert(inputs);
+                let (node, first) = (inputs[0].id(), inputs[0].output());
+                for (index, copy) in inputs[1..].iter().enumerate() {
+                    of.entry((node, first + index)).or_insert_with(|| copy.clone());
+                }
             }
         }
-        copies
+        Copies { of, values: HashMap::new() }
     }
 
-    fn insert(&mut self, inputs: &[Array]) {
-        let (node, first) = (inputs[0].id(), inputs[0].output());
-        for (index, copy) in inputs[1..].iter().enumerate() {
-            let copy = || Copy { array: copy.clone(), values: None };
-            self.0.entry((node, first + index)).or_insert_with(copy);
+    fn values(&mut self, copy: &Array, dtype: Dtype) -> Result<Array> {
+        if let Some(values) = self.values.get(&copy.id()) {
+            return Ok(values.clone());
         }
+        let values = copy.astype(dtype)?;
+        self.values.insert(copy.id(), values.clone());
+        Ok(values)
     }
 
-    /// The copy of an array, if it has one.
-    fn copy(&mut self, array: &Array) -> Option<&mut Copy> {
-        let mut key = (array.id(), array.output());
-        if let State::Lazy { op: Op::SavedAs, inputs } = &*array.node().state() {
-            // Where nothing before it has a gradient it is not among the nodes.
-            self.insert(inputs);
-            key = (inputs[0].id(), inputs[0].output());
-        }
-        self.0.get_mut(&key)
-    }
-
-    /// What a rule is given for the output of a node, if that has a copy.
-    fn output(&mut self, node: &Array, output: usize) -> Result<Option<Array>> {
-        let copy = self.0.get_mut(&(node.id(), output));
-        copy.map(|copy| copy.values(node.node().spec(output).dtype)).transpose()
-    }
-
-    /// What a rule is given for this input.
-    fn input(&mut self, array: &Array) -> Result<Array> {
-        if let Some(copy) = self.copy(array) {
-            return copy.values(array.dtype());
-        }
-        let view = match &*array.node().state() {
-            State::Lazy { op: op @ (Op::Reshape | Op::Transpose(_) | Op::Slice { .. }), inputs } => {
-                (op.clone(), inputs[0].clone())
-            }
-            _ => return Ok(array.clone()),
+    /// Per output of a node, what a rule is given for it if it has a copy.
+    fn outputs(&mut self, node: &Array) -> Result<SmallVec<[Option<Array>; 1]>> {
+        let mut output = |output: usize| {
+            let copy = self.of.get(&(node.id(), output)).cloned();
+            copy.map(|copy| self.values(&copy, node.node().spec(output).dtype)).transpose()
         };
-        // A view of what has a copy is the same view of the copy.
-        let (op, before) = view;
-        let Some(copy) = self.copy(&before) else { return Ok(array.clone()) };
-        let copy = copy.array.clone();
+        (0..node.node().outputs()).map(&mut output).collect()
+    }
+
+    /// What a rule is given for this input: of a view of what has a copy, the same view of the copy.
+    fn input(&mut self, array: &Array) -> Result<Array> {
+        let mut views: SmallVec<[(Op, Array); 2]> = SmallVec::new();
+        let mut at = array.clone();
+        let copy = loop {
+            if let Some(copy) = self.of.get(&(at.id(), at.output())) {
+                break copy.clone();
+            }
+            let before = match &*at.node().state() {
+                State::Lazy { op: Op::SavedAs, inputs } => break inputs[1].clone(),
+                State::Lazy { op, inputs } if op.is_saved_view() && views.len() < VIEWS => {
+                    (op.clone(), inputs[0].clone())
+                }
+                _ => return Ok(array.clone()),
+            };
+            views.push((before.0, std::mem::replace(&mut at, before.1)));
+        };
+        if views.is_empty() {
+            return self.values(&copy, array.dtype());
+        }
         let dtype = copy.dtype();
-        Array::lazy(op, smallvec![copy], array.shape(), dtype).astype(array.dtype())
+        let view = |before, (op, view): (Op, Array)| Array::lazy(op, smallvec![before], view.shape(), dtype);
+        views.into_iter().rev().fold(copy, view).astype(array.dtype())
     }
 }
 

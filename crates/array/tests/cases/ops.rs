@@ -88,7 +88,6 @@ macro_rules! binary_cases {
     )* };
 }
 
-#[expect(clippy::vec_init_then_push, reason = "the macros push, a case each")]
 pub fn op_cases() -> Vec<OpCase> {
     let mut cases = Vec::new();
     unary_cases! { cases,
@@ -141,6 +140,17 @@ pub fn op_cases() -> Vec<OpCase> {
         Atan2 normal(&[2, 3], 58), positive(&[3], 59);
         LogAddExp normal(&[2, 3], 60), normal(&[3], 61);
     }
+    cases.push(OpCase {
+        name: "saved as",
+        inputs: vec![normal(&[2, 3], 173), normal(&[3, 4], 174)],
+        f: |x| {
+            let saved = x[0].saved_as(Dtype::F32)?;
+            let y = saved.matmul(&x[1])?.tanh()?.saved_as(Dtype::F32)?;
+            one(y.reshape(&[4, 2])?.multiply(y.reshape(&[4, 2])?)?)
+        },
+        differentiable: true,
+        single: true,
+    });
     type F = fn(&[Array]) -> Result<Vec<Array>>;
     let mut add = |name, inputs, f: F| {
         cases.push(OpCase { name, inputs, f, differentiable: true, single: false });

@@ -107,12 +107,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     writeln!(out)?;
     if std::io::stderr().is_terminal() {
         let peak = peak_memory_gb().map_or_else(String::new, |gb| format!("; peak memory {gb:.2} GB"));
+        let rate = statistics.generation_tps().map_or_else(String::new, |tps| format!(", {tps:.1} tokens/s"));
         eprintln!(
-            "prompt: {} tokens, {:.1} tokens/s; generation: {} tokens, {:.1} tokens/s{peak}",
+            "prompt: {} tokens, {:.1} tokens/s; generation: {} tokens{rate}{peak}",
             statistics.prompt_tokens,
             statistics.prompt_tps(),
             statistics.generated_tokens,
-            statistics.generation_tps(),
         );
     }
     Ok(())

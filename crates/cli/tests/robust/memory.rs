@@ -33,7 +33,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
             format!("{TRAIN} --micro-batch-size 32 --output @out --memory-limit 60MB"),
             &[
                 "--micro-batch-size 16",
-                "with all activations recomputed",
+                "with activations recomputed",
                 "--max-seq-length",
                 "quantized",
                 "0.06 GB",
@@ -44,7 +44,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
             "lora --model @llama --train --data @data.jsonl --adapter-path @out --batch-size 32 --iters 2 \
              --max-seq-length 256 --memory-limit 60MB"
                 .into(),
-            &["--batch-size 16", "with all activations recomputed"],
+            &["--batch-size 16", "with activations recomputed"],
         ),
         (
             "measuring training",

@@ -20,8 +20,9 @@ use crate::methods::sft::Sft;
 use crate::trainer::Update;
 use crate::{Error, Result};
 
-/// Positions that are computed at once where the settings leave it open. Their activations take about 100 bytes a
-/// position, layer and unit of width, so this is 0.2 GB a layer at a width of 1,024.
+/// Positions that are computed at once where the settings leave it open. Their activations take some 50 bytes a
+/// position, layer and unit of width with bf16 products (twice as many with exact ones), so this is 0.1 GB a layer at
+/// a width of 1,024.
 const POSITIONS: usize = 2048;
 
 /// What running takes beside arrays: pages of the program's code, scratch memory of its threads, batches made ahead.
@@ -222,7 +223,7 @@ fn too_little(config: &RunConfig, trial: &Trial, needed: [u64; 2], room: Room) -
     let [kept, recomputed] = needed.map(memory_size);
     let kept = if config.grad_checkpoint { String::new() } else { format!("{kept} more memory, ") };
     format!(
-        "a training step over {} × {} tokens needs {kept}{recomputed} more with all activations recomputed, and {} \
+        "a training step over {} × {} tokens needs {kept}{recomputed} more with activations recomputed, and {} \
          are left {}; try {}",
         batch.rows,
         batch.length,
