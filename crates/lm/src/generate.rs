@@ -14,7 +14,7 @@ use crate::cache::Cache;
 use crate::detokenizer::Streaming;
 use crate::load::Loaded;
 use crate::memory;
-use crate::models::{Input, LanguageModel};
+use crate::models::{Asked, Input, LanguageModel};
 use crate::sample::{Sampler, SamplingParams};
 use crate::stop::StopStrings;
 use crate::tokenizer::Tokenizer;
@@ -304,7 +304,7 @@ pub fn advance(
 ) -> Result<Vec<f32>> {
     let context = Context::new(precision);
     cache.reserve(tokens.len())?;
-    let input = Input { last_only: true, ..Input::new(&[tokens], &[cache.length()])? };
+    let input = Input { asked: Asked::Last, ..Input::new(&[tokens], &[cache.length()])? };
     let logits = model.logits(&input, Some(cache), &context)?;
     cache.advance(tokens.len());
     // The cache first: what a layer attended goes with it, in the order of the layers.

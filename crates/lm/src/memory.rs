@@ -5,7 +5,7 @@ use mica_array::{Array, Precision, memory};
 use mica_nn::{Context, parameters};
 
 use crate::generate::PREFILL;
-use crate::models::{Input, LanguageModel};
+use crate::models::{Asked, Input, LanguageModel};
 use crate::{Error, Result};
 
 /// Fails unless `bytes` more fit in memory; `what` takes them, and `todo` says how it could take less.
@@ -76,7 +76,8 @@ fn pass(model: &dyn LanguageModel, rows: &[&[u32]], all_logits: bool, precision:
     let all: Vec<_> = parameters(model.as_module()).into_iter().map(|(_, array)| array).collect();
     mica_array::eval(&all)?;
     let (result, rehearsal) = memory::rehearse(|| -> Result<()> {
-        let input = Input { last_only: !all_logits, ..Input::new(rows, &vec![0; rows.len()])? };
+        let asked = if all_logits { Asked::All } else { Asked::Last };
+        let input = Input { asked, ..Input::new(rows, &vec![0; rows.len()])? };
         Ok(model.logits(&input, None, &Context::new(precision))?.eval()?)
     });
     result?;

@@ -4,7 +4,7 @@ use mica_array::kv::KvFormat;
 use mica_array::{Array, Precision};
 use mica_lm::generate::check_tokens;
 use mica_lm::load::{Loaded, load};
-use mica_lm::models::Input;
+use mica_lm::models::{Asked, Input};
 use mica_lm::weights::Packing;
 use mica_nn::Context;
 use mica_testkit::{Golden, fixture, max_abs_rel_to_max};
@@ -112,25 +112,39 @@ fn quantized_logits_equal_mlx_lm_in_exact_mode() {
     }
 }
 
-/// What is asked for of the last position alone are the bits of a pass that gives all of them.
+/// What is asked for of the last position alone, or of some, are the bits of a pass that gives all of them.
 #[test]
-fn the_last_position_alone_has_the_same_bits() {
+fn some_positions_alone_have_the_same_bits() {
     for name in FLOAT.into_iter().chain(QUANTIZED) {
         for precision in [Precision::Exact, Precision::Bf16, Precision::Fast] {
             let case = open(name, Packing::Frozen);
             let (model, context) = (&case.loaded.model, Context::new(precision));
-            let logits = |last_only: bool| {
-                let input = Input { last_only, ..case.input(0, case.length()) };
-                let mut cache = model.new_cache(case.rows.len(), KvFormat::F32);
-                cache.reserve(case.length()).unwrap();
+            let (rows, length) = (case.rows.len(), case.length());
+            let logits = |asked: Asked| {
+                let input = Input { asked, ..case.input(0, length) };
+                let mut cache = model.new_cache(rows, KvFormat::F32);
+                cache.reserve(length).unwrap();
                 [None, Some(&mut cache)].map(|cache| model.logits(&input, cache, &context).unwrap())
             };
-            let last = |all: &Array| all.narrow(1, case.length() - 1, case.length()).unwrap();
-            for (some, all) in logits(true).iter().zip(&logits(false)) {
-                assert_eq!(some.shape(), [case.rows.len(), 1, case.vocabulary], "{name}");
-                let [some, all] = [some, &last(all)].map(|array| array.to_vec::<f32>().unwrap());
-                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&some), bits(&all), "{name}, {precision:?}");
+            let all = logits(Asked::All);
+            // Of all rows together, not in order, one twice.
+            let some = [rows * length - 1, 0, 2, length - 1, 2].map(|at| at as i32);
+            let these = Array::from_slice(&some, &[some.len()]).unwrap();
+            let last = |all: &Array| all.narrow(1, length - 1, length).unwrap();
+            let taken = |all: &Array| {
+                all.flatten_axes(0, 1).unwrap().take(&these, 0).unwrap().expand_dims(&[0]).unwrap()
+            };
+            let asks: [(Asked, &dyn Fn(&Array) -> Array); 2] =
+                [(Asked::Last, &last), (Asked::These(these.clone()), &taken)];
+            for (asked, of_all) in asks {
+                for (some, all) in logits(asked.clone()).iter().zip(&all) {
+                    let all = of_all(all);
+                    assert_eq!(some.shape(), all.shape(), "{name}");
+                    let [some, all] = [some, &all].map(|array| array.to_vec::<f32>().unwrap());
+                    let bits =
+                        |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(&some), bits(&all), "{name}, {precision:?}, {asked:?}");
+                }
             }
         }
     }

@@ -1,26 +1,29 @@
-//! Blocks that compute their activations again: what that changes (memory) and what not (bits), and how a run chooses
-//! them. Apart from the other tests, because what is rehearsed and limits on memory are the whole process's.
+//! What a backward pass keeps, and blocks that compute their activations again: what that changes (memory) and what
+//! not (bits), and how a run chooses them. Apart from the other tests, because what is rehearsed and limits on memory are the whole process's.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mica_array::files::save_safetensors;
-use mica_array::{Dtype, Precision, memory};
+use mica_array::op::CrossEntropySpec;
+use mica_array::{Array, Dtype, Precision, memory};
 use mica_lm::config::ModelConfig;
 use mica_lm::load::load;
 use mica_lm::models::{LanguageModel, build};
 use mica_lm::weights::{Packing, RandomSource};
 use mica_nn::optim::AdamWConfig;
-use mica_nn::parameters;
+use mica_nn::{Context, parameters};
 use mica_testkit::fixture;
 use mica_tune::adapters::attach::{attach, trainable};
 use mica_tune::config::keys::parse;
 use mica_tune::config::{AdapterConfig, FineTune, RunConfig, TrainConfig};
-use mica_tune::data::batch::Batch;
+use mica_tune::data::batch::{Batch, IGNORE};
 use mica_tune::data::encode::ByteEncoder;
 use mica_tune::data::sample::Sample;
 use mica_tune::events::Event;
 use mica_tune::methods::sft::Sft;
+use mica_tune::methods::{Method, input};
 use mica_tune::rng::Rng;
 use mica_tune::run::folder::Existing;
 use mica_tune::session::{Start, facts, run};
@@ -83,10 +86,13 @@ impl Case {
 
     /// The model with its adapters, and a way to train them.
     fn open(&self, recompute: usize) -> (Box<dyn LanguageModel>, Update) {
+        self.open_with(recompute, 0.1)
+    }
+
+    fn open_with(&self, recompute: usize, dropout: f64) -> (Box<dyn LanguageModel>, Update) {
         let mut model = self.model();
         if self.adapted.is_some() {
-            let config =
-                AdapterConfig { rank: 2, scale: 4.0, dropout: 0.1, keys: None, layers: self.adapted };
+            let config = AdapterConfig { rank: 2, scale: 4.0, dropout, keys: None, layers: self.adapted };
             attach(&mut *model, &config, false, 5).unwrap();
         }
         let fine_tune = if self.adapted.is_some() { FineTune::Lora } else { FineTune::Full };
@@ -160,6 +166,50 @@ fn with_bf16_products_activations_are_kept_in_bf16() {
             norm(&mut got.iter().zip(&expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied());
         println!("{}: {exact} and {bf16} bytes, gradients off by {error:.4}", case.name);
         assert!(error > 0.0 && error < 0.04 && (rounded / loss - 1.0).abs() < 1e-3, "{}: {error}", case.name);
+    }
+}
+
+/// The loss of labelled tokens, with all states of the last block.
+struct Dense;
+
+impl Method for Dense {
+    fn loss(
+        &self,
+        model: &dyn LanguageModel,
+        batch: &Batch,
+        recompute: Range<usize>,
+        context: &Context,
+    ) -> mica_array::Result<Array> {
+        let hidden = model.hidden(&input(batch, recompute)?, None, context)?;
+        let labelled = (0i32..).zip(&batch.targets).filter(|(_, target)| **target != IGNORE);
+        let (rows, targets): (Vec<i32>, Vec<i32>) = labelled.map(|(row, &target)| (row, target)).unzip();
+        let array = |values: &[i32]| Array::from_slice(values, &[values.len()]);
+        let states = hidden.flatten_axes(0, 1)?.take(&array(&rows)?, 0)?;
+        let spec = CrossEntropySpec { precision: context.precision, softcap: None };
+        Ok(states.linear_cross_entropy(model.head(), &array(&targets)?, spec)?.0)
+    }
+}
+
+#[test]
+fn states_without_a_target_are_left_out_of_the_last_block_alone() {
+    let _alone = alone();
+    for case in CASES {
+        let batch = batch(3, 12, 7);
+        // Dropout would draw for other rows.
+        let (mut model, update) = case.open_with(0, 0.0);
+        let mut take = |method: &dyn Method| {
+            let (loss, grads) = update.gradients(&mut *model, method, &batch, 0).unwrap();
+            let grads: Vec<Vec<f32>> = grads.iter().map(|grad| grad.to_vec::<f32>().unwrap()).collect();
+            (loss.item::<f32>().unwrap(), grads)
+        };
+        let ((loss, got), (expected_loss, expected)) = (take(&Sft), take(&Dense));
+        assert_eq!(loss.to_bits(), expected_loss.to_bits(), "{}", case.name);
+        for ((got, expected), name) in got.iter().zip(&expected).zip(update.names()) {
+            let largest = expected.iter().fold(0.0f32, |top, value| top.max(value.abs()));
+            let off = got.iter().zip(expected).fold(0.0f32, |top, (a, b)| top.max((a - b).abs()));
+            let bound = if case.precision == Precision::Exact { 1e-5 } else { 1e-2 };
+            assert!(off <= bound * largest, "{}: {name} is off by {off} of {largest}", case.name);
+        }
     }
 }
 

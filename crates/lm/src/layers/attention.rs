@@ -170,7 +170,7 @@ impl Attention {
                 context.saved(&q.attention(&k, &v, input.key_start.as_ref(), spec)?)?
             }
         };
-        self.output.forward(&input.asked(&out)?.flatten_axes(2, 3)?, context)
+        self.output.forward(&input.asked.of(&out)?.flatten_axes(2, 3)?, context)
     }
 }
 

@@ -115,7 +115,7 @@ impl Block {
     ) -> Result<Array> {
         let normed = self.input_layernorm.forward(&context.saved(x)?, context)?;
         let attended = self.self_attn.forward(&context.saved(&normed)?, input, cache, context)?;
-        let h = input.asked(x)?.add(attended)?;
+        let h = input.asked.of(x)?.add(attended)?;
         let normed = self.post_attention_layernorm.forward(&context.saved(&h)?, context)?;
         h.add(self.mlp.forward(&context.saved(&normed)?, context)?)
     }

@@ -83,7 +83,7 @@ impl ShortConv {
             Some(bias) => y.add(bias.astype(y.dtype())?)?,
             None => y,
         };
-        let mixed = input.asked(&parts[1])?.multiply(input.asked(&context.saved(&y)?)?)?;
+        let mixed = input.asked.of(&parts[1])?.multiply(input.asked.of(&context.saved(&y)?)?)?;
         self.out_proj.forward(&context.saved(&mixed)?, context)
     }
 }

@@ -175,7 +175,7 @@ impl Block {
             (None, Some(conv)) => conv.forward(&normed, input, cache, context)?,
             (None, None) => unreachable!("`build` gives every block an operator"),
         };
-        let h = input.asked(x)?.add(mixed)?;
+        let h = input.asked.of(x)?.add(mixed)?;
         let normed = self.ffn_norm.forward(&context.saved(&h)?, context)?;
         h.add(self.feed_forward.forward(&context.saved(&normed)?, context)?)
     }

@@ -94,9 +94,32 @@ pub struct Input {
     pub key_start: Option<Array>,
     /// Blocks that are computed again in the backward pass instead of keeping what it needs of them.
     pub checkpoint: Range<usize>,
-    /// Of the states after the last block, only those of the last position are asked for: that block then computes no
-    /// more of them than it must.
-    pub last_only: bool,
+    /// Of the states after the last block, those that are asked for: it computes no more of them than it must.
+    pub asked: Asked,
+}
+
+/// The positions whose states are asked for.
+#[derive(Debug, Clone, Default)]
+pub enum Asked {
+    /// All: [batch, length, ..].
+    #[default]
+    All,
+    /// The last one of each row: [batch, 1, ..].
+    Last,
+    /// These, counted through all rows of the batch, \[n\] i32: [1, n, ..].
+    These(Array),
+}
+
+impl Asked {
+    /// Of states [batch, length, ..], those that are asked for.
+    pub(crate) fn of(&self, states: &Array) -> mica_array::Result<Array> {
+        let length = states.dim(1);
+        match self {
+            Asked::Last if length > 1 => states.narrow(1, length - 1, length),
+            Asked::All | Asked::Last => Ok(states.clone()),
+            Asked::These(positions) => states.flatten_axes(0, 1)?.take(positions, 0)?.expand_dims(&[0]),
+        }
+    }
 }
 
 impl Input {
@@ -119,21 +142,13 @@ impl Input {
             positions: Array::from_slice(&positions, &shape)?,
             key_start: None,
             checkpoint: 0..0,
-            last_only: false,
+            asked: Asked::All,
         })
     }
 
     /// The same with all positions asked for: what blocks before the last one take.
     pub(crate) fn of_all(&self) -> Input {
-        Input { last_only: false, ..self.clone() }
-    }
-
-    /// Of states [batch, length, ..], those that are asked for.
-    pub(crate) fn asked(&self, states: &Array) -> mica_array::Result<Array> {
-        match states.dim(1) {
-            length @ 2.. if self.last_only => states.narrow(1, length - 1, length),
-            _ => Ok(states.clone()),
-        }
+        Input { asked: Asked::All, ..self.clone() }
     }
 
     /// Runs the block with this index, checkpointed if asked for.

@@ -8,7 +8,7 @@ pub mod sft;
 use std::ops::Range;
 
 use mica_array::Array;
-use mica_lm::models::{Input, LanguageModel};
+use mica_lm::models::{Asked, Input, LanguageModel};
 use mica_nn::Context;
 
 use crate::data::batch::Batch;
@@ -39,7 +39,7 @@ pub fn input(batch: &Batch, recompute: Range<usize>) -> mica_array::Result<Input
         positions: Array::from_slice(&i32s(&batch.positions), &shape)?,
         key_start,
         checkpoint: recompute,
-        last_only: false,
+        asked: Asked::All,
     })
 }
 
