@@ -1,9 +1,13 @@
 //! What this machine is and can do, and where the time of a step goes beside that.
 
+use std::fmt::{self, Display, Formatter};
+use std::time::{Duration, Instant};
+
 use mica_array::memory;
 use mica_array::profile::{self, Row};
 use mica_ceiling::{Arithmetic, Work};
 pub use mica_ceiling::{Ceilings, Measured};
+use mica_threads::Pool;
 use serde_json::{Value, json};
 
 /// Why a bandwidth is missing.
@@ -105,6 +109,49 @@ pub fn line(measured: &Measured) -> String {
 pub fn json(measured: &Measured) -> Value {
     let &Measured { read, f32, bf16, int8 } = measured;
     json!({"read_gbs": read, "f32_gops": f32, "bf16_gops": bf16, "int8_gops": int8})
+}
+
+/// What the threads that compute did with their time: shares that add up to 1.
+pub struct Spent {
+    /// Running kernels.
+    kernels: f64,
+    /// Waiting for each other between kernels.
+    waiting: f64,
+    /// Neither: graphs were built and planned, or threads woken.
+    graph: f64,
+}
+
+/// What the threads do while this computes.
+pub fn spent<E>(work: impl FnOnce() -> Result<(), E>) -> Result<Spent, E> {
+    mica_array::with_pool(Pool::measure);
+    let begun = Instant::now();
+    let result = work();
+    let all = begun.elapsed().as_secs_f64();
+    let threads = mica_array::with_pool(Pool::spent);
+    result?;
+    let share = |time: fn(&mica_threads::Spent) -> Duration| {
+        let total: Duration = threads.iter().map(time).sum();
+        total.as_secs_f64() / (all * threads.len() as f64)
+    };
+    let (kernels, waiting) = (share(|spent| spent.tasks), share(|spent| spent.waiting));
+    Ok(Spent { kernels, waiting, graph: 1.0 - kernels - waiting })
+}
+
+impl Spent {
+    pub fn json(&self) -> Value {
+        json!({"kernels": self.kernels, "waiting": self.waiting, "graph": self.graph})
+    }
+}
+
+impl Display for Spent {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let [kernels, waiting, graph] = [self.kernels, self.waiting, self.graph].map(|share| 100.0 * share);
+        write!(
+            f,
+            "{kernels:.1} % of their time in kernels, {waiting:.1} % waiting for each other, {graph:.1} % building \
+             and planning the graph"
+        )
+    }
 }
 
 /// The most memory that this process has had resident, in GB, if the system says.

@@ -9,6 +9,7 @@
 
 mod cores;
 mod lines;
+mod meter;
 mod place;
 mod pool;
 mod scratch;
@@ -16,6 +17,7 @@ mod wait;
 
 pub use cores::default_threads;
 pub use lines::Lines;
+pub use meter::Spent;
 pub use pool::{Pool, TaskPanic, TooManyThreads};
 pub use scratch::{Account, Plain, Scratch, set_account};
 

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::meter::{Meter, Spent};
 use crate::place::Places;
 use crate::scratch::Refused;
 use crate::wait::{Sleep, Wait};
@@ -76,6 +77,7 @@ struct Shared {
     failure: Mutex<Option<TaskPanic>>,
     ranges: Vec<Range>,
     places: Places,
+    meter: Meter,
 }
 
 // SAFETY: `job` is written by whoever has taken the state to BUSY, or holds `run_lock` while it is IDLE,
@@ -240,6 +242,7 @@ impl Pool {
             failure: Mutex::new(None),
             ranges: (0..threads).map(|_| Range::default()).collect(),
             places: Places::new(threads),
+            meter: Meter::new(threads),
         });
         let workers = Vec::with_capacity(threads - 1);
         let mut pool = Pool { shared, run_lock: Mutex::new(Scratch::new()), workers, begun: false };
@@ -257,6 +260,16 @@ impl Pool {
     /// The number of workers, the caller included.
     pub fn threads(&self) -> usize {
         self.shared.threads
+    }
+
+    /// Measures from now on what each worker does with its time, until [`Pool::spent`].
+    pub fn measure(&self) {
+        self.shared.meter.start();
+    }
+
+    /// What each worker, the caller of [`Pool::run`] first, has done since [`Pool::measure`].
+    pub fn spent(&self) -> Vec<Spent> {
+        self.shared.meter.stop()
     }
 
     /// Runs the tasks one after another, each on all workers; returns when the last is done.
@@ -280,7 +293,7 @@ impl Pool {
         shared.failed.store(false, Ordering::Relaxed);
         // A list of small tasks is not worth waking anybody for.
         if shared.threads == 1 || tasks.iter().all(|task| task.chunks() <= 1) {
-            run_alone(shared, tasks, &mut scratch);
+            run_alone(shared, 0, tasks, &mut scratch);
         } else {
             // SAFETY: the state is IDLE, and this call holds `run_lock`. Nobody reads the list once the state is IDLE
             // again, which this call waits for.
@@ -390,7 +403,7 @@ impl Shared {
             (*self.job.get()).rest =
                 std::mem::transmute::<*const [&'a (dyn Task + 'a)], *const [&'static dyn Task]>(tasks);
         }
-        self.open_next(scratch);
+        self.open_next(0, scratch);
         if self.state.load() & IDLE == 0 {
             self.idle.tell();
         }
@@ -408,11 +421,11 @@ impl Shared {
     /// ends the job.
     ///
     /// Called by the one thread that may touch the job: the state is BUSY by its own doing, or IDLE.
-    fn open_next(&self, scratch: &mut Scratch) {
+    fn open_next(&self, worker: usize, scratch: &mut Scratch) {
         // SAFETY: see above. The list lives until the state is IDLE.
         let mut rest: &[&dyn Task] = unsafe { &*(*self.job.get()).rest };
         let small = rest.iter().take_while(|task| task.chunks() <= 1).count();
-        run_alone(self, &rest[..small], scratch);
+        run_alone(self, worker, &rest[..small], scratch);
         rest = &rest[small..];
         match rest.split_first() {
             Some((&task, rest)) if !self.failed.load(Ordering::Relaxed) => {
@@ -438,9 +451,11 @@ fn take_part(shared: &Shared, worker: usize, scratch: &mut Scratch) {
     let mut over = None;
     let mut wait = Wait::default();
     let mut coming = Lines::default();
+    let mut waiting = shared.meter.now();
     loop {
         let state = shared.state.load();
         if state & IDLE != 0 {
+            shared.meter.waited(worker, waiting);
             return;
         }
         if state & BUSY != 0 || over == Some(state / PHASE) {
@@ -455,14 +470,18 @@ fn take_part(shared: &Shared, worker: usize, scratch: &mut Scratch) {
         } else if shared.state.join(state) {
             // SAFETY: the phase is open and stays so while this worker takes part, and the job with it.
             let task = unsafe { &*(*shared.job.get()).task };
+            shared.meter.waited(worker, waiting);
+            let begun = shared.meter.now();
             run_task(shared, worker, task, scratch);
+            shared.meter.ran(worker, begun);
             over = Some(state / PHASE);
             // SAFETY: as above.
             coming = coming_lines(unsafe { &*(*shared.job.get()).rest }, worker, shared.threads);
             if shared.state.leave() {
-                shared.open_next(scratch);
+                shared.open_next(worker, scratch);
             }
             wait = Wait::default();
+            waiting = shared.meter.now();
         }
     }
 }
@@ -479,10 +498,11 @@ fn coming_lines(rest: &[&dyn Task], worker: usize, threads: usize) -> Lines {
 }
 
 /// Runs tasks one after another on this thread alone.
-fn run_alone<'a>(shared: &Shared, tasks: &[&'a (dyn Task + 'a)], scratch: &mut Scratch) {
+fn run_alone<'a>(shared: &Shared, worker: usize, tasks: &[&'a (dyn Task + 'a)], scratch: &mut Scratch) {
+    let begun = shared.meter.now();
     for task in tasks {
         if shared.failed.load(Ordering::Relaxed) {
-            return;
+            break;
         }
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             for chunk in 0..task.chunks() {
@@ -495,6 +515,7 @@ fn run_alone<'a>(shared: &Shared, tasks: &[&'a (dyn Task + 'a)], scratch: &mut S
             fail(shared, task.name(), payload.as_ref());
         }
     }
+    shared.meter.ran(worker, begun);
 }
 
 /// Gives each worker a contiguous range of a task's chunks.

@@ -62,6 +62,8 @@ fn parse_batch(text: &str) -> Result<usize, String> {
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Steps whose ops are measured one by one.
 const PROFILED: usize = 8;
+/// Steps of which is measured what the threads do meanwhile.
+const METERED: usize = 64;
 
 /// What a run measured; `None` is what it did not.
 struct Run {
@@ -113,9 +115,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let steps = PROFILED.min(args.generate_tokens);
     let mut ops = Vec::new();
+    let mut spent = None;
     if steps > 0 {
-        let cache = filled.map_or_else(|| bench.filled(depth), Ok)?;
-        let mut cache = bench.sequences(cache)?;
+        let filled = filled.map_or_else(|| bench.filled(depth), Ok)?;
+        let mut cache = bench.sequences(filled.fork(&[0])?)?;
+        spent = Some(machine::spent(|| bench.decode(&mut cache, METERED.min(args.generate_tokens)))?);
+        let mut cache = bench.sequences(filled)?;
         let session = profile::start();
         bench.decode(&mut cache, steps)?;
         ops = session.finish();
@@ -158,6 +163,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "bandwidth_fraction": bandwidth_fraction,
             "ceilings": machine::json(&measured),
             "by_op": machine::by_op(&measured, &ops, steps),
+            "threads_time": spent.map(|spent| spent.json()),
             "runs": list,
         });
         say!("{document}");
@@ -185,6 +191,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     say!("memory       {memory}");
     if steps > 0 {
         say!("ceilings     {}", machine::line(&measured));
+        if let Some(spent) = spent {
+            say!("threads      {spent}");
+        }
         say!("\nA decode step by op, each op alone in the pool:");
         say!("{}", machine::table(&measured, &ops, steps).trim_end());
     }
