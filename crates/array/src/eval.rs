@@ -9,15 +9,16 @@
 //! their run ([`Buffer::epoch`]).
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mica_threads::Pool;
 use smallvec::SmallVec;
 
-use crate::backend::{Backend, OperandRef, StepRef, cpu::Cpu};
-use crate::kv::PagedStep;
+use crate::backend::{Backend, Kept, OperandRef, StepRef, cpu::Cpu};
+use crate::kv::{KvSpec, PagedStep, Sequences};
+use crate::memory::Block;
 use crate::node::{Node, State, ready};
 use crate::op::{Op, Precision};
 use crate::packed::PackedWeight;
@@ -49,9 +50,49 @@ struct Engine {
     /// What steps of the plan read besides buffers, alive until it has run.
     weights: Vec<Arc<PackedWeight>>,
     pages: Vec<Arc<PagedStep>>,
+    /// Of a plan that is to be kept.
+    recording: Option<Recording>,
+    /// Counts backends.
+    backends: u64,
     /// The memory of walks, for the next one's.
     visits: Vec<Visit>,
     order: Vec<NodePointer>,
+}
+
+/// What is noted while a plan is made that is to be kept.
+#[derive(Default)]
+struct Recording {
+    /// What it reads and does not write.
+    read: Vec<triomphe::Arc<Buffer>>,
+    /// Where the memory is that it writes.
+    written: HashSet<usize>,
+    /// How it attends over pages.
+    attended: Option<Attended>,
+    /// Once it has run.
+    kept: Option<(Box<dyn Kept>, Vec<Arc<PackedWeight>>, Vec<Block>)>,
+}
+
+/// The one call of a model that attends over pages, in each layer once.
+pub(crate) struct Attended {
+    pub(crate) kv: KvSpec,
+    /// Positions that each sequence gets.
+    pub(crate) length: usize,
+    /// Positions that came before, of each sequence.
+    starts: Vec<usize>,
+    layers: HashSet<usize>,
+}
+
+/// A plan that has run, with all that running it again takes.
+pub(crate) struct Recorded {
+    plan: Box<dyn Kept>,
+    pub(crate) attended: Option<Attended>,
+    /// The backend's number.
+    backend: u64,
+    /// The memory that it writes.
+    _blocks: Vec<Block>,
+    /// The memory that it reads only.
+    _read: Vec<triomphe::Arc<Buffer>>,
+    _weights: Vec<Arc<PackedWeight>>,
 }
 
 static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
@@ -119,7 +160,10 @@ pub fn threads() -> usize {
 /// Sets the backend that computes, from the next evaluation on.
 pub fn set_backend(backend: Box<dyn Backend>) {
     match &mut *lock() {
-        Some(engine) => engine.backend = backend,
+        Some(engine) => {
+            engine.backend = backend;
+            engine.backends += 1;
+        }
         // The threads of a default backend are not even started.
         none => *none = Some(Engine::new(backend)),
     }
@@ -144,6 +188,42 @@ pub fn eval(arrays: &[Array]) -> Result<()> {
     if arrays.iter().all(is_done) {
         return Ok(());
     }
+    evaluating(|engine| engine.eval(arrays))
+}
+
+/// Computes `outputs` and `others`, and gives what computes them again once there are other values in the memory of
+/// `inputs`. `None` if that is not possible: of an input or an output there are more handles than the one that is lent;
+/// `others`, or arrays elsewhere, have values that would be written again; it does not fit into one plan.
+pub(crate) fn record(inputs: &[Array], outputs: &[Array], others: &[Array]) -> Result<Option<Recorded>> {
+    evaluating(|engine| {
+        engine.recording = may_keep_plans().then(Recording::default);
+        let roots: Vec<Array> = others.iter().chain(outputs).cloned().collect();
+        let result = engine.eval(&roots);
+        let recording = engine.recording.take();
+        drop(roots);
+        result?;
+        Ok(recording.and_then(|recording| recording.finish(engine.backends, inputs, outputs)))
+    })
+}
+
+/// Runs a plan again, with these sequences where it attends over pages. Whether it did: not on another backend than the
+/// one that kept it, and not while ops are looked at one by one.
+pub(crate) fn run_again(recorded: &mut Recorded, sequences: &Sequences) -> Result<bool> {
+    evaluating(|engine| {
+        if recorded.backend != engine.backends || !may_keep_plans() {
+            return Ok(false);
+        }
+        engine.backend.run_again(recorded.plan.as_mut(), sequences).map(|()| true)
+    })
+}
+
+/// Whether plans run as a whole, and for their values.
+fn may_keep_plans() -> bool {
+    !crate::nan::is_checked() && !crate::profile::enabled() && !memory::is_rehearsing()
+}
+
+/// Uses the engine to evaluate.
+fn evaluating<R>(work: impl FnOnce(&mut Engine) -> Result<R>) -> Result<R> {
     if EVALUATING.with(Cell::get) {
         return Err(Error::unsupported("eval", "called from inside an evaluation"));
     }
@@ -157,7 +237,72 @@ pub fn eval(arrays: &[Array]) -> Result<()> {
     let mut guard = engine();
     EVALUATING.with(|flag| flag.set(true));
     let _end = End;
-    guard.as_mut().expect("made by engine()").eval(arrays)
+    work(guard.as_mut().expect("made by engine()"))
+}
+
+impl Attended {
+    /// How many sequences there are.
+    pub(crate) fn batch(&self) -> usize {
+        self.starts.len()
+    }
+}
+
+impl Recording {
+    /// Notes a call that attends over pages. Whether other calls are one with it.
+    fn attends(&mut self, step: &PagedStep, length: usize) -> bool {
+        let starts = || step.sequences.iter().map(|&(_, start)| start);
+        let attended = self.attended.get_or_insert_with(|| Attended {
+            kv: step.kv.clone(),
+            length,
+            starts: starts().collect(),
+            layers: HashSet::new(),
+        });
+        attended.kv == step.kv
+            && attended.length == length
+            && attended.starts.iter().copied().eq(starts())
+            && attended.layers.insert(step.layer)
+    }
+
+    /// What running the plan again takes, if nobody else sees what it writes or writes what it reads.
+    fn finish(self, backend: u64, inputs: &[Array], outputs: &[Array]) -> Option<Recorded> {
+        let Recording { mut read, mut written, attended, kept } = self;
+        let (plan, weights, blocks) = kept?;
+        for block in &blocks {
+            written.remove(&(block.pointer() as usize));
+        }
+        for output in outputs {
+            written.remove(&(own_buffer(output)?.pointer() as usize));
+        }
+        read.sort_by_key(|buffer| buffer.as_ptr());
+        read.dedup_by_key(|buffer| buffer.as_ptr());
+        let only_read = |buffer: &triomphe::Arc<Buffer>| !inputs.iter().any(|input| holds(input, buffer));
+        let all = read.len();
+        read.retain(only_read);
+        let are_read = read.len() + inputs.len() == all;
+        let are_own = inputs.iter().all(|input| own_buffer(input).is_some());
+        let recorded = Recorded { plan, attended, backend, _blocks: blocks, _read: read, _weights: weights };
+        (written.is_empty() && are_read && are_own).then_some(recorded)
+    }
+}
+
+/// The memory of a computed array, if the array has all of it, in order, and no other handle does.
+pub(crate) fn own_buffer(array: &Array) -> Option<&triomphe::Arc<Buffer>> {
+    match array.node().ready()?.get(array.output())? {
+        Storage::Host(host)
+            if array.node().is_only()
+                && host.buffer.is_unique()
+                && host.offset == 0
+                && host.is_contiguous(array.shape()) =>
+        {
+            Some(&host.buffer)
+        }
+        _ => None,
+    }
+}
+
+fn holds(array: &Array, buffer: &triomphe::Arc<Buffer>) -> bool {
+    let storage = array.node().ready().and_then(|storage| storage.get(array.output()));
+    matches!(storage, Some(Storage::Host(host)) if triomphe::Arc::ptr_eq(&host.buffer, buffer))
 }
 
 fn is_done(array: &Array) -> bool {
@@ -238,6 +383,8 @@ impl Engine {
             steps: 0,
             weights: Vec::new(),
             pages: Vec::new(),
+            recording: None,
+            backends: 0,
             visits: Vec::new(),
             order: Vec::new(),
         }
@@ -341,13 +488,16 @@ impl Engine {
             let node = unsafe { pointer.get() };
             if let Err(error) = self.plan(node) {
                 drop(node.replace(State::Failed(error.clone())));
+                self.recording = None;
                 self.flush()?;
                 return Err(error);
             }
             if self.steps >= PLAN_STEPS {
+                self.recording = None;
                 self.flush()?;
             } else if memory::is_crowded() && self.steps > 0 {
                 // What died in this plan can be given back once it has run.
+                self.recording = None;
                 self.flush()?;
                 memory::end_planning();
                 memory::begin_planning();
@@ -357,7 +507,10 @@ impl Engine {
     }
 
     fn begin(&mut self) {
-        self.backend.begin();
+        match self.recording {
+            Some(_) => self.backend.begin_kept(),
+            None => self.backend.begin(),
+        }
         self.steps = 0;
         self.weights.clear();
         self.pages.clear();
@@ -368,7 +521,13 @@ impl Engine {
         let result = match self.steps {
             0 => Ok(()),
             _ if memory::is_rehearsing() => self.backend.rehearse(),
-            _ => self.backend.run(),
+            _ => match &mut self.recording {
+                Some(recording) => self.backend.keep().map(|plan| {
+                    let rest = |plan| (plan, std::mem::take(&mut self.weights), memory::keep_limbo());
+                    recording.kept = plan.map(rest);
+                }),
+                None => self.backend.run(),
+            },
         };
         if let Err(error) = &result {
             let mut failed = FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -420,6 +579,11 @@ impl Engine {
                     if has_failed(host.buffer.epoch()) {
                         return wait_for(&host.buffer);
                     }
+                    if let Some(recording) = &mut self.recording
+                        && host.buffer.epoch() != self.epoch
+                    {
+                        recording.read.push(host.buffer.clone());
+                    }
                     let only = input.node().is_only() && host.buffer.is_unique();
                     if only && host.offset == 0 && host.is_contiguous(&spec.shape) {
                         free |= 1u32.checked_shl(index as u32).unwrap_or(0);
@@ -433,6 +597,9 @@ impl Engine {
         }
         if let Op::PagedAttention(step) = op {
             self.pages.push(step.clone());
+            if self.recording.as_mut().is_some_and(|recording| !recording.attends(step, inputs[0].dim(1))) {
+                self.recording = None;
+            }
         }
         for output in 0..node.outputs() {
             let spec = node.spec(output);
@@ -445,6 +612,11 @@ impl Engine {
                 None => triomphe::Arc::new(Buffer::new(spec.bytes(), true)?),
             };
             buffer.set_epoch(self.epoch);
+            if let Some(recording) = &mut self.recording
+                && spec.bytes() > 0
+            {
+                recording.written.insert(buffer.pointer() as usize);
+            }
             storages.push(Storage::Host(HostStorage::contiguous(buffer, &spec.shape)));
         }
         self.give(node, op, &operands, storages)

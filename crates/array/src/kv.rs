@@ -136,6 +136,9 @@ impl PagedSpec {
     }
 }
 
+/// Pages of each sequence, and how many positions came before.
+pub type Sequences = Arc<[(Vec<Arc<Page>>, usize)]>;
+
 /// One call's view of the store: what [`Op::PagedAttention`] carries.
 #[derive(Debug)]
 pub struct PagedStep {
@@ -146,7 +149,7 @@ pub struct PagedStep {
     /// How to attend.
     pub spec: PagedSpec,
     /// Per row of the batch: its pages, and how many positions came before.
-    pub sequences: Vec<(Vec<Arc<Page>>, usize)>,
+    pub sequences: Sequences,
 }
 
 impl KvCache {
@@ -235,19 +238,7 @@ impl KvCache {
                 ),
             ));
         }
-        if self.sequences.iter().any(|sequence| sequence.pages.len() * PAGE < sequence.length + length) {
-            return Err(Error::invalid("paged_attention", "no room was reserved for these positions"));
-        }
-        let step = PagedStep {
-            layer,
-            kv: kv.clone(),
-            spec,
-            sequences: self
-                .sequences
-                .iter()
-                .map(|sequence| (sequence.pages.clone(), sequence.length))
-                .collect(),
-        };
+        let step = PagedStep { layer, kv: kv.clone(), spec, sequences: self.tables(length)? };
         self.windows[layer] = spec.window;
         let dtype = q.dtype();
         let mut inputs: crate::node::Inputs = smallvec![q.clone(), k.astype(dtype)?, v.astype(dtype)?];
@@ -257,6 +248,14 @@ impl KvCache {
         // A view of it, which lets go of the call once that is planned: the token is kept, what was attended is not.
         self.tokens[layer] = Some(out.sibling(1).stop_gradient()?);
         Ok(out)
+    }
+
+    /// Where so many more positions of each sequence go.
+    pub(crate) fn tables(&self, length: usize) -> Result<Sequences> {
+        if self.sequences.iter().any(|sequence| sequence.pages.len() * PAGE < sequence.length + length) {
+            return Err(Error::invalid("paged_attention", "no room was reserved for these positions"));
+        }
+        Ok(self.sequences.iter().map(|sequence| (sequence.pages.clone(), sequence.length)).collect())
     }
 
     /// Counts `count` positions that all layers have appended.

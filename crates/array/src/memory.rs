@@ -403,6 +403,21 @@ pub(crate) fn begin_planning() {
     state().planning = true;
 }
 
+/// What is in limbo, for a plan that is to be run again: in use from now on.
+pub(crate) fn keep_limbo() -> Vec<Block> {
+    let mut state = state();
+    let blocks = &mut state.real;
+    let mut kept = Vec::new();
+    while let Some((address, bytes)) = blocks.limbo.take_oldest() {
+        blocks.cached -= bytes;
+        blocks.limbo_bytes -= bytes;
+        blocks.active += bytes;
+        kept.push(Block { pointer: address.pointer, bytes, rehearsed: false });
+    }
+    blocks.peak = blocks.peak.max(blocks.active);
+    kept
+}
+
 /// The planned tasks have run: what is in limbo is free for everybody.
 pub(crate) fn end_planning() {
     let mut state = state();

@@ -355,7 +355,7 @@ mod tests {
         let paged = |format| {
             let kv = KvSpec { layers: 1, kv_heads: 1, head_dim: 64, format };
             let spec = PagedSpec { scale: 1.0, window: None, softcap: None, precision: Precision::Fast };
-            Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Vec::new() }))
+            Op::PagedAttention(Arc::new(PagedStep { layer: 0, kv, spec, sequences: Arc::new([]) }))
         };
         let linear = |precision| Op::Linear { precision };
         let experts = |precision| Op::GatherLinear { precision, transposed: false };

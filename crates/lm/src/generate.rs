@@ -11,6 +11,7 @@ use mica_array::{Dtype, Precision, eval};
 use mica_nn::Context;
 
 use crate::cache::Cache;
+use crate::decode::Decoder;
 use crate::detokenizer::Streaming;
 use crate::load::Loaded;
 use crate::memory;
@@ -121,6 +122,7 @@ pub struct Generator<'a> {
     options: Options,
     eos: Vec<u32>,
     cache: Cache,
+    decoder: Decoder<'a>,
     sampler: Sampler,
     text: Option<(Streaming, StopStrings)>,
     history: Vec<u32>,
@@ -171,6 +173,7 @@ impl<'a> Generator<'a> {
             model,
             eos: if options.ignore_eos { Vec::new() } else { eos.to_vec() },
             cache,
+            decoder: Decoder::new(model, options.precision),
             sampler: Sampler::new(options.sampling.clone())?,
             text,
             history: prompt.to_vec(),
@@ -197,7 +200,8 @@ impl<'a> Generator<'a> {
         let started = *self.first_token.get_or_insert(now);
         if self.statistics.generated_tokens > 0 {
             let token = *self.history.last().expect("a token was generated");
-            self.logits = advance(self.model, &mut self.cache, &[token], self.options.precision)?;
+            self.decoder.step(&mut self.cache, &[token])?;
+            self.decoder.read_logits(&mut self.logits)?;
         }
         let position = self.statistics.generated_tokens as u64;
         let sampled = self.sampler.sample(&mut self.logits, &self.history, position)?;
@@ -296,7 +300,7 @@ pub fn prefill(
 }
 
 /// Reads tokens into the cache and gives the logits after the last.
-pub fn advance(
+fn advance(
     model: &dyn LanguageModel,
     cache: &mut Cache,
     tokens: &[u32],

@@ -4,6 +4,7 @@ pub mod cache;
 pub mod chat;
 pub mod config;
 pub mod convert;
+pub mod decode;
 pub mod detokenizer;
 pub mod error;
 pub mod generate;

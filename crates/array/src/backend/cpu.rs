@@ -11,6 +11,7 @@ mod experts;
 mod fft;
 mod fused;
 mod gathered;
+mod kept;
 mod loss;
 mod products;
 mod strided;
@@ -23,7 +24,8 @@ use mica_kernels::elementwise::Dense;
 use mica_kernels::quant::ProductPlan;
 use mica_threads::{Pool, Task, TooManyThreads};
 
-use super::{Backend, HostView, Operand, Step, StepRef};
+use super::{Backend, HostView, Kept, Operand, Step, StepRef};
+use crate::kv::Sequences;
 use crate::op::Op;
 use crate::storage::Buffer;
 use crate::{Dtype, Error, Result, memory, profile};
@@ -108,10 +110,14 @@ pub struct Cpu {
     started: Vec<Lowered>,
     /// Their tasks.
     started_tasks: Vec<&'static dyn Task>,
+    /// Why they failed, if nobody could be given them and they have run at once.
+    failure: Option<Error>,
     /// Bytes of workspace that the plan needs.
     needed: usize,
     /// Kept between plans, grown when a plan needs more.
     workspace: Option<Buffer>,
+    /// Of a plan that is to be kept.
+    notes: Option<kept::Notes>,
 }
 
 impl Cpu {
@@ -136,8 +142,10 @@ impl Cpu {
             plan: Vec::new(),
             started: Vec::new(),
             started_tasks: Vec::new(),
+            failure: None,
             needed: 0,
             workspace: None,
+            notes: None,
         }
     }
 
@@ -154,7 +162,7 @@ impl Cpu {
         self.plan.push(lowered);
     }
 
-    /// Lets the other threads begin with the steps so far.
+    /// Lets the other threads begin with the steps so far; if there are none, or nothing for them, this one does.
     fn start(&mut self) -> Result<()> {
         let pointer = self.workspace()?;
         for lowered in &mut self.plan {
@@ -169,7 +177,8 @@ impl Cpu {
         // SAFETY: as above.
         let begun = unsafe { self.pool.begin(&self.started_tasks) }.map_err(told)?;
         if !begun {
-            std::mem::swap(&mut self.plan, &mut self.started);
+            // Now, since their memory is that of the workspace, which may have to grow for steps that come.
+            self.failure = self.pool.run_all(&self.started_tasks).map_err(told).err();
         }
         Ok(())
     }
@@ -200,7 +209,10 @@ impl Cpu {
         }
         self.plan.iter().for_each(|lowered| lowered.list(&mut tasks));
         self.pool.finish().map_err(told)?;
-        self.pool.run_all(&tasks).map_err(told)
+        match self.failure.take() {
+            Some(error) => Err(error),
+            None => self.pool.run_all(&tasks).map_err(told),
+        }
     }
 }
 
@@ -223,16 +235,26 @@ impl Backend for Cpu {
         THREADS.store(self.pool.threads(), Ordering::Relaxed);
         self.plan.clear();
         self.needed = 0;
+        self.notes = None;
+        self.failure = None;
     }
 
     fn step(&mut self, step: &StepRef) -> Result<()> {
-        if self.plan.len() == STARTED && self.started.is_empty() && !memory::is_rehearsing() {
+        if self.plan.len() == STARTED
+            && self.started.is_empty()
+            && self.notes.is_none()
+            && !memory::is_rehearsing()
+        {
             self.start()?;
         }
         match elementwise::dense(step) {
             Some(task) => self.plan.push(Lowered::Dense(task?)),
             None => {
-                let lowered = lower(&step.to_step())?;
+                let step = step.to_step();
+                let lowered = lower(&step)?;
+                if let Some(notes) = &mut self.notes {
+                    notes.note(self.plan.len(), &step);
+                }
                 self.needed = self.needed.max(lowered.bytes());
                 self.push(lowered);
             }
@@ -249,6 +271,24 @@ impl Backend for Cpu {
         let result = self.run_plan();
         self.begin();
         result
+    }
+
+    fn begin_kept(&mut self) {
+        self.begin();
+        self.notes = Some(kept::Notes::default());
+    }
+
+    fn keep(&mut self) -> Result<Option<Box<dyn Kept>>> {
+        let result = match self.notes.take() {
+            Some(notes) => self.run_and_keep(notes).map(Some),
+            None => self.run_plan().map(|()| None),
+        };
+        self.begin();
+        result
+    }
+
+    fn run_again(&mut self, plan: &mut dyn Kept, sequences: &Sequences) -> Result<()> {
+        self.run_kept(plan, sequences)
     }
 
     fn rehearse(&mut self) -> Result<()> {

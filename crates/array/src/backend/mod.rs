@@ -7,6 +7,7 @@
 pub mod cpu;
 pub mod reference;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use mica_threads::Pool;
@@ -14,6 +15,7 @@ use smallvec::SmallVec;
 
 use mica_kernels::{DynView, DynViewMut};
 
+use crate::kv::Sequences;
 use crate::op::Op;
 use crate::packed::PackedWeight;
 use crate::storage::{Spec, Storage};
@@ -46,6 +48,22 @@ pub trait Backend: Send {
     /// Runs the steps in order, which ends the plan.
     fn run(&mut self) -> Result<()>;
 
+    /// [`Backend::begin`] of a plan that [`Backend::keep`] may end.
+    fn begin_kept(&mut self) {
+        self.begin();
+    }
+
+    /// [`Backend::run`], and what runs the same steps again; `None` from a backend that has no such thing.
+    fn keep(&mut self) -> Result<Option<Box<dyn Kept>>> {
+        self.run()?;
+        Ok(None)
+    }
+
+    /// Runs a plan that this backend has kept, with these sequences where it attends over pages.
+    fn run_again(&mut self, _plan: &mut dyn Kept, _sequences: &Sequences) -> Result<()> {
+        Err(Error::Kernel("this backend keeps no plans".into()))
+    }
+
     /// Ends the plan without running it: its operands have no memory. What running would take beyond them the
     /// backend tells to [`crate::memory`].
     fn rehearse(&mut self) -> Result<()>;
@@ -55,6 +73,9 @@ pub trait Backend: Send {
         false
     }
 }
+
+/// A plan that a backend has kept, of a form of its own. Whoever has it keeps the memory that its steps use.
+pub trait Kept: Any + Send {}
 
 /// One op with the memory of its operands, lent to a backend.
 #[derive(Clone, Copy)]

@@ -14,7 +14,7 @@ mod vjp;
 mod vmap;
 
 pub use checkpoint::checkpoint;
-pub use compile::{Compiled, Region, compile};
+pub use compile::{Compiled, Region, compile, is_compile_disabled};
 pub use custom_function::{CustomFunction, custom_function};
 pub use jvp::jvp;
 pub use vjp::{Grads, grad, value_and_grad, value_and_grad_many, vjp};

@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 use mica_array::kv::KvFormat;
 use mica_array::{Precision, profile};
 use mica_lm::cache::Cache;
-use mica_lm::generate::{Options, advance, prefill};
+use mica_lm::decode::Decoder;
+use mica_lm::generate::{Options, prefill};
 use mica_lm::load::Loaded;
-use mica_lm::models::Input;
-use mica_nn::Context;
 use mica_simd::Isa;
 
 use super::{KvArgs, ModelArgs, bench_train};
@@ -327,22 +326,13 @@ impl Bench<'_> {
 
     /// Steps of all sequences of the cache.
     fn decode(&self, cache: &mut Cache, steps: usize) -> anyhow::Result<()> {
-        let (batch, model) = (cache.batch(), self.loaded.model.as_ref());
-        if batch == 1 {
-            for i in 0..steps {
-                advance(model, cache, &[self.token(i)], self.precision)?;
-            }
-            return Ok(());
-        }
-        let context = Context::new(self.precision);
+        let batch = cache.batch();
+        let mut decoder = Decoder::new(self.loaded.model.as_ref(), self.precision);
+        let mut logits = Vec::new();
         for i in 0..steps {
-            let tokens: Vec<[u32; 1]> = (0..batch).map(|row| [self.token(i * batch + row)]).collect();
-            let rows: Vec<&[u32]> = tokens.iter().map(|row| row.as_slice()).collect();
-            cache.reserve(1)?;
-            let input = Input::new(&rows, &vec![cache.length(); batch])?;
-            let logits = model.logits(&input, Some(cache), &context)?;
-            cache.advance(1);
-            logits.eval()?;
+            let tokens: Vec<u32> = (0..batch).map(|row| self.token(i * batch + row)).collect();
+            decoder.step(cache, &tokens)?;
+            decoder.read_logits(&mut logits)?;
         }
         Ok(())
     }

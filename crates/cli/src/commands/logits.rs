@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use mica_array::kv::KvFormat;
 use mica_array::{Array, Dtype, Precision};
+use mica_lm::decode::Decoder;
 use mica_lm::generate::{Options, check_tokens};
 use mica_lm::models::Input;
 use mica_lm::tokenizer::{Specials, Tokenizer};
@@ -59,7 +60,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         _ => (defaults.precision, defaults.kv_format),
     };
     let kv_format = args.kv.format(kv_format)?;
-    let context = Context::new(precision);
     let model = loaded.model.as_ref();
     let (kept, needed) = (4 * (tokens.len() * model.info().vocabulary) as u64, (kv_format, precision));
     let needed = match args.no_cache {
@@ -73,16 +73,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         "give fewer tokens",
     )?;
     let rows = if args.no_cache {
-        vec![model.logits(&Input::new(&[&tokens], &[0])?, None, &context)?]
+        vec![model.logits(&Input::new(&[&tokens], &[0])?, None, &Context::new(precision))?]
     } else {
         let mut cache = model.new_cache(1, kv_format);
         let mut rows = Vec::with_capacity(tokens.len());
-        for (position, token) in tokens.iter().enumerate() {
-            cache.reserve(1)?;
-            let logits = model.logits(&Input::new(&[&[*token]], &[position])?, Some(&mut cache), &context)?;
-            cache.advance(1);
-            logits.eval()?;
-            rows.push(logits);
+        let (mut decoder, mut logits) = (Decoder::new(model, precision), Vec::new());
+        for &token in &tokens {
+            decoder.step(&mut cache, &[token])?;
+            decoder.read_logits(&mut logits)?;
+            rows.push(Array::from_slice(&logits, &[1, 1, model.info().vocabulary])?);
         }
         rows
     };

@@ -74,9 +74,12 @@ pub fn compile<F>(f: F) -> Compiled<F>
 where
     F: Fn(&[Array]) -> Result<Vec<Array>>,
 {
-    let disabled =
-        std::env::var_os("MICA_DISABLE_COMPILE").is_some_and(|value| !value.is_empty() && value != "0");
-    Compiled { f, plans: Plans::new(SIGNATURES), shapeless: false, disabled }
+    Compiled { f, plans: Plans::new(SIGNATURES), shapeless: false, disabled: is_compile_disabled() }
+}
+
+/// Whether the environment asks for graphs that are built at every call (`MICA_DISABLE_COMPILE=1`).
+pub fn is_compile_disabled() -> bool {
+    std::env::var_os("MICA_DISABLE_COMPILE").is_some_and(|value| !value.is_empty() && value != "0")
 }
 
 impl<F> Compiled<F>

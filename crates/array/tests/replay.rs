@@ -1,0 +1,303 @@
+//! Computations that are run again: the bits of a graph that is built for the same values.
+
+use std::sync::{Mutex, MutexGuard};
+
+use mica_array::backend::reference::Reference;
+use mica_array::kv::{KvCache, KvFormat, KvSpec, PAGE, PagedSpec};
+use mica_array::{
+    Array, Dtype, Error, PackedWeight, Precision, Record, Replay, Result, eval, profile, set_backend,
+    set_threads,
+};
+use mica_testkit::{Rng, assert_bits_eq};
+
+const WIDTH: usize = 64;
+
+/// The backend is the process's, and what it has kept is gone when another one is set.
+fn alone(threads: usize) -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let guard = LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    set_threads(threads).unwrap();
+    guard
+}
+
+fn weight(rows: usize, rng: &mut Rng) -> Array {
+    let values: Vec<f32> = (0..rows * WIDTH).map(|_| rng.uniform(-1.0, 1.0)).collect();
+    let weight = Array::from_slice(&values, &[rows, WIDTH]).unwrap();
+    Array::from_packed(PackedWeight::quantize(&weight, Default::default()).unwrap())
+}
+
+fn values(rng: &mut Rng) -> Vec<f32> {
+    (0..WIDTH).map(|_| rng.uniform(-1.0, 1.0)).collect()
+}
+
+fn input(values: &[f32]) -> Array {
+    Array::from_slice(values, &[1, WIDTH]).unwrap()
+}
+
+fn again(record: Record) -> Box<Replay> {
+    match record {
+        Record::Again(replay) => replay,
+        Record::Once(_) => panic!("should be kept"),
+    }
+}
+
+fn read(replay: &Replay, output: usize) -> Vec<f32> {
+    let mut values = Vec::new();
+    replay.read(output, &mut values).unwrap();
+    values
+}
+
+/// Products, ops in place, memory that dies and is used again, numbers that die with the graph, more steps than
+/// threads are left waiting for.
+fn network(x: &Array, weights: &[Array]) -> Result<Vec<Array>> {
+    let mut x = x.clone();
+    for (index, weight) in weights.iter().enumerate() {
+        // Nobody has it but the graph.
+        let bias = Array::from_slice(&[index as f32 * 0.1; WIDTH], &[WIDTH])?;
+        let y = x.linear(weight, None, Precision::Fast)?;
+        x = (y.add(&bias)?.tanh()? + &x).exp()? * 0.1;
+    }
+    Ok(vec![x.sum(&[1], false)?, x])
+}
+
+#[test]
+fn other_values_give_what_a_new_graph_gives() {
+    for threads in [1, 2, 3] {
+        let _alone = alone(threads);
+        let mut rng = Rng::new(3);
+        let weights: Vec<Array> = (0..20).map(|_| weight(WIDTH, &mut rng)).collect();
+        let first = values(&mut rng);
+        let record =
+            Replay::record(vec![input(&first)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+        let mut replay = again(record.unwrap());
+        let all: Vec<Vec<f32>> = (0..5).map(|_| values(&mut rng)).collect();
+        let expected = |x: &[f32]| {
+            let outputs = network(&input(x), &weights).unwrap();
+            eval(&outputs).unwrap();
+            outputs.iter().map(|output| output.to_vec().unwrap()).collect::<Vec<Vec<f32>>>()
+        };
+        let check = |replay: &Replay, x: &[f32], name: &str| {
+            for (index, expected) in expected(x).iter().enumerate() {
+                assert_bits_eq(
+                    &format!("{name}, {threads} threads, output {index}"),
+                    &read(replay, index),
+                    expected,
+                );
+            }
+        };
+        check(&replay, &first, "recorded");
+        for (run, x) in all.iter().chain([&first]).enumerate() {
+            assert!(replay.run(&[input(x)], None).unwrap());
+            check(&replay, x, &format!("run {run}"));
+        }
+    }
+}
+
+#[test]
+fn what_others_would_see_written_is_not_kept() {
+    let _alone = alone(2);
+    let mut rng = Rng::new(4);
+    let weights = [weight(WIDTH, &mut rng)];
+    let x = values(&mut rng);
+    let mut kept = Vec::new();
+    let mut record = |build: &mut dyn FnMut(&Array, &mut Vec<Array>) -> Result<Vec<Array>>| {
+        kept.clear();
+        let record =
+            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((build(&x[0], &mut kept)?, Vec::new())));
+        match record.unwrap() {
+            Record::Again(_) => None,
+            Record::Once(outputs) => Some(outputs[0].to_vec::<f32>().unwrap()),
+        }
+    };
+    assert!(record(&mut |x, _| network(x, &weights)).is_none(), "nobody sees anything");
+    let expected = network(&input(&x), &weights).unwrap()[0].to_vec::<f32>().unwrap();
+    let mut check = |name: &str, build: &mut dyn FnMut(&Array, &mut Vec<Array>) -> Result<Vec<Array>>| {
+        let got = record(build).unwrap_or_else(|| panic!("{name}: should not be kept"));
+        assert_bits_eq(name, &got, &expected);
+    };
+    check("an input", &mut |x, kept| {
+        kept.push(x.clone());
+        network(x, &weights)
+    });
+    check("a view of an input", &mut |x, kept| {
+        kept.push(x.reshape(&[WIDTH as i64])?);
+        eval(kept)?;
+        network(x, &weights)
+    });
+    check("an output", &mut |x, kept| {
+        let outputs = network(x, &weights)?;
+        kept.push(outputs[0].clone());
+        Ok(outputs)
+    });
+    check("something on the way", &mut |x, kept| {
+        kept.push(x.linear(&weights[0], None, Precision::Fast)?);
+        let y = kept[0].add(Array::from_slice(&[0.0f32; WIDTH], &[WIDTH])?)?;
+        let x = (y.tanh()? + x).exp()? * 0.1;
+        Ok(vec![x.sum(&[1], false)?])
+    });
+    check("an input that nothing reads", &mut |_, _| network(&input(&x), &weights));
+    check("a plan in parts", &mut |x, _| {
+        let outputs = network(x, &weights)?;
+        let zero = Array::from_slice(&[0.0f32], &[1])?;
+        // Each a step: what is not used twice would be fused by nobody here.
+        let sum = (0..3000).try_fold(outputs[0].clone(), |sum, _| sum.add(&zero))?;
+        Ok(vec![sum])
+    });
+}
+
+#[test]
+fn it_is_told_when_it_can_not_be_run() {
+    let _alone = alone(2);
+    let mut rng = Rng::new(5);
+    let weights = [weight(WIDTH, &mut rng)];
+    let x = values(&mut rng);
+    let record =
+        || Replay::record(vec![input(&x)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+    let mut replay = again(record().unwrap());
+    for (name, result) in [
+        ("too few", replay.run(&[Array::from_slice(&x[1..], &[1, WIDTH - 1]).unwrap()], None)),
+        ("too many", replay.run(&[input(&x), input(&x)], None)),
+        ("another shape", replay.run(&[Array::from_slice(&x, &[WIDTH]).unwrap()], None)),
+        ("another dtype", replay.run(&[Array::ones(&[1, WIDTH], Dtype::I32)], None)),
+    ] {
+        let error = result.expect_err(name).to_string();
+        assert!(error.contains("needs values for float32[1, 64], got"), "{name}: {error}");
+    }
+    {
+        let _session = profile::start();
+        assert!(!replay.run(&[input(&x)], None).unwrap(), "ops are looked at one by one");
+        assert!(matches!(record().unwrap(), Record::Once(_)));
+    }
+    assert!(replay.run(&[input(&x)], None).unwrap());
+    set_threads(2).unwrap();
+    assert!(!replay.run(&[input(&x)], None).unwrap(), "another pool");
+    set_backend(Box::new(Reference));
+    assert!(matches!(record().unwrap(), Record::Once(_)), "a backend that keeps nothing");
+}
+
+#[test]
+fn memory_is_given_back() {
+    let _alone = alone(2);
+    let mut rng = Rng::new(6);
+    let weights: Vec<Array> = (0..4).map(|_| weight(WIDTH, &mut rng)).collect();
+    let x = values(&mut rng);
+    let mut before = 0;
+    for round in 0..4 {
+        let record =
+            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+        let mut replay = again(record.unwrap());
+        assert!(replay.run(&[input(&x)], None).unwrap());
+        let with = mica_array::memory::active();
+        drop(replay);
+        let without = mica_array::memory::active();
+        assert!(without < with, "round {round}: {without} after {with}");
+        assert!(round == 0 || without == before, "round {round}: {without} after {before}");
+        before = without;
+    }
+}
+
+const LAYERS: usize = 2;
+const HEAD: usize = 32;
+
+/// Two layers that attend, each over what the one before gave: [batch, 1, 2, HEAD].
+fn attend(x: &Array, cache: &mut KvCache, precision: Precision) -> Result<Array> {
+    let spec = PagedSpec { scale: 0.2, window: None, softcap: None, precision };
+    (0..LAYERS).try_fold(x.clone(), |x, layer| {
+        let [k, v] = [x.narrow(2, 0, 1)?, x.narrow(2, 1, 2)?];
+        x.add(cache.attend(layer, &x, &k, &v, spec)?)?.tanh()
+    })
+}
+
+#[test]
+fn pages_are_those_of_the_cache_that_is_given() {
+    for (threads, format) in [(1, KvFormat::F32), (2, KvFormat::Bf16), (3, KvFormat::Bf16)] {
+        let _alone = alone(threads);
+        for batch in [1, 3] {
+            let mut rng = Rng::new(7);
+            let spec = KvSpec { layers: LAYERS, kv_heads: 1, head_dim: HEAD, format };
+            let precision = if format == KvFormat::F32 { Precision::Exact } else { Precision::Fast };
+            let shape = [batch, 1, 2, HEAD];
+            let mut token =
+                || -> Vec<f32> { (0..batch * 2 * HEAD).map(|_| rng.uniform(-2.0, 2.0)).collect() };
+            let plain = |cache: &mut KvCache, token: &[f32]| {
+                cache.reserve(1).unwrap();
+                let out = attend(&Array::from_slice(token, &shape).unwrap(), cache, precision).unwrap();
+                cache.advance(1);
+                let mut roots = cache.pending();
+                roots.push(out.clone());
+                eval(&roots).unwrap();
+                out.to_vec::<f32>().unwrap()
+            };
+            let mut expected = KvCache::new(spec.clone(), batch);
+            let mut cache = KvCache::new(spec.clone(), batch);
+            let first = token();
+            plain(&mut expected, &first);
+            cache.reserve(1).unwrap();
+            let record = Replay::record(vec![Array::from_slice(&first, &shape).unwrap()], |x| {
+                let out = attend(&x[0], &mut cache, precision)?;
+                Ok::<_, Error>((vec![out], cache.pending()))
+            });
+            let mut replay = again(record.unwrap());
+            cache.advance(1);
+            // Over the ends of pages; with forks that go their own way, and plain calls in between.
+            let mut other = None;
+            for step in 1..2 * PAGE + 20 {
+                let token = token();
+                let name = format!("{threads} threads, {format:?}, batch {batch}, step {step}");
+                if step == 10 {
+                    let rows: Vec<usize> = (0..batch).collect();
+                    other = Some((expected.fork(&rows).unwrap(), cache.fork(&rows).unwrap()));
+                }
+                if step % 50 == 49 {
+                    assert_bits_eq(&name, &plain(&mut cache, &token), &plain(&mut expected, &token));
+                    continue;
+                }
+                let of_both = match &mut other {
+                    Some((expected, cache)) if step % 3 == 0 => [expected, cache],
+                    _ => [&mut expected, &mut cache],
+                };
+                let [expected, cache] = of_both;
+                cache.reserve(1).unwrap();
+                let x = Array::from_slice(&token, &shape).unwrap();
+                assert!(replay.run(&[x], Some(cache)).unwrap(), "{name}");
+                cache.advance(1);
+                assert_bits_eq(&name, &read(&replay, 0), &plain(expected, &token));
+            }
+            let run = |replay: &mut Replay, cache: Option<&KvCache>| {
+                let x = Array::from_slice(&first, &shape).unwrap();
+                replay.run(&[x], cache).expect_err("should be refused").to_string()
+            };
+            let error = run(&mut replay, None);
+            assert!(error.contains("needs a cache"), "{error}");
+            for other in [
+                KvCache::new(spec.clone(), batch + 1),
+                KvCache::new(KvSpec { layers: LAYERS + 1, ..spec.clone() }, batch),
+                KvCache::new(KvSpec { head_dim: HEAD / 2, ..spec.clone() }, batch),
+            ] {
+                let error = run(&mut replay, Some(&other));
+                assert!(error.contains("needs a cache"), "{error}");
+            }
+            let error = run(&mut replay, Some(&KvCache::new(spec, batch)));
+            assert!(error.contains("no room"), "{error}");
+        }
+    }
+}
+
+/// Two calls one behind the other are not one call of other positions.
+#[test]
+fn calls_of_different_positions_are_not_kept() {
+    let _alone = alone(2);
+    let spec = KvSpec { layers: LAYERS, kv_heads: 1, head_dim: HEAD, format: KvFormat::Bf16 };
+    let mut cache = KvCache::new(spec, 1);
+    cache.reserve(2).unwrap();
+    let x = Array::ones(&[1, 1, 2, HEAD], Dtype::F32);
+    eval(std::slice::from_ref(&x)).unwrap();
+    let record = Replay::record(vec![x], |x| {
+        let first = attend(&x[0], &mut cache, Precision::Fast)?;
+        cache.advance(1);
+        let second = attend(&first, &mut cache, Precision::Fast)?;
+        cache.advance(1);
+        Ok::<_, Error>((vec![second], cache.pending()))
+    });
+    assert!(matches!(record.unwrap(), Record::Once(_)));
+}
