@@ -238,31 +238,21 @@ impl Array {
     /// # Errors
     /// If computing fails, or if the dtype is not `T`'s.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
-        let mut values = Vec::new();
-        self.read(&mut values)?;
-        Ok(values)
-    }
-
-    /// [`Array::to_vec`] into a vector that is there: its memory is used again.
-    ///
-    /// # Errors
-    /// Those of [`Array::to_vec`]; the vector is what it was.
-    pub fn read<T: Element>(&self, into: &mut Vec<T>) -> Result<()> {
         if T::DTYPE != self.dtype() {
             return Err(Error::invalid(
                 "to_vec",
                 format!("the array is {}, asked for {}", self.dtype(), T::DTYPE),
             ));
         }
+        let mut values: Vec<T> = Vec::with_capacity(self.size());
         self.with_bytes(|bytes| {
-            into.clear();
-            into.reserve(self.size());
             // SAFETY: the bytes are `size` contiguous elements of type T; bool arrays hold 0 or 1.
             unsafe {
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), into.as_mut_ptr().cast::<u8>(), bytes.len());
-                into.set_len(self.size());
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), values.as_mut_ptr().cast::<u8>(), bytes.len());
+                values.set_len(bytes.len() / std::mem::size_of::<T>());
             }
-        })
+        })?;
+        Ok(values)
     }
 
     /// The only value of an array with one element.

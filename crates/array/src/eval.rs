@@ -8,17 +8,18 @@
 //! Values may be read once the run that writes them is complete: buffers carry the number of
 //! their run ([`Buffer::epoch`]).
 
+mod recording;
+
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use mica_threads::Pool;
 use smallvec::SmallVec;
 
-use crate::backend::{Backend, Kept, OperandRef, StepRef, cpu::Cpu};
-use crate::kv::{KvSpec, PagedStep, Sequences};
-use crate::memory::Block;
+use crate::backend::{Backend, OperandRef, StepRef, cpu::Cpu};
+use crate::kv::{PagedStep, Sequences};
 use crate::node::{Node, State, ready};
 use crate::op::{Op, Precision};
 use crate::packed::PackedWeight;
@@ -26,9 +27,14 @@ use crate::shape::{Strides, broadcast_strides, same};
 use crate::storage::{Buffer, HostStorage, Spec, Storage};
 use crate::{Array, Error, Result, memory};
 
+use recording::Recording;
+pub(crate) use recording::{Outcome, Recorded, own_buffer};
+
 /// Steps per plan. Enough that entering the pool costs nothing, few enough that the plan of a
 /// million-node graph needs no memory to speak of.
 const PLAN_STEPS: usize = 2048;
+/// The same of a plan that is to be kept, which can't be cut.
+const KEPT_STEPS: usize = 16 * 1024;
 /// Nodes of a walk for which the memory is kept until the next one.
 const KEPT_ORDER: usize = 64 * 1024;
 
@@ -57,42 +63,6 @@ struct Engine {
     /// The memory of walks, for the next one's.
     visits: Vec<Visit>,
     order: Vec<NodePointer>,
-}
-
-/// What is noted while a plan is made that is to be kept.
-#[derive(Default)]
-struct Recording {
-    /// What it reads and does not write.
-    read: Vec<triomphe::Arc<Buffer>>,
-    /// Where the memory is that it writes.
-    written: HashSet<usize>,
-    /// How it attends over pages.
-    attended: Option<Attended>,
-    /// Once it has run.
-    kept: Option<(Box<dyn Kept>, Vec<Arc<PackedWeight>>, Vec<Block>)>,
-}
-
-/// The one call of a model that attends over pages, in each layer once.
-pub(crate) struct Attended {
-    pub(crate) kv: KvSpec,
-    /// Positions that each sequence gets.
-    pub(crate) length: usize,
-    /// Positions that came before, of each sequence.
-    starts: Vec<usize>,
-    layers: HashSet<usize>,
-}
-
-/// A plan that has run, with all that running it again takes.
-pub(crate) struct Recorded {
-    plan: Box<dyn Kept>,
-    pub(crate) attended: Option<Attended>,
-    /// The backend's number.
-    backend: u64,
-    /// The memory that it writes.
-    _blocks: Vec<Block>,
-    /// The memory that it reads only.
-    _read: Vec<triomphe::Arc<Buffer>>,
-    _weights: Vec<Arc<PackedWeight>>,
 }
 
 static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
@@ -192,17 +162,16 @@ pub fn eval(arrays: &[Array]) -> Result<()> {
 }
 
 /// Computes `outputs` and `others`, and gives what computes them again once there are other values in the memory of
-/// `inputs`. `None` if that is not possible: of an input or an output there are more handles than the one that is lent;
-/// `others`, or arrays elsewhere, have values that would be written again; it does not fit into one plan.
-pub(crate) fn record(inputs: &[Array], outputs: &[Array], others: &[Array]) -> Result<Option<Recorded>> {
+/// `inputs`.
+pub(crate) fn record(inputs: &[Array], outputs: &[Array], others: &[Array]) -> Result<Outcome> {
     evaluating(|engine| {
-        engine.recording = may_keep_plans().then(Recording::default);
         let roots: Vec<Array> = others.iter().chain(outputs).cloned().collect();
-        let result = engine.eval(&roots);
+        engine.recording = may_keep_plans().then(Recording::default);
+        let result = engine.compute(&roots);
         let recording = engine.recording.take();
         drop(roots);
         result?;
-        Ok(recording.and_then(|recording| recording.finish(engine.backends, inputs, outputs)))
+        Ok(recording.map_or(Outcome::NotKept, |recording| recording.finish(engine.backends, inputs, outputs)))
     })
 }
 
@@ -238,71 +207,6 @@ fn evaluating<R>(work: impl FnOnce(&mut Engine) -> Result<R>) -> Result<R> {
     EVALUATING.with(|flag| flag.set(true));
     let _end = End;
     work(guard.as_mut().expect("made by engine()"))
-}
-
-impl Attended {
-    /// How many sequences there are.
-    pub(crate) fn batch(&self) -> usize {
-        self.starts.len()
-    }
-}
-
-impl Recording {
-    /// Notes a call that attends over pages. Whether other calls are one with it.
-    fn attends(&mut self, step: &PagedStep, length: usize) -> bool {
-        let starts = || step.sequences.iter().map(|&(_, start)| start);
-        let attended = self.attended.get_or_insert_with(|| Attended {
-            kv: step.kv.clone(),
-            length,
-            starts: starts().collect(),
-            layers: HashSet::new(),
-        });
-        attended.kv == step.kv
-            && attended.length == length
-            && attended.starts.iter().copied().eq(starts())
-            && attended.layers.insert(step.layer)
-    }
-
-    /// What running the plan again takes, if nobody else sees what it writes or writes what it reads.
-    fn finish(self, backend: u64, inputs: &[Array], outputs: &[Array]) -> Option<Recorded> {
-        let Recording { mut read, mut written, attended, kept } = self;
-        let (plan, weights, blocks) = kept?;
-        for block in &blocks {
-            written.remove(&(block.pointer() as usize));
-        }
-        for output in outputs {
-            written.remove(&(own_buffer(output)?.pointer() as usize));
-        }
-        read.sort_by_key(|buffer| buffer.as_ptr());
-        read.dedup_by_key(|buffer| buffer.as_ptr());
-        let only_read = |buffer: &triomphe::Arc<Buffer>| !inputs.iter().any(|input| holds(input, buffer));
-        let all = read.len();
-        read.retain(only_read);
-        let are_read = read.len() + inputs.len() == all;
-        let are_own = inputs.iter().all(|input| own_buffer(input).is_some());
-        let recorded = Recorded { plan, attended, backend, _blocks: blocks, _read: read, _weights: weights };
-        (written.is_empty() && are_read && are_own).then_some(recorded)
-    }
-}
-
-/// The memory of a computed array, if the array has all of it, in order, and no other handle does.
-pub(crate) fn own_buffer(array: &Array) -> Option<&triomphe::Arc<Buffer>> {
-    match array.node().ready()?.get(array.output())? {
-        Storage::Host(host)
-            if array.node().is_only()
-                && host.buffer.is_unique()
-                && host.offset == 0
-                && host.is_contiguous(array.shape()) =>
-        {
-            Some(&host.buffer)
-        }
-        _ => None,
-    }
-}
-
-fn holds(array: &Array, buffer: &triomphe::Arc<Buffer>) -> bool {
-    let storage = array.node().ready().and_then(|storage| storage.get(array.output()));
-    matches!(storage, Some(Storage::Host(host)) if triomphe::Arc::ptr_eq(&host.buffer, buffer))
 }
 
 fn is_done(array: &Array) -> bool {
@@ -391,6 +295,12 @@ impl Engine {
     }
 
     fn eval(&mut self, roots: &[Array]) -> Result<()> {
+        // One is left if what was to be recorded has panicked.
+        self.recording = None;
+        self.compute(roots)
+    }
+
+    fn compute(&mut self, roots: &[Array]) -> Result<()> {
         let mut order = std::mem::take(&mut self.order);
         order.clear();
         let result = self.find_order(roots, &mut order).and_then(|()| {
@@ -492,7 +402,7 @@ impl Engine {
                 self.flush()?;
                 return Err(error);
             }
-            if self.steps >= PLAN_STEPS {
+            if self.steps >= self.recording.as_ref().map_or(PLAN_STEPS, |_| KEPT_STEPS) {
                 self.recording = None;
                 self.flush()?;
             } else if memory::is_crowded() && self.steps > 0 {
@@ -523,8 +433,9 @@ impl Engine {
             _ if memory::is_rehearsing() => self.backend.rehearse(),
             _ => match &mut self.recording {
                 Some(recording) => self.backend.keep().map(|plan| {
-                    let rest = |plan| (plan, std::mem::take(&mut self.weights), memory::keep_limbo());
-                    recording.kept = plan.map(rest);
+                    if let Some(plan) = plan {
+                        recording.keep(plan, std::mem::take(&mut self.weights));
+                    }
                 }),
                 None => self.backend.run(),
             },
@@ -579,10 +490,8 @@ impl Engine {
                     if has_failed(host.buffer.epoch()) {
                         return wait_for(&host.buffer);
                     }
-                    if let Some(recording) = &mut self.recording
-                        && host.buffer.epoch() != self.epoch
-                    {
-                        recording.read.push(host.buffer.clone());
+                    if let Some(recording) = &mut self.recording {
+                        recording.reads(&host.buffer, self.epoch);
                     }
                     let only = input.node().is_only() && host.buffer.is_unique();
                     if only && host.offset == 0 && host.is_contiguous(&spec.shape) {
@@ -609,13 +518,17 @@ impl Engine {
             }
             let buffer = match self.donor(op, inputs, &mut free, output, spec) {
                 Some(buffer) => buffer.clone(),
-                None => triomphe::Arc::new(Buffer::new(spec.bytes(), true)?),
+                // What is empty, as tokens of caches are, may outlive a plan that is kept: not in its memory.
+                None => {
+                    let planner = self.recording.is_none() || spec.bytes() > 0;
+                    triomphe::Arc::new(Buffer::new(spec.bytes(), planner)?)
+                }
             };
             buffer.set_epoch(self.epoch);
             if let Some(recording) = &mut self.recording
                 && spec.bytes() > 0
             {
-                recording.written.insert(buffer.pointer() as usize);
+                recording.writes(&buffer);
             }
             storages.push(Storage::Host(HostStorage::contiguous(buffer, &spec.shape)));
         }

@@ -17,6 +17,7 @@ mod shelves;
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -403,12 +404,17 @@ pub(crate) fn begin_planning() {
     state().planning = true;
 }
 
-/// What is in limbo, for a plan that is to be run again: in use from now on.
-pub(crate) fn keep_limbo() -> Vec<Block> {
+/// Blocks in limbo at these addresses, for a plan that is to be run again: in use from now on.
+pub(crate) fn keep_limbo(addresses: &HashSet<usize>) -> Vec<Block> {
     let mut state = state();
     let blocks = &mut state.real;
     let mut kept = Vec::new();
-    while let Some((address, bytes)) = blocks.limbo.take_oldest() {
+    let mut all = std::mem::replace(&mut blocks.limbo, Shelves::new());
+    while let Some((address, bytes)) = all.take_oldest() {
+        if !addresses.contains(&(address.pointer.as_ptr() as usize)) {
+            blocks.limbo.put(bytes, address);
+            continue;
+        }
         blocks.cached -= bytes;
         blocks.limbo_bytes -= bytes;
         blocks.active += bytes;

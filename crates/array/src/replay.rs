@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::eval::{self, Recorded};
+use crate::eval::{self, Outcome, Recorded};
 use crate::kv::KvCache;
 use crate::{Array, Element, Error, Result};
 
@@ -16,14 +16,18 @@ use crate::{Array, Element, Error, Result};
 pub struct Replay {
     inputs: Vec<Array>,
     outputs: Vec<Array>,
-    recorded: Recorded,
+    /// Until a run fails.
+    recorded: Option<Recorded>,
 }
 
 /// What [`Replay::record`] gives. The computation has run in either case.
 pub enum Record {
     /// It can be run again.
     Again(Box<Replay>),
-    /// It can't, or need not be kept: its outputs.
+    /// It can't, since others have what it writes. Its outputs.
+    Shared(Vec<Array>),
+    /// It was not kept this time: ops are being profiled or checked for NaNs, there is little memory, it has too many
+    /// steps, the backend can't. Its outputs.
     Once(Vec<Array>),
 }
 
@@ -42,14 +46,17 @@ impl Replay {
     ) -> std::result::Result<Record, E> {
         let (outputs, pending) = build(&inputs)?;
         Ok(match eval::record(&inputs, &outputs, &pending)? {
-            Some(recorded) => Record::Again(Box::new(Replay { inputs, outputs, recorded })),
-            None => Record::Once(outputs),
+            Outcome::Kept(recorded) => {
+                Record::Again(Box::new(Replay { inputs, outputs, recorded: Some(recorded) }))
+            }
+            Outcome::Shared => Record::Shared(outputs),
+            Outcome::NotKept => Record::Once(outputs),
         })
     }
 
     /// Computes the same of other values and, if it attends, of this cache, to which it appends what the recorded call
-    /// appended to its own. Whether it did: that it can't any more, because the number of threads has changed or ops
-    /// are profiled, is no error.
+    /// appended to its own. Whether it did: that it can't any more, because the number of threads has changed, ops are
+    /// profiled, or the last run failed, is no error.
     ///
     /// # Errors
     /// Values of another number, shape or dtype than the inputs; no cache, one of another kind, or one without room;
@@ -66,10 +73,11 @@ impl Replay {
             return Err(Error::invalid("replay", format!("needs values for {needed}, got {got}")));
         }
         eval::eval(values)?;
-        let sequences = match (&self.recorded.attended, cache) {
+        let Some(recorded) = &mut self.recorded else { return Ok(false) };
+        let sequences = match (&recorded.attended, cache) {
             (None, _) => Arc::new([]),
             (Some(attended), Some(cache))
-                if *cache.spec() == attended.kv && cache.batch() == attended.batch() =>
+                if *cache.spec() == attended.kv && cache.batch() == attended.batch =>
             {
                 // What other calls have appended is read.
                 eval::eval(&cache.pending())?;
@@ -77,7 +85,7 @@ impl Replay {
             }
             (Some(attended), cache) => {
                 let got = cache.map(|cache| (cache.batch(), cache.spec()));
-                let expected = (attended.batch(), &attended.kv);
+                let expected = (attended.batch, &attended.kv);
                 return Err(Error::invalid("replay", format!("needs a cache of {expected:?}, got {got:?}")));
             }
         };
@@ -89,7 +97,12 @@ impl Replay {
                 std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.pointer(), bytes.len());
             })?;
         }
-        eval::run_again(&mut self.recorded, &sequences)
+        let result = eval::run_again(recorded, &sequences);
+        if result.is_err() {
+            // Some of the outputs are new, and tasks may have stopped half-way.
+            self.recorded = None;
+        }
+        result
     }
 
     /// How many inputs there are.
@@ -97,17 +110,34 @@ impl Replay {
         self.inputs.len()
     }
 
-    /// [`Array::read`] of an output.
+    /// The values of an output, for the caller to change until the next run.
     ///
     /// # Errors
-    /// If the dtype is not `T`'s.
-    pub fn read<T: Element>(&self, output: usize, into: &mut Vec<T>) -> Result<()> {
-        self.outputs[output].read(into)
+    /// If the dtype is not `T`'s, or the last run failed.
+    pub fn values<T: Element>(&mut self, output: usize) -> Result<&mut [T]> {
+        let array = self.array(output)?;
+        if array.dtype() != T::DTYPE {
+            let message = format!("output {output} is {}, asked for {}", array.dtype(), T::DTYPE);
+            return Err(Error::invalid("replay", message));
+        }
+        let buffer = eval::own_buffer(array).expect("what was recorded has outputs of its own");
+        // SAFETY: the buffer holds an array of this type and size, which nobody else has while the replay is borrowed.
+        Ok(unsafe { std::slice::from_raw_parts_mut(buffer.pointer().cast::<T>(), array.size()) })
+    }
+
+    fn array(&self, output: usize) -> Result<&Array> {
+        match self.recorded {
+            Some(_) => Ok(&self.outputs[output]),
+            None => Err(Error::invalid("replay", "the last run failed, so there are no outputs")),
+        }
     }
 
     /// A copy of an output.
+    ///
+    /// # Errors
+    /// If the last run failed, or there is no memory for it.
     pub fn output(&self, output: usize) -> Result<Array> {
-        let array = &self.outputs[output];
+        let array = self.array(output)?;
         array.with_bytes(|bytes| Array::from_bytes(bytes, array.shape(), array.dtype()))?
     }
 }

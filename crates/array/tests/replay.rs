@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard};
 use mica_array::backend::reference::Reference;
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PAGE, PagedSpec};
 use mica_array::{
-    Array, Dtype, Error, PackedWeight, Precision, Record, Replay, Result, eval, profile, set_backend,
-    set_threads,
+    Array, Dtype, Error, PackedWeight, Precision, Record, Replay, Result, eval, linalg, memory, profile,
+    set_backend, set_check_nan, set_threads,
 };
 use mica_testkit::{Rng, assert_bits_eq};
 
@@ -37,14 +37,17 @@ fn input(values: &[f32]) -> Array {
 fn again(record: Record) -> Box<Replay> {
     match record {
         Record::Again(replay) => replay,
+        Record::Shared(_) => panic!("should be nobody else's"),
         Record::Once(_) => panic!("should be kept"),
     }
 }
 
-fn read(replay: &Replay, output: usize) -> Vec<f32> {
-    let mut values = Vec::new();
-    replay.read(output, &mut values).unwrap();
-    values
+fn read(replay: &mut Replay, output: usize) -> Vec<f32> {
+    let values = replay.values::<f32>(output).unwrap();
+    // They are the caller's.
+    let copy = values.to_vec();
+    values.fill(f32::NAN);
+    copy
 }
 
 /// Products, ops in place, memory that dies and is used again, numbers that die with the graph, more steps than
@@ -76,7 +79,7 @@ fn other_values_give_what_a_new_graph_gives() {
             eval(&outputs).unwrap();
             outputs.iter().map(|output| output.to_vec().unwrap()).collect::<Vec<Vec<f32>>>()
         };
-        let check = |replay: &Replay, x: &[f32], name: &str| {
+        let check = |replay: &mut Replay, x: &[f32], name: &str| {
             for (index, expected) in expected(x).iter().enumerate() {
                 assert_bits_eq(
                     &format!("{name}, {threads} threads, output {index}"),
@@ -85,10 +88,10 @@ fn other_values_give_what_a_new_graph_gives() {
                 );
             }
         };
-        check(&replay, &first, "recorded");
+        check(&mut replay, &first, "recorded");
         for (run, x) in all.iter().chain([&first]).enumerate() {
             assert!(replay.run(&[input(x)], None).unwrap());
-            check(&replay, x, &format!("run {run}"));
+            check(&mut replay, x, &format!("run {run}"));
         }
     }
 }
@@ -106,7 +109,8 @@ fn what_others_would_see_written_is_not_kept() {
             Replay::record(vec![input(&x)], |x| Ok::<_, Error>((build(&x[0], &mut kept)?, Vec::new())));
         match record.unwrap() {
             Record::Again(_) => None,
-            Record::Once(outputs) => Some(outputs[0].to_vec::<f32>().unwrap()),
+            Record::Once(_) => panic!("should be found to be seen by others"),
+            Record::Shared(outputs) => Some(outputs[0].to_vec::<f32>().unwrap()),
         }
     };
     assert!(record(&mut |x, _| network(x, &weights)).is_none(), "nobody sees anything");
@@ -136,13 +140,52 @@ fn what_others_would_see_written_is_not_kept() {
         Ok(vec![x.sum(&[1], false)?])
     });
     check("an input that nothing reads", &mut |_, _| network(&input(&x), &weights));
-    check("a plan in parts", &mut |x, _| {
-        let outputs = network(x, &weights)?;
-        let zero = Array::from_slice(&[0.0f32], &[1])?;
-        // Each a step: what is not used twice would be fused by nobody here.
-        let sum = (0..3000).try_fold(outputs[0].clone(), |sum, _| sum.add(&zero))?;
-        Ok(vec![sum])
-    });
+}
+
+#[test]
+fn long_plans_are_kept_and_longer_ones_are_not() {
+    let _alone = alone(2);
+    let x = values(&mut Rng::new(8));
+    let build = |x: &Array, steps: usize| (0..steps).try_fold(x.clone(), |sum, _| sum.add(x));
+    for (steps, is_kept) in [(5_000, true), (20_000, false)] {
+        let record =
+            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((vec![build(&x[0], steps)?], Vec::new())));
+        let got = match record.unwrap() {
+            Record::Again(mut replay) if is_kept => {
+                assert!(replay.run(&[input(&x)], None).unwrap());
+                read(&mut replay, 0)
+            }
+            Record::Once(outputs) if !is_kept => outputs[0].to_vec().unwrap(),
+            _ => panic!("{steps} steps"),
+        };
+        assert_bits_eq("sum", &got, &build(&input(&x), steps).unwrap().to_vec::<f32>().unwrap());
+    }
+}
+
+#[test]
+fn a_run_that_fails_is_the_last() {
+    for threads in [1, 2] {
+        let _alone = alone(threads);
+        let matrix = |values: [f32; 4]| Array::from_slice(&values, &[2, 2]).unwrap();
+        let record = Replay::record(vec![matrix([2.0, 0.0, 0.0, 4.0])], |x| {
+            Ok::<_, Error>((vec![linalg::inv(&x[0])?.add(&x[0])?], Vec::new()))
+        });
+        let mut replay = again(record.unwrap());
+        assert_eq!(replay.values::<f32>(0).unwrap(), [2.5, 0.0, 0.0, 4.25]);
+        assert!(replay.run(&[matrix([1.0, 0.0, 0.0, 2.0])], None).unwrap());
+        assert_eq!(replay.values::<f32>(0).unwrap(), [2.0, 0.0, 0.0, 2.5]);
+        let error = replay.run(&[matrix([1.0, 2.0, 2.0, 4.0])], None).expect_err("no inverse").to_string();
+        assert!(error.contains("singular"), "{error}");
+        let error = replay.values::<f32>(0).expect_err("no values").to_string();
+        assert!(error.contains("the last run failed"), "{error}");
+        assert!(replay.output(0).is_err());
+        assert!(!replay.run(&[matrix([1.0, 0.0, 0.0, 2.0])], None).unwrap());
+        // Others are computed as ever.
+        assert_eq!(
+            linalg::inv(&matrix([1.0, 0.0, 0.0, 2.0])).unwrap().to_vec::<f32>().unwrap(),
+            [1.0, 0.0, 0.0, 0.5]
+        );
+    }
 }
 
 #[test]
@@ -168,6 +211,10 @@ fn it_is_told_when_it_can_not_be_run() {
         assert!(!replay.run(&[input(&x)], None).unwrap(), "ops are looked at one by one");
         assert!(matches!(record().unwrap(), Record::Once(_)));
     }
+    set_check_nan(true);
+    let (ran, recorded) = (replay.run(&[input(&x)], None), record());
+    set_check_nan(false);
+    assert!(!ran.unwrap() && matches!(recorded.unwrap(), Record::Once(_)), "looked at one by one");
     assert!(replay.run(&[input(&x)], None).unwrap());
     set_threads(2).unwrap();
     assert!(!replay.run(&[input(&x)], None).unwrap(), "another pool");
@@ -187,9 +234,9 @@ fn memory_is_given_back() {
             Replay::record(vec![input(&x)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
         let mut replay = again(record.unwrap());
         assert!(replay.run(&[input(&x)], None).unwrap());
-        let with = mica_array::memory::active();
+        let with = memory::active();
         drop(replay);
-        let without = mica_array::memory::active();
+        let without = memory::active();
         assert!(without < with, "round {round}: {without} after {with}");
         assert!(round == 0 || without == before, "round {round}: {without} after {before}");
         before = without;
@@ -199,10 +246,19 @@ fn memory_is_given_back() {
 const LAYERS: usize = 2;
 const HEAD: usize = 32;
 
-/// Two layers that attend, each over what the one before gave: [batch, 1, 2, HEAD].
+/// Layers that attend, each over what the one before gave: [batch, 1, 2, HEAD].
 fn attend(x: &Array, cache: &mut KvCache, precision: Precision) -> Result<Array> {
+    attend_in(0..LAYERS, x, cache, precision)
+}
+
+fn attend_in(
+    mut layers: std::ops::Range<usize>,
+    x: &Array,
+    cache: &mut KvCache,
+    precision: Precision,
+) -> Result<Array> {
     let spec = PagedSpec { scale: 0.2, window: None, softcap: None, precision };
-    (0..LAYERS).try_fold(x.clone(), |x, layer| {
+    layers.try_fold(x.clone(), |x, layer| {
         let [k, v] = [x.narrow(2, 0, 1)?, x.narrow(2, 1, 2)?];
         x.add(cache.attend(layer, &x, &k, &v, spec)?)?.tanh()
     })
@@ -214,14 +270,24 @@ fn pages_are_those_of_the_cache_that_is_given() {
         let _alone = alone(threads);
         for batch in [1, 3] {
             let mut rng = Rng::new(7);
+            let wide: Vec<f32> = (0..2048 * WIDTH).map(|_| rng.uniform(-0.01, 0.01)).collect();
+            let wide = Array::from_slice(&wide, &[2048, WIDTH]).unwrap();
             let spec = KvSpec { layers: LAYERS, kv_heads: 1, head_dim: HEAD, format };
             let precision = if format == KvFormat::F32 { Precision::Exact } else { Precision::Fast };
             let shape = [batch, 1, 2, HEAD];
             let mut token =
                 || -> Vec<f32> { (0..batch * 2 * HEAD).map(|_| rng.uniform(-2.0, 2.0)).collect() };
+            // Of several chunks: other threads begin with it.
+            let weight = Array::from_packed(PackedWeight::quantize(&wide, Default::default()).unwrap());
+            let build = |x: &Array, cache: &mut KvCache| -> Result<Array> {
+                let rows =
+                    x.reshape(&[batch as i64, WIDTH as i64])?.linear(&weight, None, Precision::Fast)?;
+                let x = x.add(rows.sum(&[1], false)?.reshape(&[batch as i64, 1, 1, 1])?)?;
+                attend(&x, cache, precision)
+            };
             let plain = |cache: &mut KvCache, token: &[f32]| {
                 cache.reserve(1).unwrap();
-                let out = attend(&Array::from_slice(token, &shape).unwrap(), cache, precision).unwrap();
+                let out = build(&Array::from_slice(token, &shape).unwrap(), cache).unwrap();
                 cache.advance(1);
                 let mut roots = cache.pending();
                 roots.push(out.clone());
@@ -234,8 +300,7 @@ fn pages_are_those_of_the_cache_that_is_given() {
             plain(&mut expected, &first);
             cache.reserve(1).unwrap();
             let record = Replay::record(vec![Array::from_slice(&first, &shape).unwrap()], |x| {
-                let out = attend(&x[0], &mut cache, precision)?;
-                Ok::<_, Error>((vec![out], cache.pending()))
+                Ok::<_, Error>((vec![build(&x[0], &mut cache)?], cache.pending()))
             });
             let mut replay = again(record.unwrap());
             cache.advance(1);
@@ -261,7 +326,7 @@ fn pages_are_those_of_the_cache_that_is_given() {
                 let x = Array::from_slice(&token, &shape).unwrap();
                 assert!(replay.run(&[x], Some(cache)).unwrap(), "{name}");
                 cache.advance(1);
-                assert_bits_eq(&name, &read(&replay, 0), &plain(expected, &token));
+                assert_bits_eq(&name, &read(&mut replay, 0), &plain(expected, &token));
             }
             let run = |replay: &mut Replay, cache: Option<&KvCache>| {
                 let x = Array::from_slice(&first, &shape).unwrap();
@@ -279,25 +344,38 @@ fn pages_are_those_of_the_cache_that_is_given() {
             }
             let error = run(&mut replay, Some(&KvCache::new(spec, batch)));
             assert!(error.contains("no room"), "{error}");
+            // The pages are the caches' alone.
+            let with = memory::active();
+            drop((cache, expected, other));
+            let freed = with - memory::active();
+            assert!(freed >= 2 * LAYERS * PAGE * HEAD * 2 * batch, "{freed} bytes");
         }
     }
 }
 
-/// Two calls one behind the other are not one call of other positions.
+/// Calls of other positions, or of other caches, are not one call.
 #[test]
-fn calls_of_different_positions_are_not_kept() {
+fn calls_that_are_not_one_are_not_kept() {
     let _alone = alone(2);
     let spec = KvSpec { layers: LAYERS, kv_heads: 1, head_dim: HEAD, format: KvFormat::Bf16 };
-    let mut cache = KvCache::new(spec, 1);
-    cache.reserve(2).unwrap();
-    let x = Array::ones(&[1, 1, 2, HEAD], Dtype::F32);
-    eval(std::slice::from_ref(&x)).unwrap();
-    let record = Replay::record(vec![x], |x| {
-        let first = attend(&x[0], &mut cache, Precision::Fast)?;
-        cache.advance(1);
-        let second = attend(&first, &mut cache, Precision::Fast)?;
-        cache.advance(1);
-        Ok::<_, Error>((vec![second], cache.pending()))
-    });
-    assert!(matches!(record.unwrap(), Record::Once(_)));
+    let record = |advance: bool, another: bool| {
+        let [mut cache, mut other] = [0, 1].map(|_| KvCache::new(spec.clone(), 1));
+        cache.reserve(2).unwrap();
+        other.reserve(2).unwrap();
+        let x = Array::ones(&[1, 1, 2, HEAD], Dtype::F32);
+        eval(std::slice::from_ref(&x)).unwrap();
+        let record = Replay::record(vec![x], |x| {
+            let first = attend_in(0..1, &x[0], &mut cache, Precision::Fast)?;
+            if advance {
+                cache.advance(1);
+            }
+            let second =
+                attend_in(1..2, &first, if another { &mut other } else { &mut cache }, Precision::Fast)?;
+            Ok::<_, Error>((vec![second], [cache.pending(), other.pending()].concat()))
+        });
+        matches!(record.unwrap(), Record::Again(_))
+    };
+    assert!(record(false, false));
+    assert!(!record(true, false), "other positions");
+    assert!(!record(false, true), "another cache");
 }

@@ -15,20 +15,20 @@ pub struct Decoder<'a> {
     precision: Precision,
     /// A step of so many sequences of such a cache.
     recorded: Option<(usize, KvSpec, Box<Replay>)>,
-    /// How often a step may still be recorded that could not be run again.
+    /// How many steps may still turn out not to be the decoder's alone.
     tries: usize,
-    /// Of the last step, unless it was run again.
-    logits: Option<Array>,
+    /// Of the last step, unless it was recorded.
+    logits: Vec<f32>,
 }
 
-/// The first step of a model may compute what is kept for all others, and can't be run again then.
+/// Steps that others have something of: the first one of a model may compute what the model keeps.
 const TRIES: usize = 2;
 
 impl<'a> Decoder<'a> {
     /// With `MICA_DISABLE_COMPILE=1` every step is built and planned anew, which gives the same values.
     pub fn new(model: &'a dyn LanguageModel, precision: Precision) -> Decoder<'a> {
         let tries = if is_compile_disabled() { 0 } else { TRIES };
-        Decoder { model, precision, recorded: None, tries, logits: None }
+        Decoder { model, precision, recorded: None, tries, logits: Vec::new() }
     }
 
     /// Reads one token more of each sequence.
@@ -38,7 +38,6 @@ impl<'a> Decoder<'a> {
     pub fn step(&mut self, cache: &mut Cache, tokens: &[u32]) -> Result<()> {
         assert_eq!(tokens.len(), cache.batch(), "a token of each sequence");
         cache.reserve(1)?;
-        self.logits = None;
         if !self.run_again(cache, tokens)? {
             self.run(cache, tokens)?;
         }
@@ -51,18 +50,17 @@ impl<'a> Decoder<'a> {
         self.recorded.is_some()
     }
 
-    /// Reads the logits of the last step: of each sequence as many as the vocabulary has entries. Before the first step
-    /// there are none.
-    pub fn read_logits(&self, into: &mut Vec<f32>) -> Result<()> {
-        match (&self.logits, &self.recorded) {
-            (Some(logits), _) => logits.read(into)?,
-            (None, Some((.., replay))) => replay.read(0, into)?,
-            (None, None) => into.clear(),
+    /// The logits of the last step, of each sequence as many as the vocabulary has entries, for the caller to change. Before
+    /// the first step, and after one that failed, there are none.
+    pub fn logits(&mut self) -> Result<&mut [f32]> {
+        match &mut self.recorded {
+            Some((.., replay)) => Ok(replay.values(0)?),
+            None => Ok(&mut self.logits),
         }
-        Ok(())
     }
 
     fn run_again(&mut self, cache: &mut Cache, tokens: &[u32]) -> Result<bool> {
+        self.logits.clear();
         // Put back if it ran.
         let Some((batch, spec, mut replay)) = self.recorded.take() else { return Ok(false) };
         let inputs = inputs(cache, tokens)?;
@@ -70,9 +68,7 @@ impl<'a> Decoder<'a> {
         if !fits || !replay.run(&inputs, Some(&cache.kv))? {
             return Ok(false);
         }
-        for (index, state) in cache.conv.iter_mut().enumerate() {
-            *state = Some(replay.output(1 + index)?);
-        }
+        cache.conv = states(&replay, cache.conv.len())?;
         self.recorded = Some((batch, spec, replay));
         Ok(true)
     }
@@ -104,33 +100,43 @@ impl<'a> Decoder<'a> {
             Ok((outputs, cache.kv.pending()))
         };
         let result = match may_record {
-            true => Replay::record(inputs, build),
+            true => Replay::record(inputs, build).inspect(|record| {
+                self.tries -= usize::from(matches!(record, Record::Shared(_)));
+            }),
             false => build(&inputs).and_then(|(outputs, pending)| {
                 // The cache first: what a layer attended goes with it, in the order of the layers.
                 let roots: Vec<Array> = pending.iter().chain(&outputs).cloned().collect();
                 eval(&roots).map(|()| Record::Once(outputs))
             }),
         };
-        match result {
-            Ok(Record::Again(replay)) => {
-                for (index, state) in cache.conv.iter_mut().enumerate() {
-                    *state = Some(replay.output(1 + index)?);
-                }
+        let after = result.and_then(|record| match record {
+            Record::Again(replay) => {
+                let states = states(&replay, before.len())?;
                 self.recorded = Some((tokens.len(), spec, replay));
+                Ok(states)
             }
-            Ok(Record::Once(outputs)) => {
-                self.tries -= usize::from(may_record);
-                let mut outputs = outputs.into_iter();
-                self.logits = outputs.next();
-                cache.conv.iter_mut().for_each(|state| *state = outputs.next());
+            Record::Shared(mut outputs) | Record::Once(mut outputs) => {
+                let states = outputs.split_off(1);
+                self.logits = outputs[0].to_vec()?;
+                Ok(states.into_iter().map(Some).collect())
+            }
+        });
+        match after {
+            Ok(states) => {
+                cache.conv = states;
+                Ok(())
             }
             Err(error) => {
                 cache.conv = before;
-                return Err(error.into());
+                Err(error.into())
             }
         }
-        Ok(())
     }
+}
+
+/// The states of so many convolutions after a step.
+fn states(replay: &Replay, count: usize) -> mica_array::Result<Vec<Option<Array>>> {
+    (0..count).map(|index| replay.output(1 + index).map(Some)).collect()
 }
 
 /// Of a step: tokens and positions [batch, 1], and the states of convolutions before it.

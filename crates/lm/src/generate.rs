@@ -126,6 +126,7 @@ pub struct Generator<'a> {
     sampler: Sampler,
     text: Option<(Streaming, StopStrings)>,
     history: Vec<u32>,
+    /// After the prompt.
     logits: Vec<f32>,
     statistics: Statistics,
     first_token: Option<Instant>,
@@ -201,10 +202,10 @@ impl<'a> Generator<'a> {
         if self.statistics.generated_tokens > 0 {
             let token = *self.history.last().expect("a token was generated");
             self.decoder.step(&mut self.cache, &[token])?;
-            self.decoder.read_logits(&mut self.logits)?;
         }
         let position = self.statistics.generated_tokens as u64;
-        let sampled = self.sampler.sample(&mut self.logits, &self.history, position)?;
+        let logits = if position == 0 { &mut self.logits } else { self.decoder.logits()? };
+        let sampled = self.sampler.sample(logits, &self.history, position)?;
         self.history.push(sampled.token);
         self.statistics.generated_tokens += 1;
         let is_eos = self.eos.contains(&sampled.token);
@@ -296,21 +297,10 @@ pub fn prefill(
         cache.advance(piece.len());
         eval(&cache.pending())?;
     }
-    advance(model, cache, last, precision)
-}
-
-/// Reads tokens into the cache and gives the logits after the last.
-fn advance(
-    model: &dyn LanguageModel,
-    cache: &mut Cache,
-    tokens: &[u32],
-    precision: Precision,
-) -> Result<Vec<f32>> {
-    let context = Context::new(precision);
-    cache.reserve(tokens.len())?;
-    let input = Input { asked: Asked::Last, ..Input::new(&[tokens], &[cache.length()])? };
+    cache.reserve(last.len())?;
+    let input = Input { asked: Asked::Last, ..Input::new(&[last], &[cache.length()])? };
     let logits = model.logits(&input, Some(cache), &context)?;
-    cache.advance(tokens.len());
+    cache.advance(last.len());
     // The cache first: what a layer attended goes with it, in the order of the layers.
     let mut roots = cache.pending();
     roots.push(logits.clone());

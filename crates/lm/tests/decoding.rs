@@ -51,9 +51,7 @@ fn steps_have_the_same_bits_run_again_or_built() {
             let token = |step: usize, row: usize| ((step * 7919 + row * 31) % info.vocabulary) as u32;
             let mut decoder = Decoder::new(model, precision);
             let [mut expected, mut cache] = [0, 1].map(|_| model.new_cache(batch, format));
-            let mut logits = Vec::new();
-            decoder.read_logits(&mut logits).unwrap();
-            assert!(logits.is_empty());
+            assert!(decoder.logits().unwrap().is_empty());
             for step in 0..steps {
                 let tokens: Vec<u32> = (0..batch).map(|row| token(step, row)).collect();
                 let name = format!("{name}, batch {batch}, {precision:?}, step {step}");
@@ -67,8 +65,11 @@ fn steps_have_the_same_bits_run_again_or_built() {
                     [expected, cache] = [expected, cache].map(|cache| cache.fork(&rows).unwrap());
                 }
                 decoder.step(&mut cache, &tokens).unwrap();
-                decoder.read_logits(&mut logits).unwrap();
-                assert_bits_eq(&name, &logits, &plain(model, &mut expected, &tokens, precision));
+                assert_bits_eq(
+                    &name,
+                    decoder.logits().unwrap(),
+                    &plain(model, &mut expected, &tokens, precision),
+                );
                 assert!(decoder.is_recorded() || step < 2, "{name}");
             }
             // And with fewer of them.
@@ -77,8 +78,11 @@ fn steps_have_the_same_bits_run_again_or_built() {
                 let tokens = [token(step, 9)];
                 if cache.length() < info.max_positions {
                     decoder.step(&mut cache, &tokens).unwrap();
-                    decoder.read_logits(&mut logits).unwrap();
-                    assert_bits_eq(name, &logits, &plain(model, &mut expected, &tokens, precision));
+                    assert_bits_eq(
+                        name,
+                        decoder.logits().unwrap(),
+                        &plain(model, &mut expected, &tokens, precision),
+                    );
                 }
             }
         }

@@ -328,11 +328,10 @@ impl Bench<'_> {
     fn decode(&self, cache: &mut Cache, steps: usize) -> anyhow::Result<()> {
         let batch = cache.batch();
         let mut decoder = Decoder::new(self.loaded.model.as_ref(), self.precision);
-        let mut logits = Vec::new();
         for i in 0..steps {
             let tokens: Vec<u32> = (0..batch).map(|row| self.token(i * batch + row)).collect();
             decoder.step(cache, &tokens)?;
-            decoder.read_logits(&mut logits)?;
+            decoder.logits()?;
         }
         Ok(())
     }

@@ -77,11 +77,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     } else {
         let mut cache = model.new_cache(1, kv_format);
         let mut rows = Vec::with_capacity(tokens.len());
-        let (mut decoder, mut logits) = (Decoder::new(model, precision), Vec::new());
+        let mut decoder = Decoder::new(model, precision);
         for &token in &tokens {
             decoder.step(&mut cache, &[token])?;
-            decoder.read_logits(&mut logits)?;
-            rows.push(Array::from_slice(&logits, &[1, 1, model.info().vocabulary])?);
+            rows.push(Array::from_slice(decoder.logits()?, &[1, 1, model.info().vocabulary])?);
         }
         rows
     };
