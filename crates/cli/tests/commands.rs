@@ -118,6 +118,12 @@ fn steps_are_told_by_op_beside_the_ceilings() {
             assert!(row["bound"].is_string(), "{name}: {row}");
         }
         assert!(document["ceilings"]["read_gbs"].as_f64().is_some_and(|rate| rate > 0.0), "{name}");
+        if name == "decode" {
+            let parts =
+                ["kernels", "waiting", "graph"].map(|part| document["threads_time"][part].as_f64().unwrap());
+            assert!(parts[0] > 0.0 && parts[1] >= 0.0, "{parts:?}");
+            assert!((parts.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{parts:?}");
+        }
     }
 }
 
@@ -136,6 +142,7 @@ fn what_a_bench_did_not_measure_it_leaves_out() {
     let (nothing, empty, small) = (run("-g 0 --json"), run("-g 3 --depth 0 --json"), "--memory-limit 120MB");
     assert!(nothing["generation_tps"].is_null() && nothing["bandwidth_fraction"].is_null(), "{nothing}");
     assert!(nothing["prompt_tps"].is_number() && nothing["by_op"] == serde_json::json!([]), "{nothing}");
+    assert!(nothing["threads_time"].is_null() && empty["threads_time"].is_object(), "{nothing}, {empty}");
     assert!(empty["generation_tps"].is_number() && empty["depth"] == 0, "{empty}");
     if cfg!(target_os = "linux") {
         let small = run(&format!("-g 3 --json {small}"));

@@ -259,3 +259,38 @@ fn no_worker_sleeps_for_good_whenever_a_task_ends() {
         assert_eq!(ran.swap(0, Ordering::Relaxed), 5 * 9 + 1 + 5, "round {round}");
     }
 }
+
+#[test]
+fn a_meter_says_what_workers_did() {
+    for threads in [1, 2, 3] {
+        let pool = Pool::new(threads);
+        let length = Duration::from_millis(2);
+        let take = || {
+            let begun = std::time::Instant::now();
+            while begun.elapsed() < length {
+                std::hint::spin_loop();
+            }
+        };
+        let many = FnTask::new("many", 5, |_, _: &mut Scratch| take());
+        let alone = FnTask::new("alone", 1, |_, _: &mut Scratch| take());
+        let list: [&dyn Task; 3] = [&many, &alone, &many];
+        let in_tasks = |pool: &Pool| {
+            let spent = pool.spent();
+            assert_eq!(spent.len(), threads);
+            spent.iter().map(|spent| spent.tasks).sum::<Duration>()
+        };
+        pool.run_all(&list).unwrap();
+        assert_eq!(in_tasks(&pool), Duration::ZERO, "nobody has asked");
+        for _ in 0..2 {
+            pool.measure();
+            let begun = std::time::Instant::now();
+            pool.run_all(&list).unwrap();
+            let all = begun.elapsed();
+            let tasks = in_tasks(&pool);
+            assert!(tasks >= 11 * length && tasks <= all * threads as u32, "{threads} threads, {tasks:?}");
+        }
+        let before = in_tasks(&pool);
+        pool.run_all(&list).unwrap();
+        assert_eq!(in_tasks(&pool), before, "it stands still");
+    }
+}
