@@ -117,7 +117,7 @@ pub struct Spent {
     kernels: f64,
     /// Waiting for each other between kernels.
     waiting: f64,
-    /// Neither: graphs were built and planned, or threads woken.
+    /// Neither: graphs were built and planned, tasks given out, threads woken.
     graph: f64,
 }
 
@@ -148,8 +148,8 @@ impl Display for Spent {
         let [kernels, waiting, graph] = [self.kernels, self.waiting, self.graph].map(|share| 100.0 * share);
         write!(
             f,
-            "{kernels:.1} % of their time in kernels, {waiting:.1} % waiting for each other, {graph:.1} % building \
-             and planning the graph"
+            "{kernels:.1} % of their time in kernels, {waiting:.1} % waiting for each other, {graph:.1} % on graph \
+             and scheduling"
         )
     }
 }

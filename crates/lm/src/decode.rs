@@ -33,6 +33,9 @@ impl<'a> Decoder<'a> {
 
     /// Reads one token more of each sequence.
     ///
+    /// # Errors
+    /// A token outside of the vocabulary, too little memory. The cache has not advanced then.
+    ///
     /// # Panics
     /// If there are not as many tokens as sequences: a mistake in the calling program.
     pub fn step(&mut self, cache: &mut Cache, tokens: &[u32]) -> Result<()> {

@@ -13,6 +13,7 @@ mod meter;
 mod place;
 mod pool;
 mod scratch;
+mod start;
 mod wait;
 
 pub use cores::default_threads;

@@ -18,6 +18,7 @@ use std::time::Duration;
 use crate::meter::{Meter, Spent};
 use crate::place::Places;
 use crate::scratch::Refused;
+use crate::start::start;
 use crate::wait::{Sleep, Wait};
 use crate::{Lines, Scratch, Task};
 
@@ -192,9 +193,7 @@ impl Pool {
 
     /// [`Pool::new`], or the error if the system does not start so many threads.
     pub fn try_new(threads: usize) -> Result<Pool, TooManyThreads> {
-        Pool::start(threads, |worker, work| {
-            std::thread::Builder::new().name(format!("mica-{worker}")).spawn(work)
-        })
+        Pool::start(threads, |worker, work| start(format!("mica-{worker}"), work))
     }
 
     /// A pool of up to `threads` workers. If the system does not start so many, one fewer than it starts, and the

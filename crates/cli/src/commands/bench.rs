@@ -117,8 +117,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut spent = None;
     if steps > 0 {
         let filled = filled.map_or_else(|| bench.filled(depth), Ok)?;
-        let mut cache = bench.sequences(filled.fork(&[0])?)?;
-        spent = Some(machine::spent(|| bench.decode(&mut cache, METERED.min(args.generate_tokens)))?);
+        {
+            let mut cache = bench.sequences(filled.fork(&[0])?)?;
+            let metered = METERED.min(args.generate_tokens);
+            spent = Some(machine::spent(|| bench.decode(&mut cache, metered))?);
+        }
         let mut cache = bench.sequences(filled)?;
         let session = profile::start();
         bench.decode(&mut cache, steps)?;
