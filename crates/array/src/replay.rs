@@ -40,10 +40,10 @@ impl Replay {
     ///
     /// # Errors
     /// Those of `build`, and of [`eval`](crate::eval).
-    pub fn record<E: From<Error>>(
+    pub fn record(
         inputs: Vec<Array>,
-        build: impl FnOnce(&[Array]) -> std::result::Result<(Vec<Array>, Vec<Array>), E>,
-    ) -> std::result::Result<Record, E> {
+        build: impl FnOnce(&[Array]) -> Result<(Vec<Array>, Vec<Array>)>,
+    ) -> Result<Record> {
         let (outputs, pending) = build(&inputs)?;
         Ok(match eval::record(&inputs, &outputs, &pending)? {
             Outcome::Kept(recorded) => {

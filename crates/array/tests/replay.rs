@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use mica_array::backend::reference::Reference;
 use mica_array::kv::{KvCache, KvFormat, KvSpec, PAGE, PagedSpec};
 use mica_array::{
-    Array, Dtype, Error, PackedWeight, Precision, Record, Replay, Result, eval, linalg, memory, profile,
+    Array, Dtype, PackedWeight, Precision, Record, Replay, Result, eval, linalg, memory, profile,
     set_backend, set_check_nan, set_threads,
 };
 use mica_testkit::{Rng, assert_bits_eq};
@@ -63,6 +63,10 @@ fn network(x: &Array, weights: &[Array]) -> Result<Vec<Array>> {
     Ok(vec![x.sum(&[1], false)?, x])
 }
 
+fn record_network(x: &[f32], weights: &[Array]) -> Result<Record> {
+    Replay::record(vec![input(x)], |x| Ok((network(&x[0], weights)?, Vec::new())))
+}
+
 #[test]
 fn other_values_give_what_a_new_graph_gives() {
     for threads in [1, 2, 3] {
@@ -70,8 +74,7 @@ fn other_values_give_what_a_new_graph_gives() {
         let mut rng = Rng::new(3);
         let weights: Vec<Array> = (0..20).map(|_| weight(WIDTH, &mut rng)).collect();
         let first = values(&mut rng);
-        let record =
-            Replay::record(vec![input(&first)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+        let record = record_network(&first, &weights);
         let mut replay = again(record.unwrap());
         let all: Vec<Vec<f32>> = (0..5).map(|_| values(&mut rng)).collect();
         let expected = |x: &[f32]| {
@@ -105,8 +108,7 @@ fn what_others_would_see_written_is_not_kept() {
     let mut kept = Vec::new();
     let mut record = |build: &mut dyn FnMut(&Array, &mut Vec<Array>) -> Result<Vec<Array>>| {
         kept.clear();
-        let record =
-            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((build(&x[0], &mut kept)?, Vec::new())));
+        let record = Replay::record(vec![input(&x)], |x| Ok((build(&x[0], &mut kept)?, Vec::new())));
         match record.unwrap() {
             Record::Again(_) => None,
             Record::Once(_) => panic!("should be found to be seen by others"),
@@ -148,8 +150,7 @@ fn long_plans_are_kept_and_longer_ones_are_not() {
     let x = values(&mut Rng::new(8));
     let build = |x: &Array, steps: usize| (0..steps).try_fold(x.clone(), |sum, _| sum.add(x));
     for (steps, is_kept) in [(5_000, true), (20_000, false)] {
-        let record =
-            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((vec![build(&x[0], steps)?], Vec::new())));
+        let record = Replay::record(vec![input(&x)], |x| Ok((vec![build(&x[0], steps)?], Vec::new())));
         let got = match record.unwrap() {
             Record::Again(mut replay) if is_kept => {
                 assert!(replay.run(&[input(&x)], None).unwrap());
@@ -168,7 +169,7 @@ fn a_run_that_fails_is_the_last() {
         let _alone = alone(threads);
         let matrix = |values: [f32; 4]| Array::from_slice(&values, &[2, 2]).unwrap();
         let record = Replay::record(vec![matrix([2.0, 0.0, 0.0, 4.0])], |x| {
-            Ok::<_, Error>((vec![linalg::inv(&x[0])?.add(&x[0])?], Vec::new()))
+            Ok((vec![linalg::inv(&x[0])?.add(&x[0])?], Vec::new()))
         });
         let mut replay = again(record.unwrap());
         assert_eq!(replay.values::<f32>(0).unwrap(), [2.5, 0.0, 0.0, 4.25]);
@@ -194,8 +195,7 @@ fn it_is_told_when_it_can_not_be_run() {
     let mut rng = Rng::new(5);
     let weights = [weight(WIDTH, &mut rng)];
     let x = values(&mut rng);
-    let record =
-        || Replay::record(vec![input(&x)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+    let record = || record_network(&x, &weights);
     let mut replay = again(record().unwrap());
     for (name, result) in [
         ("too few", replay.run(&[Array::from_slice(&x[1..], &[1, WIDTH - 1]).unwrap()], None)),
@@ -230,8 +230,7 @@ fn memory_is_given_back() {
     let x = values(&mut rng);
     let mut before = 0;
     for round in 0..4 {
-        let record =
-            Replay::record(vec![input(&x)], |x| Ok::<_, Error>((network(&x[0], &weights)?, Vec::new())));
+        let record = record_network(&x, &weights);
         let mut replay = again(record.unwrap());
         assert!(replay.run(&[input(&x)], None).unwrap());
         let with = memory::active();
@@ -300,7 +299,7 @@ fn pages_are_those_of_the_cache_that_is_given() {
             plain(&mut expected, &first);
             cache.reserve(1).unwrap();
             let record = Replay::record(vec![Array::from_slice(&first, &shape).unwrap()], |x| {
-                Ok::<_, Error>((vec![build(&x[0], &mut cache)?], cache.pending()))
+                Ok((vec![build(&x[0], &mut cache)?], cache.pending()))
             });
             let mut replay = again(record.unwrap());
             cache.advance(1);
@@ -371,7 +370,7 @@ fn calls_that_are_not_one_are_not_kept() {
             }
             let second =
                 attend_in(1..2, &first, if another { &mut other } else { &mut cache }, Precision::Fast)?;
-            Ok::<_, Error>((vec![second], [cache.pending(), other.pending()].concat()))
+            Ok((vec![second], [cache.pending(), other.pending()].concat()))
         });
         matches!(record.unwrap(), Record::Again(_))
     };

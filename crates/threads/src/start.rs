@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 /// What a thread's stack takes.
 #[cfg(unix)]
 const STACK: usize = 2 << 20;
-/// What is to be left behind that: some ten times what the thread takes besides.
+/// What is to be left behind that: more than the thread takes besides.
 #[cfg(unix)]
 const REST: usize = 1 << 20;
 
