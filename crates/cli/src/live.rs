@@ -24,7 +24,7 @@ enum Shown {
 }
 
 impl Live {
-    /// With a report line every so many micro-batches where there is no terminal.
+    /// With a report line every so many steps (of `mica lora`: micro-batches) where there is no terminal.
     pub fn new(report_every: u64) -> Live {
         let shown = if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(0);

@@ -25,7 +25,7 @@ pub enum Event {
     },
     /// The adapter was saved for other programs.
     AdapterSaved {
-        /// The micro-batch after which it was saved.
+        /// The micro-batch (`mica lora`) or step after which it was saved.
         step: u64,
         /// Where it is.
         files: Vec<std::path::PathBuf>,
@@ -52,10 +52,6 @@ pub struct Started {
     pub trainable: u64,
     /// Number of all parameters.
     pub parameters: u64,
-    /// Samples to train on.
-    pub samples: u64,
-    /// Targets in them.
-    pub labelled_tokens: u64,
 }
 
 /// One optimizer step; also a line of metrics.jsonl.
@@ -65,6 +61,10 @@ pub struct Step {
     pub step: u64,
     /// Micro-batches done.
     pub iter: u64,
+    /// Done in the run's own unit, in which report lines, evaluations and checkpoints are counted: micro-batches
+    /// (`mica lora`) or steps.
+    #[serde(skip)]
+    pub count: u64,
     /// Mean loss over the step's targets.
     pub loss: f64,
     /// Targets in this step.

@@ -50,7 +50,7 @@ fn scientific(value: f64) -> String {
     }
 }
 
-/// Turns events into report lines, one training line for every `every` micro-batches.
+/// Turns events into report lines, one training line for every so many steps (of `mica lora`: micro-batches).
 pub struct Lines<W: FnMut(&str)> {
     write: W,
     every: u64,
@@ -72,11 +72,11 @@ impl<W: FnMut(&str)> Observer for Lines<W> {
             Event::Step(step) => {
                 self.meter.step(step);
                 // A step may cover several micro-batches and pass the mark.
-                if step.iter / self.every > self.reported / self.every {
-                    self.reported = step.iter;
+                if step.count / self.every > self.reported / self.every {
+                    self.reported = step.count;
                     let (loss, its, tokens) = self.meter.take();
                     write(&train(
-                        step.iter,
+                        step.count,
                         loss,
                         step.lr,
                         its,
@@ -137,14 +137,14 @@ mod tests {
     fn reports_come_when_the_mark_is_passed() {
         let mut written = Vec::new();
         let mut lines = Lines::new(10, |line: &str| written.push(line.to_string()));
-        for iter in [4u64, 8, 12, 16, 20] {
+        for count in [4u64, 8, 12, 16, 20] {
             let step = Step {
-                iter,
-                loss: iter as f64,
+                count,
+                loss: count as f64,
                 tokens: 5,
                 seconds: 1.0,
                 it_per_s: 4.0,
-                trained_tokens: iter,
+                trained_tokens: count,
                 ..Step::default()
             };
             lines.event(&Event::Step(step));

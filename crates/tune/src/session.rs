@@ -34,7 +34,7 @@ use crate::run::RunFolder;
 use crate::run::folder::Existing;
 use crate::run::metrics::METRICS;
 use crate::trainer::update::evaluate;
-use crate::trainer::{HeldOut, Outcome, Plan, Run, Update, UpdateSettings, train};
+use crate::trainer::{HeldOut, Outcome, Plan, Run, Update, UpdateSettings, limited, train};
 use crate::{Error, Result, report};
 pub use fitting::BESIDES;
 use fitting::{Fitting, fitting, loader_options, micro_batch};
@@ -98,6 +98,7 @@ pub fn run(
     };
     let precision = precision(&loaded);
     let mut outcome = Outcome::Finished(Default::default());
+    let mut fitted = loader_options(config, micro_batch(config));
     if let Some(samples) = data.train.take() {
         let update =
             UpdateSettings { optimizer, clip: config.clip, precision, recompute: 0, seed: config.seed };
@@ -111,12 +112,14 @@ pub fn run(
             steps,
             iters: if let Duration::Iters(iters) = config.duration { Some(iters) } else { None },
             accumulate,
+            passes: matches!(config.duration, Duration::Epochs(_)),
             schedule: config.rate.schedule(steps),
             eval_every: if data.valid.is_some() { config.eval_every } else { 0 },
-            val_batches: config.val_batches,
+            val_batches: config.evaluated(config.val_batches, micro),
             save_every: config.save_every,
             keep: 2,
         };
+        fitted = options.clone();
         let validation = data.valid.clone().map(|samples| HeldOut { samples, options });
         let folder = match (folder.take(), start) {
             (Some(folder), _) => folder,
@@ -147,15 +150,10 @@ pub fn run(
     }
     if let (Outcome::Finished(_), Some(test), Some(samples)) = (&outcome, config.test, data.test) {
         let begun = Instant::now();
-        let options =
-            Options { shuffle: false, epochs: Some(1), ..loader_options(config, micro_batch(config)) };
-        let mut loader = Loader::new(samples, options)?;
-        let mut left = test.batches.unwrap_or(usize::MAX);
-        let (loss, tokens) = evaluate(&*loaded.model, &Sft, precision, || {
-            let batch = if left > 0 { loader.next_batch() } else { Ok(None) };
-            left = left.saturating_sub(1);
-            batch
-        })?;
+        let most = config.evaluated(test.batches, fitted.shape.rows);
+        let mut loader = Loader::new(samples, Options { shuffle: false, epochs: Some(1), ..fitted })?;
+        let next = limited(|| loader.next_batch(), most);
+        let (loss, tokens) = evaluate(&*loaded.model, &Sft, precision, next)?;
         let seconds = begun.elapsed().as_secs_f64();
         observer.event(&match tokens {
             0 => Event::Note { warning: true, text: "the test data have nothing to learn: no loss".into() },

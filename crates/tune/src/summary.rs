@@ -67,11 +67,6 @@ impl Recorder {
         self.steps.push(Record { loss, seconds, iterations, tokens, peak });
     }
 
-    /// Losses of all steps.
-    pub fn losses(&self) -> impl Iterator<Item = f64> + '_ {
-        self.steps.iter().map(|step| step.loss)
-    }
-
     /// The summary of a run that took `seconds` in all.
     pub fn summary(&self, seconds: f64, trainable: u64, parameters: u64) -> Summary {
         let steps = &self.steps;

@@ -162,6 +162,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "Warning: without --train the adapter is tested as it was trained; flags of its shape have no effect"
         );
     }
+    if !config.train && config.resume_adapter_file.is_some() {
+        eprintln!(
+            "Warning: without --train the adapter in {} is tested; --resume-adapter-file has no effect",
+            config.output.display()
+        );
+    }
     let resume_command = format!("mica lora --resume --adapter-path {}", config.output.display());
     // As in mlx-lm, a new run takes the place of an older one.
     let resume = args.resume && config.output.is_dir();

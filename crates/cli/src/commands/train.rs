@@ -132,7 +132,7 @@ struct Flags {
     /// Steps between validations; 0 means none
     #[arg(long)]
     eval_every: Option<u64>,
-    /// Batches of a validation; -1 means all
+    /// Batches (of --batch-size rows) of a validation; -1 means all
     #[arg(long, allow_negative_numbers = true)]
     val_batches: Option<i64>,
     /// Steps between checkpoints; 0 means only at the end
@@ -141,7 +141,7 @@ struct Flags {
     /// Evaluate on the test file at the end
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     test: Option<bool>,
-    /// Batches of the test; -1 means all
+    /// Batches (of --batch-size rows) of the test; -1 means all
     #[arg(long, allow_negative_numbers = true)]
     test_batches: Option<i64>,
     /// Start from the tensors of this adapter

@@ -197,6 +197,15 @@ impl RunConfig {
         self.batch_size.div_ceil(micro_batch_size.max(1))
     }
 
+    /// Micro-batches of this size in so many batches of an evaluation: it covers the same rows whatever memory made of
+    /// the micro-batch. (`mica lora` counts micro-batches, as mlx-lm does.)
+    pub fn evaluated(&self, batches: Option<usize>, micro_batch_size: usize) -> Option<usize> {
+        match self.duration {
+            Duration::Iters(_) => batches,
+            _ => batches.map(|batches| batches.saturating_mul(self.accumulate(micro_batch_size))),
+        }
+    }
+
     /// Optimizer steps of the run, for this many micro-batches in an epoch and in a step.
     pub fn total_steps(&self, micro_batches_in_epoch: usize, accumulate: usize) -> u64 {
         let accumulate = accumulate.max(1) as u64;

@@ -82,6 +82,16 @@ impl Batch {
         ids
     }
 
+    /// Bytes of its vectors.
+    pub fn bytes(&self) -> usize {
+        let segments: usize = self.segments.iter().map(Vec::len).sum();
+        size_of_val(&self.tokens[..])
+            + size_of_val(&self.targets[..])
+            + size_of_val(&self.positions[..])
+            + segments * size_of::<Range<usize>>()
+            + size_of_val(&self.segments[..])
+    }
+
     /// Positions that hold a token of a sample.
     pub fn filled(&self) -> usize {
         self.segments.iter().flatten().map(Range::len).sum()

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::{Batch, Plan, Shape};
+use super::batch::{Batch, IGNORE, Plan, Shape};
 use super::order::epoch_order;
 use super::sample::Sample;
 use super::samples::Samples;
@@ -44,7 +44,7 @@ impl Options {
 /// Where a loader is. Small, and all that a checkpoint needs of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoaderState {
-    /// Pass over the data, from 0.
+    /// Pass over the data to which the next batch belongs, from 0.
     pub epoch: u64,
     /// Place in the epoch's order at which the current window starts.
     pub position: usize,
@@ -93,11 +93,6 @@ impl Loader {
         &self.state
     }
 
-    /// The options.
-    pub fn options(&self) -> &Options {
-        &self.options
-    }
-
     /// Goes to a saved place. Fails if data or options are not the ones that it was saved with.
     pub fn restore(&mut self, state: LoaderState) -> Result<()> {
         if state.fingerprint != self.state.fingerprint {
@@ -130,7 +125,12 @@ impl Loader {
                 let batch = self.assemble(&window, plan);
                 self.state.emitted += 1;
                 self.state.batches += 1;
-                self.window = Some(window);
+                // At once, so that the state says when a pass is over.
+                if self.state.emitted == window.plans.len() && window.last {
+                    self.advance(window)?;
+                } else {
+                    self.window = Some(window);
+                }
                 return Ok(Some(batch));
             }
             self.advance(window)?;
@@ -139,19 +139,52 @@ impl Loader {
 
     /// How many batches an epoch has. Goes through all of its rows, so it is meant for data in memory.
     pub fn batches_in_epoch(&self, epoch: u64) -> Result<usize> {
+        let mut count = 0;
+        self.walk(epoch, |_, window| count += window.plans.len())?;
+        Ok(count)
+    }
+
+    /// A batch of the first epoch with the most positions, with as many targets as any batch has there: none takes
+    /// more memory. Goes through all rows.
+    pub fn largest_batch(&self) -> Result<Option<Batch>> {
+        let (mut largest, mut targets) = (None::<Batch>, 0);
+        self.walk(0, |scout, window| {
+            for plan in &window.plans {
+                let samples = || plan.iter().flatten().map(|&at| &window.pool[at].1);
+                targets = samples().map(Sample::labelled).sum::<usize>().max(targets);
+                let positions = scout.positions(window, plan);
+                if largest.as_ref().is_none_or(|batch| plan.len() * positions > batch.rows * batch.length) {
+                    largest = Some(scout.assemble(window, plan));
+                }
+            }
+        })?;
+        if let Some(batch) = &mut largest {
+            let missing = targets.saturating_sub(batch.labelled);
+            batch
+                .targets
+                .iter_mut()
+                .filter(|target| **target == IGNORE)
+                .take(missing)
+                .for_each(|target| *target = 0);
+            batch.labelled = batch.targets.iter().filter(|&&target| target != IGNORE).count();
+        }
+        Ok(largest)
+    }
+
+    /// Shows all windows of an epoch.
+    fn walk(&self, epoch: u64, mut visit: impl FnMut(&Loader, &Window)) -> Result<()> {
         let options = Options { epochs: Some(epoch + 1), ..self.options.clone() };
         let state = LoaderState { epoch, ..LoaderState::default() };
         let mut scout = Loader { samples: self.samples.clone(), options, state, order: None, window: None };
-        let mut count = 0;
         loop {
             let window = scout.read_window()?;
-            count += window.plans.len();
+            visit(&scout, &window);
             let last = window.last;
             // An epoch without any batch is reported when it is read, not here.
             scout.state.emitted = window.plans.len();
             scout.state.batches += window.plans.len() as u64;
             if last {
-                return Ok(count);
+                return Ok(());
             }
             scout.advance(window)?;
         }
@@ -217,9 +250,13 @@ impl Loader {
     fn assemble(&self, window: &Window, plan: &Plan) -> Batch {
         let rows: Vec<Vec<&Sample>> =
             plan.iter().map(|row| row.iter().map(|&i| &window.pool[i].1).collect()).collect();
-        let filled = |row: &Vec<&Sample>| row.iter().map(|sample| sample.positions()).sum();
-        let longest = rows.iter().map(filled).max().unwrap_or(0);
-        Batch::assemble(&rows, self.options.shape.padded(longest))
+        Batch::assemble(&rows, self.positions(window, plan))
+    }
+
+    /// Positions of each row of a batch.
+    fn positions(&self, window: &Window, plan: &Plan) -> usize {
+        let filled = |row: &Vec<usize>| row.iter().map(|&at| window.pool[at].1.positions()).sum();
+        self.options.shape.padded(plan.iter().map(filled).max().unwrap_or(0))
     }
 }
 
@@ -232,7 +269,7 @@ fn fingerprint(samples: &dyn Samples, options: &Options) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::batch::{Gather, IGNORE, Lengths};
+    use crate::data::batch::{Gather, Lengths};
     use crate::data::samples::InMemory;
     use proptest::prelude::*;
 
@@ -287,8 +324,16 @@ mod tests {
             all.extend(rest_of(&mut second));
             prop_assert_eq!(&all, &undisturbed);
 
-            let loader = Loader::new(data, options).unwrap();
+            let mut loader = Loader::new(data, options).unwrap();
             let count = loader.batches_in_epoch(0).unwrap();
+            let largest = loader.largest_batch().unwrap().unwrap();
+            let most = |size: fn(&Batch) -> usize| undisturbed[..count].iter().map(size).max();
+            prop_assert_eq!(Some(largest.rows * largest.length), most(|batch| batch.rows * batch.length));
+            prop_assert_eq!(Some(largest.labelled), most(|batch| batch.labelled));
+            for at in 1..=count {
+                loader.next_batch().unwrap();
+                prop_assert_eq!(loader.state().epoch, u64::from(at == count));
+            }
             let expected: usize = lengths.iter().map(|n| n - 1).sum();
             prop_assert_eq!(pairs(&undisturbed[..count]).len(), expected);
             prop_assert_eq!(pairs(&undisturbed[..count]), pairs(&undisturbed[count..]));

@@ -98,11 +98,6 @@ impl InMemory {
         Sample { tokens: self.tokens[range].to_vec(), targets }
     }
 
-    /// Number of tokens of a sample.
-    pub fn length_of(&self, index: usize) -> usize {
-        self.ends[index] - if index == 0 { 0 } else { self.ends[index - 1] }
-    }
-
     /// Divides the samples at random (by `seed`) into those to train on and `count` held-out ones, both in
     /// their original order. Equal samples stay on one side, so that nothing is validated on a row that
     /// is trained on; because of that, `count` may be missed by some.

@@ -200,13 +200,15 @@ impl Checkpoints {
         Ok((manifest, state))
     }
 
-    /// Removes all checkpoints but the newest `last` and the one of step `best`, and what crashes left behind.
-    pub fn prune(&self, last: usize, best: Option<u64>) -> Result<()> {
+    /// Removes all checkpoints up to step `now` but the newest `last` of them and the one of step `best`, and what
+    /// crashes left behind. Later ones are of steps that the run, having passed them over, takes again.
+    pub fn prune(&self, last: usize, now: u64, best: Option<u64>) -> Result<()> {
         if !self.folder.exists() {
             return Ok(());
         }
         remove_leftovers(&self.folder, std::time::Duration::ZERO)?;
-        let steps = self.steps()?;
+        let mut steps = self.steps()?;
+        steps.retain(|&step| step <= now);
         let old = steps.len().saturating_sub(last.max(1));
         for &step in steps[..old].iter().filter(|step| Some(**step) != best) {
             let path = self.path(step);
@@ -365,15 +367,17 @@ mod tests {
     fn pruning_keeps_the_last_and_the_best() {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(folder.path());
-        checkpoints.prune(2, None).unwrap();
+        checkpoints.prune(2, 40, None).unwrap();
         for step in [10, 20, 30, 40] {
             save(&checkpoints, step);
         }
         std::fs::create_dir(folder.path().join("step-007")).unwrap();
         std::fs::create_dir(folder.path().join("notes")).unwrap();
-        checkpoints.prune(2, Some(10)).unwrap();
+        checkpoints.prune(2, 40, Some(10)).unwrap();
         assert_eq!(checkpoints.steps().unwrap(), [10, 30, 40]);
-        checkpoints.prune(0, None).unwrap();
+        checkpoints.prune(1, 30, Some(10)).unwrap();
+        assert_eq!(checkpoints.steps().unwrap(), [10, 30, 40], "step 40 is yet to come");
+        checkpoints.prune(0, 40, None).unwrap();
         assert_eq!(checkpoints.steps().unwrap(), [40]);
         assert!(folder.path().join("notes").exists());
     }

@@ -29,9 +29,6 @@ const POSITIONS: usize = 2048;
 /// Measured on x86-64 with 2 threads, where it was 6 to 11 MB with all models.
 pub const BESIDES: u64 = 11_000_000;
 
-/// Batches of an epoch of which the largest is looked for.
-const LOOKED_AT: usize = 4096;
-
 /// How steps are taken so that they fit in memory.
 pub(super) struct Fitting {
     /// Rows of a micro-batch.
@@ -115,6 +112,8 @@ struct Trial {
     options: Options,
     /// The largest batches of a step.
     window: Vec<Batch>,
+    /// Bytes of all batches of a step, which are there before it begins.
+    batches: u64,
 }
 
 /// What a step was found to take.
@@ -137,15 +136,20 @@ impl Rehearsed {
 impl Trial {
     fn new(config: &RunConfig, samples: &Arc<dyn Samples>, micro: usize) -> Result<Trial> {
         let options = loader_options(config, micro);
-        let batch = largest(Loader::new(samples.clone(), options.clone())?)?;
+        let batch = Loader::new(samples.clone(), options.clone())?
+            .largest_batch()?
+            .ok_or_else(|| Error::NothingToLearn("the data gives no batch".into()))?;
+        let accumulate = config.accumulate(micro);
+        let batches = accumulate.saturating_mul(batch.bytes()) as u64;
         // All micro-batches after the first of a window take the same.
-        let window = vec![batch; config.accumulate(micro).clamp(1, 2)];
-        Ok(Trial { micro, options, window })
+        let window = vec![batch; accumulate.clamp(1, 2)];
+        Ok(Trial { micro, options, window, batches })
     }
 
     fn rehearse(&self, model: &mut dyn LanguageModel, update: &Update) -> Result<Rehearsed> {
         let learns = self.window[0].labelled > 0;
-        let needed = if learns { update.rehearse(model, &Sft, &self.window)? } else { 0 } + BESIDES;
+        let needed = if learns { update.rehearse(model, &Sft, &self.window)? } else { 0 };
+        let needed = needed + self.batches + BESIDES;
         memory::clear_cache();
         let (before, room) = (memory::resident().unwrap_or(0), memory::room());
         Ok(Rehearsed { before, needed, lacking: room.filter(|room| room.bytes < needed) })
@@ -155,22 +159,6 @@ impl Trial {
         let loader = Loader::new(samples.clone(), self.options.clone())?;
         Ok(Fitting { micro: self.micro, recompute, loader, options: self.options })
     }
-}
-
-/// The batch of the first epoch with the most positions, and among those with the most targets.
-fn largest(mut loader: Loader) -> Result<Batch> {
-    let mut found: Option<Batch> = None;
-    for _ in 0..LOOKED_AT {
-        if loader.state().epoch > 0 {
-            break;
-        }
-        let Some(batch) = loader.next_batch()? else { break };
-        let size = |batch: &Batch| (batch.rows * batch.length, batch.labelled);
-        if found.as_ref().is_none_or(|found| size(&batch) > size(found)) {
-            found = Some(batch);
-        }
-    }
-    found.ok_or_else(|| Error::NothingToLearn("the data gives no batch".into()))
 }
 
 fn tell_rows(micro: usize, asked: usize, observer: &mut dyn Observer) {
@@ -235,9 +223,9 @@ fn too_little(config: &RunConfig, trial: &Trial, needed: [u64; 2], room: Room) -
 
 /// The largest divisor of the batch whose rows stay within [`POSITIONS`].
 pub(super) fn micro_batch(config: &RunConfig) -> usize {
-    let fits =
-        |rows: &usize| rows * config.rules.max_length <= POSITIONS && config.batch_size.is_multiple_of(*rows);
-    config.micro_batch_size.unwrap_or_else(|| (1..=config.batch_size).rev().find(fits).unwrap_or(1))
+    let most = (POSITIONS / config.rules.max_length).min(config.batch_size);
+    let divides = |rows: &usize| config.batch_size.is_multiple_of(*rows);
+    config.micro_batch_size.unwrap_or_else(|| (1..=most).rev().find(divides).unwrap_or(1))
 }
 
 pub(super) fn loader_options(config: &RunConfig, micro: usize) -> Options {

@@ -45,6 +45,8 @@ pub struct Plan {
     pub iters: Option<u64>,
     /// Micro-batches of a step.
     pub accumulate: usize,
+    /// Whether a step's micro-batches are of one pass over the data, so that the last step of a pass may be smaller.
+    pub passes: bool,
     /// The learning rate.
     pub schedule: Schedule,
     /// Steps (micro-batches if those are counted) between evaluations; 0 means none.
@@ -179,7 +181,6 @@ impl<'a> Trainer<'a> {
             done_steps: self.state.step,
             trainable,
             parameters: all,
-            ..Started::default()
         };
         self.run.observer.event(&Event::Started(started));
         if self.state.step == 0 && self.run.plan.eval_every > 0 {
@@ -217,12 +218,13 @@ impl<'a> Trainer<'a> {
         if self.run.plan.iters.is_some() { self.state.micro_batches } else { self.state.step }
     }
 
-    /// The micro-batches of the next step: fewer than asked for at the end of the run or of the data, more if
-    /// they hold no target at all.
+    /// The micro-batches of the next step: fewer than asked for at the end of the run, of the data or (if passes are
+    /// counted) of a pass, more if they hold no target at all.
     fn next_window(&mut self) -> Result<Vec<Batch>> {
         let left = self.run.plan.iters.map_or(u64::MAX, |iters| iters - self.state.micro_batches);
         let wanted = left.min(self.run.plan.accumulate.max(1) as u64);
         let (mut window, mut targets) = (Vec::new(), 0);
+        let pass = self.data.state().epoch;
         while (window.len() as u64) < wanted || targets == 0 {
             if window.len() as u64 >= left || window.len() >= MOST_EMPTY {
                 break;
@@ -230,6 +232,9 @@ impl<'a> Trainer<'a> {
             let Some(batch) = self.data.next_batch()? else { break };
             targets += batch.labelled;
             window.push(batch);
+            if self.run.plan.passes && targets > 0 && self.data.state().epoch != pass {
+                break;
+            }
         }
         if targets == 0 && window.len() >= MOST_EMPTY {
             return Err(Error::NothingToLearn(format!(
@@ -263,6 +268,7 @@ impl<'a> Trainer<'a> {
         let mut step = Step {
             step: self.state.step,
             iter: self.state.micro_batches,
+            count: self.count(),
             loss: result.loss,
             tokens: result.tokens,
             trained_tokens: self.state.trained_tokens,
@@ -331,7 +337,7 @@ impl<'a> Trainer<'a> {
         self.state.loader = self.data.state().clone();
         let checkpoints = self.run.folder.checkpoints();
         let path = store::save(&checkpoints, &mut self.state, &*self.run.model, &self.update)?;
-        checkpoints.prune(self.run.plan.keep, self.state.best_step)?;
+        checkpoints.prune(self.run.plan.keep, self.state.step, self.state.best_step)?;
         self.saved = Some((self.state.step, path.clone()));
         self.run.observer.event(&Event::CheckpointSaved { step: self.state.step, path: path.clone() });
         let count = self.count();
@@ -344,7 +350,7 @@ impl<'a> Trainer<'a> {
 }
 
 /// At most so many of what `next` gives.
-fn limited<T>(
+pub fn limited<T>(
     mut next: impl FnMut() -> Result<Option<T>>,
     most: Option<usize>,
 ) -> impl FnMut() -> Result<Option<T>> {

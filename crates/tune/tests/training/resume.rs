@@ -122,6 +122,7 @@ fn run(case: Case, folder: &Path, steps: u64, stop_after: Option<u64>, resume: b
         steps,
         iters: case.iters.map(|iters| if steps == STEPS { iters } else { 2 * steps }),
         accumulate: 2,
+        passes: case.iters.is_none(),
         schedule: Schedule::Run { peak: 3e-3, warmup: 2, total: STEPS, decay: Decay::Cosine { end: 0.1 } },
         eval_every: 3 * unit,
         val_batches: Some(2),
@@ -211,6 +212,14 @@ fn stopped_at_any_step_and_resumed() {
             assert_eq!(final_files(folder.path()), final_files(whole.path()), "{}, {stops:?}", case.name);
         }
     }
+}
+
+#[test]
+fn the_last_step_of_a_pass_may_be_smaller() {
+    // 17 samples are nine batches of two rows.
+    let (_, lines) = undisturbed(CASES[1]);
+    let done: Vec<u64> = lines.iter().map(|line| line["iter"].as_u64().unwrap()).collect();
+    assert_eq!(done, [2, 4, 6, 8, 9, 11, 13]);
 }
 
 #[test]

@@ -276,6 +276,7 @@ fn plan(steps: u64) -> Plan {
         steps,
         iters: None,
         accumulate: 1,
+        passes: false,
         schedule: Schedule::Run { peak: PEAK, warmup, total: steps, decay: Decay::Cosine { end: 0.0 } },
         eval_every: 0,
         val_batches: None,
