@@ -19,15 +19,16 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 pub use machine::{
     Bound, Room, most, peak_resident, process_limit, resident, room, set_process_limit, total,
 };
 
 use crate::{Error, Result};
-use shelves::{Address, Shelves, bucket};
+pub(crate) use shelves::bucket;
+use shelves::{Address, Shelves};
 
 const SMALL_ALIGN: usize = shelves::SMALLEST;
 const HUGE: usize = 2 << 20;
@@ -163,8 +164,15 @@ pub fn enforce_process_limit() {
 
 /// Does `work`, in which evaluations are planned but not run, and gives the most memory that they would have taken
 /// beyond what arrays hold now, in bytes. Arrays that were "evaluated" have shapes and no values: reading one is an
-/// error, and so is computing with one afterwards.
+/// error, and so is computing with one afterwards. Another thread's rehearsal is waited for.
+///
+/// # Panics
+/// Within a rehearsal of the same thread.
 pub fn rehearse<R>(work: impl FnOnce() -> R) -> (R, Rehearsal) {
+    /// What is counted is of one rehearsal at a time.
+    static ONE: Mutex<()> = Mutex::new(());
+    assert!(!is_rehearsing(), "a rehearsal within a rehearsal");
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     /// Ends the rehearsal, also when the work panics.
     struct End;
     impl Drop for End {

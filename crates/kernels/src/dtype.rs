@@ -145,6 +145,14 @@ pub struct DynViewMut {
     pub strides: Strides,
 }
 
+impl DynViewMut {
+    /// The same memory, to be read.
+    pub fn as_view(&self) -> DynView {
+        let DynViewMut { pointer, dtype, ref shape, ref strides } = *self;
+        DynView { pointer, dtype, shape: shape.clone(), strides: strides.clone() }
+    }
+}
+
 // SAFETY: as for View: whoever makes one promises that the memory is readable while it is used.
 unsafe impl Send for DynView {}
 // SAFETY: as above.

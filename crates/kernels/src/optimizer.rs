@@ -1,11 +1,7 @@
 //! Optimizer steps fused over all parameters: one pass over memory, in parallel.
 //!
-//! [`adamw`] updates parameters and both moments in place. [`sum_of_squares`] over all gradients
-//! and [`scale`] are what clipping by the global norm needs; [`adamw`] can also take the factor
-//! itself and leave gradients as they are. Chunks are cut by shape, sums have one order.
-
-use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+//! [`adamw`] updates parameters and both moments in place. It takes the factor of clipping by the global norm, and
+//! leaves gradients as they are. Chunks are cut by shape.
 
 use mica_simd::{Isa, Kernel, LANES, Vector, dispatch};
 use mica_threads::{Scratch, Task};
@@ -84,42 +80,6 @@ pub(crate) fn adamw_on(
     Ok(Box::new(AdamW { isa, options, items, scale, cut: Cut::new(&sizes) }))
 }
 
-/// `out` (a float32 scalar) = Σ x² over all elements of all `sources` (float32 or half types).
-///
-/// Blocks of 16,384 elements are summed in the 16 lanes of a row reduction; the blocks of all
-/// sources are added in f64, in their order.
-pub fn sum_of_squares(sources: Vec<DynView>, out: DynViewMut) -> Result<Box<dyn Task>, KernelError> {
-    sum_of_squares_on(Isa::get(), sources, out)
-}
-
-pub(crate) fn sum_of_squares_on(
-    isa: Isa,
-    sources: Vec<DynView>,
-    out: DynViewMut,
-) -> Result<Box<dyn Task>, KernelError> {
-    const NAME: &str = "sum_of_squares";
-    if out.dtype != Dtype::F32 || out.shape.iter().product::<usize>() != 1 {
-        let message = format!("the output is a float32 scalar, got {} of {:?}", out.dtype, out.shape);
-        return Err(KernelError::new(NAME, message));
-    }
-    let sizes: Vec<usize> = sources.iter().map(|view| view.shape.iter().product()).collect();
-    let sources = sources.iter().map(|view| source(NAME, view)).collect::<Result<Vec<_>, _>>()?;
-    let cut = Cut::new(&sizes);
-    let parts = UnsafeCell::new(vec![0f32; cut.chunks()].into_boxed_slice());
-    let out = Scalar(out.pointer.cast());
-    Ok(Box::new(SumOfSquares { isa, sources, out, cut, parts, done: AtomicUsize::new(0) }))
-}
-
-/// Multiplies all `targets` (float32 or half types), in place, by `factor`, a float32 scalar that
-/// is read when the task runs.
-pub fn scale(targets: Vec<DynViewMut>, factor: DynView) -> Result<Box<dyn Task>, KernelError> {
-    const NAME: &str = "scale";
-    let sizes: Vec<usize> = targets.iter().map(|view| view.shape.iter().product()).collect();
-    let targets = targets.iter().map(|view| Place::new(NAME, view)).collect::<Result<Vec<_>, _>>()?;
-    let factor = scalar(NAME, &factor)?;
-    Ok(Box::new(Scale { isa: Isa::get(), targets, factor, cut: Cut::new(&sizes) }))
-}
-
 fn check_dtype(name: &'static str, dtype: Dtype) -> Result<(), KernelError> {
     if matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
         return Ok(());
@@ -138,14 +98,13 @@ fn scalar(name: &'static str, view: &DynView) -> Result<Scalar, KernelError> {
         let message = format!("a factor is a float32 scalar, got {} of {:?}", view.dtype, view.shape);
         return Err(KernelError::new(name, message));
     }
-    Ok(Scalar(view.pointer.cast_mut().cast()))
+    Ok(Scalar(view.pointer.cast()))
 }
 
 /// One f32 in memory.
-struct Scalar(*mut f32);
+struct Scalar(*const f32);
 
-// SAFETY: made of views that may be used from any thread (their maker's promise); only the last
-// chunk of a task writes one.
+// SAFETY: made of views that may be read from any thread (their maker's promise).
 unsafe impl Send for Scalar {}
 // SAFETY: as above.
 unsafe impl Sync for Scalar {}
@@ -159,13 +118,7 @@ struct Place {
 impl Place {
     fn new(name: &'static str, view: &DynViewMut) -> Result<Place, KernelError> {
         check_output(name, view)?;
-        let read = DynView {
-            pointer: view.pointer,
-            dtype: view.dtype,
-            shape: view.shape.clone(),
-            strides: view.strides.clone(),
-        };
-        Ok(Place { source: source(name, &read)?, sink: Sink::new(view, Dtype::F32) })
+        Ok(Place { source: source(name, &view.as_view())?, sink: Sink::new(view, Dtype::F32) })
     }
 
     /// A tile that may be changed: the memory itself, or a copy in `buffer`, which [`Place::put`]
@@ -337,132 +290,6 @@ impl Kernel for AdamWTile {
     }
 }
 
-struct SumOfSquares {
-    isa: Isa,
-    sources: Vec<Source>,
-    out: Scalar,
-    cut: Cut,
-    parts: UnsafeCell<Box<[f32]>>,
-    done: AtomicUsize,
-}
-
-// SAFETY: `parts` is written by chunks at places of their own and read by the one that finds all
-// others done (`done`, AcqRel).
-unsafe impl Sync for SumOfSquares {}
-
-impl Task for SumOfSquares {
-    fn chunks(&self) -> usize {
-        // One even for nothing, which writes the zero.
-        self.cut.chunks().max(1)
-    }
-
-    fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        let (buffer, raw) =
-            (scratch.take::<u8>(TILE_BYTES).as_mut_ptr(), scratch.take::<u8>(TILE_BYTES).as_mut_ptr());
-        if self.cut.chunks() > 0 {
-            let (array, range) = self.cut.find(chunk);
-            let mut lanes = [0f32; LANES];
-            for start in range.clone().step_by(TILE) {
-                let count = TILE.min(range.end - start);
-                // SAFETY: inside the source; buffers hold a tile.
-                let values = unsafe {
-                    let tile = self.sources[array].load(0, start, count, buffer, raw);
-                    std::slice::from_raw_parts(tile.cast::<f32>(), count)
-                };
-                dispatch(self.isa, Squares { lanes: &mut lanes, values });
-            }
-            for width in [8, 4, 2, 1] {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-            }
-            // SAFETY: this chunk's own part.
-            unsafe { (*self.parts.get()).as_mut_ptr().add(chunk).write(lanes[0]) };
-        }
-        if self.done.fetch_add(1, Ordering::AcqRel) + 1 == self.chunks() {
-            self.done.store(0, Ordering::Relaxed);
-            // SAFETY: all other chunks are done; the output is a scalar.
-            unsafe {
-                let parts = &**self.parts.get();
-                *self.out.0 = parts.iter().map(|&part| part as f64).sum::<f64>() as f32;
-            }
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        "sum_of_squares"
-    }
-}
-
-struct Squares<'a> {
-    lanes: &'a mut [f32; LANES],
-    values: &'a [f32],
-}
-
-impl Kernel for Squares<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        let mut lanes = V::from_array(*self.lanes);
-        for part in self.values.chunks(LANES) {
-            let x = V::from_slice(part, 0.0);
-            lanes = x.mul_add(x, lanes);
-        }
-        *self.lanes = lanes.to_array();
-    }
-}
-
-struct Scale {
-    isa: Isa,
-    targets: Vec<Place>,
-    factor: Scalar,
-    cut: Cut,
-}
-
-impl Task for Scale {
-    fn chunks(&self) -> usize {
-        self.cut.chunks()
-    }
-
-    fn run(&self, chunk: usize, scratch: &mut Scratch) {
-        let (buffer, raw) =
-            (scratch.take::<u8>(TILE_BYTES).as_mut_ptr(), scratch.take::<u8>(TILE_BYTES).as_mut_ptr());
-        let (array, range) = self.cut.find(chunk);
-        for start in range.clone().step_by(TILE) {
-            let count = TILE.min(range.end - start);
-            // SAFETY: inside the view, this chunk's own; buffers hold a tile; the scalar is
-            // readable while the task runs.
-            unsafe {
-                let tile = self.targets[array].get(start, count, buffer, raw);
-                let values = std::slice::from_raw_parts_mut(tile, count);
-                dispatch(self.isa, Multiply { values, factor: *self.factor.0 });
-                self.targets[array].put(tile, start, count, raw);
-            }
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        "scale"
-    }
-}
-
-struct Multiply<'a> {
-    values: &'a mut [f32],
-    factor: f32,
-}
-
-impl Kernel for Multiply<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        for part in self.values.chunks_mut(LANES) {
-            (V::from_slice(part, 0.0) * V::splat(self.factor)).to_slice(part);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use mica_testkit::Rng;
@@ -577,65 +404,28 @@ mod tests {
     }
 
     #[test]
-    fn squares_are_summed_in_one_order_and_gradients_scaled() {
-        let mut rng = Rng::new(62);
-        let shapes: [&[usize]; 5] = [&[40_000], &[0], &[3, 5], &[129, 130], &[1]];
-        for dtype in [Dtype::F32, Dtype::BF16] {
-            let mut arrays: Vec<Laid> = shapes
-                .iter()
-                .map(|shape| Laid::random(dtype, shape, *rng.choose(&layouts(shape)), &mut rng))
-                .collect();
-            let mut total = 0f64;
-            for array in &arrays {
-                for block in array.values().chunks(16_384) {
-                    let mut lanes = [0f32; 16];
-                    for (i, &x) in block.iter().enumerate() {
-                        lanes[i % 16] = (x as f32).mul_add(x as f32, lanes[i % 16]);
-                    }
-                    for width in [8, 4, 2, 1] {
-                        for i in 0..width {
-                            lanes[i] += lanes[i + width];
-                        }
-                    }
-                    total += lanes[0] as f64;
-                }
-            }
-            for &isa in Isa::available() {
-                for threads in [1, 3] {
-                    let mut out = Laid::poisoned(Dtype::F32, &[], Layout::Contiguous);
-                    let views = arrays.iter().map(|array| array.view()).collect();
-                    let task = sum_of_squares_on(isa, views, out.view_mut()).unwrap();
-                    let pool = Pool::new(threads);
-                    // Twice: the parts of one run must not reach the next.
-                    pool.run(std::slice::from_ref(&task)).unwrap();
-                    pool.run(std::slice::from_ref(&task)).unwrap();
-                    assert_eq!(out.values(), [total as f32 as f64], "{dtype} {isa}");
-                }
-            }
-            let before: Vec<Vec<f64>> = arrays.iter().map(|array| array.values()).collect();
-            let factor = Laid::contiguous(Dtype::F32, &[1], &[0.3]);
-            let task =
-                scale(arrays.iter_mut().map(|array| array.view_mut()).collect(), factor.view()).unwrap();
-            Pool::new(2).run(&[task]).unwrap();
-            for (array, before) in arrays.iter().zip(before) {
-                array.check_untouched_outside();
-                let expected: Vec<f64> = before.iter().map(|&x| (x as f32 * 0.3f32) as f64).collect();
-                assert_eq!(array.values(), Laid::contiguous(dtype, &[expected.len()], &expected).values());
-            }
-        }
-        let mut out = Laid::poisoned(Dtype::F32, &[1], Layout::Contiguous);
-        Pool::new(2).run(&[sum_of_squares(Vec::new(), out.view_mut()).unwrap()]).unwrap();
-        assert_eq!(out.values(), [0.0]);
-    }
-
-    #[test]
     fn misfits_are_refused() {
-        let mut a = Laid::contiguous(Dtype::I32, &[2], &[1.0, 2.0]);
-        let one = Laid::contiguous(Dtype::F32, &[1], &[1.0]);
-        let error = scale(vec![a.view_mut()], one.view()).err().unwrap().to_string();
+        let options = AdamWOptions {
+            learning_rate: 0.01,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            correct_bias: None,
+        };
+        let laid = |dtype| Laid::contiguous(dtype, &[2], &[1.0, 2.0]);
+        let (mut integers, mut m, mut v) = (laid(Dtype::I32), laid(Dtype::F32), laid(Dtype::F32));
+        let mut step = |parameter: DynViewMut, scale: Option<DynView>| {
+            let (gradient, m, v) = (v.view(), m.view_mut(), v.view_mut());
+            adamw(options, vec![AdamWParameter { parameter, gradient, m, v }], scale)
+                .err()
+                .unwrap()
+                .to_string()
+        };
+        let error = step(integers.view_mut(), None);
         assert!(error.contains("got int32"), "{error}");
-        let mut b = Laid::contiguous(Dtype::F32, &[2], &[1.0, 2.0]);
-        let error = scale(vec![b.view_mut()], a.view()).err().unwrap().to_string();
+        let mut p = laid(Dtype::F32);
+        let error = step(p.view_mut(), Some(integers.view()));
         assert!(error.contains("float32 scalar"), "{error}");
     }
 }

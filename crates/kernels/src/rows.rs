@@ -89,13 +89,7 @@ impl Rows {
     /// Rows to write.
     pub fn new_mut(kernel: &'static str, name: &str, view: &DynViewMut) -> Result<Rows, KernelError> {
         check_output(kernel, view)?;
-        let source = DynView {
-            pointer: view.pointer,
-            dtype: view.dtype,
-            shape: view.shape.clone(),
-            strides: view.strides.clone(),
-        };
-        Rows::new(kernel, name, &source)
+        Rows::new(kernel, name, &view.as_view())
     }
 
     /// The number of rows.

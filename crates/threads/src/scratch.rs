@@ -20,7 +20,8 @@ macro_rules! plain {
 plain!(u8 i8 u16 i16 u32 i32 u64 i64 f32 f64 usize);
 
 const ALIGN: usize = 64;
-/// Larger blocks are told to the [`Account`]: what kernels need for tiles is not.
+/// Larger blocks are told to the [`Account`]: what kernels need for tiles is not. They are mappings of their own, so that
+/// what an arena outgrows goes back to the system, and not to a heap of each worker that keeps it.
 const SMALL: usize = 1 << 20;
 /// A worker keeps no block larger than this from chunk to chunk.
 const KEPT: usize = 32 << 20;
@@ -74,12 +75,10 @@ impl Block {
         if bytes == 0 {
             return Some(Block::EMPTY);
         }
-        let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
         if bytes > SMALL && ACCOUNT.get().is_some_and(|account| !(account.take)(bytes)) {
             return None;
         }
-        // SAFETY: the layout has a non-zero size.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) });
+        let pointer = if cfg!(unix) && bytes > SMALL { map(bytes) } else { allocate(bytes) };
         if pointer.is_none() {
             Block::tell_given(bytes);
         }
@@ -96,12 +95,48 @@ impl Block {
 
     fn free(self) {
         if self.bytes > 0 {
-            let layout = Layout::from_size_align(self.bytes, ALIGN).expect("checked when it was allocated");
-            // SAFETY: allocated in `new` with the same layout, freed once by the owner.
-            unsafe { dealloc(self.pointer.as_ptr(), layout) }
+            if cfg!(unix) && self.bytes > SMALL {
+                unmap(self.pointer, self.bytes);
+            } else {
+                let layout = Layout::from_size_align(self.bytes, ALIGN).expect("checked by `allocate`");
+                // SAFETY: made by `allocate` with the same layout, freed once by the owner.
+                unsafe { dealloc(self.pointer.as_ptr(), layout) }
+            }
             Block::tell_given(self.bytes);
         }
     }
+}
+
+/// Zeroed memory.
+fn allocate(bytes: usize) -> Option<NonNull<u8>> {
+    let layout = Layout::from_size_align(bytes, ALIGN).ok()?;
+    // SAFETY: blocks have a non-zero size.
+    NonNull::new(unsafe { alloc_zeroed(layout) })
+}
+
+/// A mapping, which is zero and begins with a page.
+#[cfg(unix)]
+fn map(bytes: usize) -> Option<NonNull<u8>> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON);
+    // SAFETY: a new mapping at a place of the system's choice affects no other.
+    let pointer = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    if pointer == libc::MAP_FAILED { None } else { NonNull::new(pointer.cast()) }
+}
+
+#[cfg(unix)]
+fn unmap(pointer: NonNull<u8>, bytes: usize) {
+    // SAFETY: made by `map` with this size; nobody has its addresses any more.
+    unsafe { libc::munmap(pointer.as_ptr().cast(), bytes) };
+}
+
+#[cfg(not(unix))]
+fn map(_: usize) -> Option<NonNull<u8>> {
+    unreachable!("only asked for on unix")
+}
+
+#[cfg(not(unix))]
+fn unmap(_: NonNull<u8>, _: usize) {
+    unreachable!("only asked for on unix")
 }
 
 impl Default for Scratch {
@@ -143,6 +178,15 @@ impl Scratch {
         // SAFETY: the range is inside a live block (zeroed at birth, so initialised), lent once
         // until `reset`, which takes `&mut self`; T is Plain, aligned to 64 or less.
         unsafe { std::slice::from_raw_parts_mut(pointer.cast::<T>().as_ptr(), count) }
+    }
+
+    /// What the [`Account`] is told of a worker whose chunks take so many bytes.
+    pub fn counted(bytes: usize) -> usize {
+        match bytes.next_power_of_two() {
+            ..=SMALL => 0,
+            kept @ ..=KEPT => kept,
+            _ => bytes,
+        }
     }
 
     /// Takes everything back. If the chunk had to overflow, the main block grows so that the

@@ -114,6 +114,8 @@ pub struct Cpu {
     failure: Option<Error>,
     /// Bytes of workspace that the plan needs.
     needed: usize,
+    /// Of a plan that is rehearsed: bytes of scratch memory that its steps take on all threads at most.
+    scratch: usize,
     /// Kept between plans, grown when a plan needs more.
     workspace: Option<Buffer>,
     /// Of a plan that is to be kept.
@@ -144,6 +146,7 @@ impl Cpu {
             started_tasks: Vec::new(),
             failure: None,
             needed: 0,
+            scratch: 0,
             workspace: None,
             notes: None,
         }
@@ -234,7 +237,7 @@ impl Backend for Cpu {
         let _ = self.finish();
         THREADS.store(self.pool.threads(), Ordering::Relaxed);
         self.plan.clear();
-        self.needed = 0;
+        (self.needed, self.scratch) = (0, 0);
         self.notes = None;
         self.failure = None;
     }
@@ -256,6 +259,9 @@ impl Backend for Cpu {
                     notes.note(self.plan.len(), &step);
                 }
                 self.needed = self.needed.max(lowered.bytes());
+                if memory::is_rehearsing() {
+                    self.scratch = fused::scratch(&step, self.pool.threads())?.max(self.scratch);
+                }
                 self.push(lowered);
             }
         }
@@ -293,9 +299,7 @@ impl Backend for Cpu {
 
     fn rehearse(&mut self) -> Result<()> {
         let there = self.workspace.as_ref().map_or(0, Buffer::bytes);
-        if there < self.needed {
-            memory::rehearse_workspace(self.needed - there);
-        }
+        memory::rehearse_workspace(self.needed.saturating_sub(there) + self.scratch);
         self.begin();
         Ok(())
     }

@@ -14,7 +14,7 @@ const SHELVES: usize =
 const WORD: usize = u64::BITS as usize;
 
 /// Bucket sizes grow by an eighth of a power of two, so that at most 12.5 % is wasted.
-pub(super) fn bucket(bytes: usize) -> usize {
+pub(crate) fn bucket(bytes: usize) -> usize {
     let bytes = bytes.max(SMALLEST);
     bytes.next_multiple_of(step(bytes))
 }

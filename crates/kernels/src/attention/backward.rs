@@ -12,6 +12,7 @@
 
 use std::marker::PhantomData;
 
+use half::bf16;
 use mica_simd::{Isa, Kernel, Vector, dispatch, math};
 use mica_threads::{Scratch, Task};
 
@@ -146,6 +147,23 @@ pub fn attention_backward(isa: Isa, args: AttentionBackwardArgs) -> Result<Plan,
             list.push(Box::new(SumSinks { workspace, batch, heads, out }));
         }
     }))
+}
+
+/// Scratch memory that a chunk of [`attention_backward`] takes, in bytes, and how many chunks there are. It grows with the
+/// length, since all rows of a KV head are in it.
+pub fn backward_scratch(
+    isa: Isa,
+    precision: Precision,
+    [batch, heads, kv_heads, length]: [usize; 4],
+    [key_dim, value_dim]: [usize; 2],
+) -> (usize, usize) {
+    let operand = if uses_pairs(isa, precision) { size_of::<bf16>() } else { size_of::<f32>() };
+    let (number, widths) = (size_of::<f32>(), Widths::new(BlockShape { key_dim, value_dim }));
+    let row = (widths.q + widths.dout) * operand + (2 + widths.dq) * number + 2 * size_of::<usize>();
+    let keys = (widths.keys.key_len() + widths.values.key_len() + widths.values.value_len()) * operand
+        + (key_dim + value_dim) * (STRIDE * number + ROWS * operand);
+    let meeting = ROWS * (2 * STRIDE * number + (OPERANDS + 2 * BLOCK) * operand);
+    (length * (heads / kv_heads.max(1)) * row + keys + meeting, batch * kv_heads)
 }
 
 /// An array `[batch, heads, positions, dim]`.

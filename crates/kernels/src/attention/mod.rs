@@ -29,7 +29,7 @@ mod rule;
 mod tiles;
 
 pub use crate::gemm::Precision;
-pub use backward::{AttentionBackwardArgs, attention_backward};
+pub use backward::{AttentionBackwardArgs, attention_backward, backward_scratch};
 pub use block::BLOCK;
 pub use codes::Codes;
 pub use forward::{AttentionArgs, attention};

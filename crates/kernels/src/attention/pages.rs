@@ -377,13 +377,7 @@ pub unsafe fn read_pages(
     shape.check(name)?;
     check_output(name, &k)?;
     check_output(name, &v)?;
-    let view = |out: DynViewMut| DynView {
-        pointer: out.pointer,
-        dtype: out.dtype,
-        shape: out.shape,
-        strides: out.strides,
-    };
-    let positions = Positions::new(name, shape, start, &view(k), &view(v))?;
+    let positions = Positions::new(name, shape, start, &k.as_view(), &v.as_view())?;
     check_pages(name, [keys.len(), values.len()], positions.end())?;
     let pages = [keys, values].map(|pages| pages.into_iter().map(<*const u8>::cast_mut).collect());
     Ok(Box::new(Move { isa, shape, pages, positions, read: true }))

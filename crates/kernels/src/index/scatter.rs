@@ -94,14 +94,8 @@ pub fn scatter_along_axis(
 ) -> Result<Box<dyn Task>, KernelError> {
     const NAME: &str = "put_along_axis";
     check_update(NAME, &out, &updates)?;
-    let place = DynView {
-        pointer: out.pointer,
-        dtype: out.dtype,
-        shape: out.shape.clone(),
-        strides: out.strides.clone(),
-    };
     let shape = indices.shape.clone();
-    let base = along_axis_base(NAME, &place, axis, &shape)?;
+    let base = along_axis_base(NAME, &out.as_view(), axis, &shape)?;
     if (0..shape.len()).any(|other| other != axis && shape[other] != out.shape[other]) {
         let message = format!("indices of shape {shape:?} into {:?} along axis {axis}", out.shape);
         return Err(KernelError::new(NAME, message));

@@ -264,7 +264,12 @@ impl Task for Gather<'_> {
             // SAFETY: the view has an id per row of the output.
             let row = self.ids.as_ref().map_or(to, |ids| unsafe { ids.run(&[to], 1)[0] } as usize);
             let rows = self.weight.shape()[0];
-            assert!(row < rows, "row {row} of a quantized weight with {rows} rows");
+            if row >= rows {
+                // Bad data and not a bug: no message of a panic belongs on stderr.
+                std::panic::resume_unwind(Box::new(format!(
+                    "[{NAME}] row {row} of a weight with {rows} rows"
+                )));
+            }
             codes_of_row(self.weight, row, codes);
             // SAFETY: row `to` of the output is contiguous and this chunk's alone.
             unsafe {

@@ -2,7 +2,7 @@
 
 use mica_kernels::attention::{
     AttentionArgs, AttentionBackwardArgs, PagedArgs, PagedSequence, Rule, attention, attention_backward,
-    paged_attention,
+    backward_scratch, paged_attention,
 };
 use mica_kernels::conv::{ShortConvArgs, ShortConvBackwardArgs, short_conv, short_conv_backward};
 use mica_kernels::gemm;
@@ -11,7 +11,7 @@ use mica_kernels::rope::{Positions, RopePairs, rope, rope_table};
 use mica_kernels::view::contiguous_strides;
 use mica_kernels::{Dtype, DynView, DynViewMut, Plan};
 use mica_simd::Isa;
-use mica_threads::Task;
+use mica_threads::{Scratch, Task};
 
 use super::{Lowered, by_reference, input, output, wanted};
 use crate::Result;
@@ -161,6 +161,16 @@ fn backward(step: &Step, spec: &AttentionSpec) -> Result<Lowered> {
     Ok(attention_backward(Isa::get(), args)?.into())
 }
 
+/// Scratch memory that a step takes on so many threads, where that grows with its sizes. What kernels need for tiles is
+/// not counted.
+pub(super) fn scratch(step: &Step, threads: usize) -> Result<usize> {
+    let Op::AttentionVjp(spec) = &step.op else { return Ok(0) };
+    let (q, v) = (input(step, 0)?.shape, input(step, 2)?.shape);
+    let (sizes, dims) = ([q[0], q[2], v[2], q[1]], [q[3], v[3]]);
+    let (bytes, chunks) = backward_scratch(Isa::get(), precision(spec.precision), sizes, dims);
+    Ok(chunks.min(threads).saturating_mul(Scratch::counted(bytes)))
+}
+
 /// Appends to the pages of every sequence, then attends over them.
 fn over_pages(step: &Step, paged: &PagedStep) -> Result<Lowered> {
     let (q, k, v, out) = (input(step, 0)?, input(step, 1)?, input(step, 2)?, output(step, 0)?);
@@ -239,14 +249,8 @@ fn rotate(step: &Step, spec: &RopeSpec) -> Result<Lowered> {
                 strides: contiguous_strides(&shape),
             };
             let (cos, sin) = (table(workspace), table(workspace.wrapping_add(bytes)));
-            let read = |view: &DynViewMut| DynView {
-                pointer: view.pointer,
-                dtype: view.dtype,
-                shape: view.shape.clone(),
-                strides: view.strides.clone(),
-            };
             let pairs = if spec.traditional { RopePairs::Interleaved } else { RopePairs::Halves };
-            let (cos_read, sin_read) = (read(&cos), read(&sin));
+            let (cos_read, sin_read) = (cos.as_view(), sin.as_view());
             list.push(rope_table(Positions::Each(positions), frequencies, spec.scale, cos, sin)?);
             list.push(rope(Isa::get(), x, cos_read, sin_read, pairs, spec.inverse, out)?);
             Ok(())
