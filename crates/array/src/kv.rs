@@ -50,6 +50,11 @@ impl KvSpec {
         shape.key_bytes().max(shape.value_bytes()).next_multiple_of(64)
     }
 
+    /// Bytes of memory that a page takes in all layers.
+    pub fn page_bytes(&self) -> u64 {
+        self.layers as u64 * crate::memory::bucket(2 * self.side_bytes()) as u64
+    }
+
     /// Bytes that a position takes in all layers.
     pub fn bytes_per_position(&self) -> usize {
         let shape = self.page_shape();
@@ -112,6 +117,14 @@ pub struct KvCache {
     tokens: Vec<Option<Array>>,
     /// Per layer, the window of the last call.
     windows: Vec<Option<usize>>,
+}
+
+/// Where a store stood ([`KvCache::mark`]).
+#[derive(Clone, Debug)]
+pub struct Mark {
+    tokens: Vec<Option<Array>>,
+    windows: Vec<Option<usize>>,
+    lengths: Vec<usize>,
 }
 
 /// How a layer attends over its store.
@@ -265,6 +278,24 @@ impl KvCache {
         }
     }
 
+    /// Where the store stands, for [`KvCache::restore`].
+    pub fn mark(&self) -> Mark {
+        Mark {
+            tokens: self.tokens.clone(),
+            windows: self.windows.clone(),
+            lengths: self.sequences.iter().map(|sequence| sequence.length).collect(),
+        }
+    }
+
+    /// Forgets what was appended since the mark was made. After an error of a pass the calls of its layers would
+    /// fail whatever comes after them.
+    pub fn restore(&mut self, mark: Mark) {
+        for (sequence, length) in self.sequences.iter_mut().zip(mark.lengths) {
+            sequence.length = length;
+        }
+        (self.tokens, self.windows) = (mark.tokens, mark.windows);
+    }
+
     /// What must be evaluated for everything appended so far to be in the store.
     pub fn pending(&self) -> Vec<Array> {
         self.tokens.iter().flatten().cloned().collect()
@@ -282,9 +313,15 @@ impl KvCache {
     /// A store of the sequences of these rows (which may repeat), sharing pages with this one.
     pub fn fork(&self, rows: &[usize]) -> Result<KvCache> {
         crate::eval::eval(&self.pending())?;
+        // Room that was only reserved is not shared: of what several write, nothing but the page that is partly
+        // filled is copied first.
+        let filled = |sequence: &Sequence| Sequence {
+            pages: sequence.pages[..sequence.length.div_ceil(PAGE)].to_vec(),
+            length: sequence.length,
+        };
         Ok(KvCache {
             spec: self.spec.clone(),
-            sequences: rows.iter().map(|&row| self.sequences[row].clone()).collect(),
+            sequences: rows.iter().map(|&row| filled(&self.sequences[row])).collect(),
             tokens: vec![None; self.spec.layers],
             windows: self.windows.clone(),
         })
@@ -347,6 +384,18 @@ mod tests {
             assert_eq!(pages.len(), 3 * length.div_ceil(PAGE), "{length}");
             assert_eq!(attend(&mut own, 1, 2), attend(&mut shared, 1, 2), "{length}");
         }
+    }
+
+    #[test]
+    fn forks_do_not_share_room_that_was_only_reserved() {
+        let mut one = KvCache::new(SPEC, 1);
+        attend(&mut one, PAGE + 3, 1);
+        one.reserve(4 * PAGE).unwrap();
+        let mut forked = one.fork(&[0, 0]).unwrap();
+        forked.reserve(3 * PAGE).unwrap();
+        let pages: Vec<_> = forked.sequences.iter().flat_map(|s| &s.pages).map(Arc::as_ptr).collect();
+        let own: HashSet<_> = pages.iter().collect();
+        assert_eq!((pages.len(), own.len()), (2 * 5, 2 * 5 - 1), "only the full page is shared");
     }
 
     #[test]

@@ -40,6 +40,17 @@ impl Cache {
         self.length += count;
     }
 
+    /// Runs a pass; if it fails, the cache is what it was before.
+    pub fn attempt<T>(&mut self, pass: impl FnOnce(&mut Cache) -> crate::Result<T>) -> crate::Result<T> {
+        let (mark, conv, length) = (self.kv.mark(), self.conv.clone(), self.length);
+        let result = pass(self);
+        if result.is_err() {
+            self.kv.restore(mark);
+            (self.conv, self.length) = (conv, length);
+        }
+        result
+    }
+
     /// A memory of these rows (which may repeat), sharing pages with this one.
     pub fn fork(&self, rows: &[usize]) -> Result<Cache> {
         let indices: Vec<i32> = rows.iter().map(|&row| row as i32).collect();

@@ -7,6 +7,7 @@ use mica_nn::Context;
 
 use crate::Result;
 use crate::cache::Cache;
+use crate::generate::check_vocabulary;
 use crate::models::{Asked, Input, LanguageModel};
 
 /// Decodes with one model, whose steps are recorded once and run again after that ([`Replay`]).
@@ -40,9 +41,10 @@ impl<'a> Decoder<'a> {
     /// If there are not as many tokens as sequences: a mistake in the calling program.
     pub fn step(&mut self, cache: &mut Cache, tokens: &[u32]) -> Result<()> {
         assert_eq!(tokens.len(), cache.batch(), "a token of each sequence");
+        check_vocabulary(self.model, tokens)?;
         cache.reserve(1)?;
         if !self.run_again(cache, tokens)? {
-            self.run(cache, tokens)?;
+            cache.attempt(|cache| self.run(cache, tokens))?;
         }
         cache.advance(1);
         Ok(())
@@ -54,7 +56,7 @@ impl<'a> Decoder<'a> {
     }
 
     /// The logits of the last step, of each sequence as many as the vocabulary has entries, for the caller to change. Before
-    /// the first step, and after one that failed, there are none.
+    /// the first step, and after one that failed as it was computed, there are none.
     pub fn logits(&mut self) -> Result<&mut [f32]> {
         match &mut self.recorded {
             Some((.., replay)) => Ok(replay.values(0)?),
@@ -78,8 +80,8 @@ impl<'a> Decoder<'a> {
 
     fn run(&mut self, cache: &mut Cache, tokens: &[u32]) -> Result<()> {
         let (spec, context) = (cache.kv.spec().clone(), Context::new(self.precision));
-        let before = cache.conv.clone();
-        let may_record = self.tries > 0 && before.iter().all(Option::is_some);
+        let convolutions = cache.conv.len();
+        let may_record = self.tries > 0 && cache.conv.iter().all(Option::is_some);
         let mut inputs = inputs(cache, tokens)?;
         if may_record {
             // Of the replay alone: forks of the cache may have the states too.
@@ -112,28 +114,19 @@ impl<'a> Decoder<'a> {
                 eval(&roots).map(|()| Record::Once(outputs))
             }),
         };
-        let after = result.and_then(|record| match record {
+        cache.conv = match result? {
             Record::Again(replay) => {
-                let states = states(&replay, before.len())?;
+                let states = states(&replay, convolutions)?;
                 self.recorded = Some((tokens.len(), spec, replay));
-                Ok(states)
+                states
             }
             Record::Shared(mut outputs) | Record::Once(mut outputs) => {
                 let states = outputs.split_off(1);
                 self.logits = outputs[0].to_vec()?;
-                Ok(states.into_iter().map(Some).collect())
+                states.into_iter().map(Some).collect()
             }
-        });
-        match after {
-            Ok(states) => {
-                cache.conv = states;
-                Ok(())
-            }
-            Err(error) => {
-                cache.conv = before;
-                Err(error.into())
-            }
-        }
+        };
+        Ok(())
     }
 }
 

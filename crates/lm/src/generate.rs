@@ -160,6 +160,7 @@ impl<'a> Generator<'a> {
             &format!("generating after {} tokens, up to {longest} in all,", prompt.len()),
             "shorten the prompt, or lower the number of tokens to generate (--max-tokens)",
         )?;
+        let sampler = Sampler::new(options.sampling.clone())?;
         let started = Instant::now();
         let mut cache = model.new_cache(1, options.kv_format);
         let logits = prefill(model, &mut cache, prompt, options.precision)?;
@@ -175,7 +176,7 @@ impl<'a> Generator<'a> {
             eos: if options.ignore_eos { Vec::new() } else { eos.to_vec() },
             cache,
             decoder: Decoder::new(model, options.precision),
-            sampler: Sampler::new(options.sampling.clone())?,
+            sampler,
             text,
             history: prompt.to_vec(),
             logits,
@@ -281,7 +282,20 @@ pub fn check_vocabulary(model: &dyn LanguageModel, tokens: &[u32]) -> Result<()>
 }
 
 /// Reads a prompt into the cache and gives the logits after its last token.
+///
+/// # Errors
+/// A token outside of the vocabulary, too little memory. The cache holds what it held before then.
 pub fn prefill(
+    model: &dyn LanguageModel,
+    cache: &mut Cache,
+    prompt: &[u32],
+    precision: Precision,
+) -> Result<Vec<f32>> {
+    check_vocabulary(model, prompt)?;
+    cache.attempt(|cache| read(model, cache, prompt, precision))
+}
+
+fn read(
     model: &dyn LanguageModel,
     cache: &mut Cache,
     prompt: &[u32],

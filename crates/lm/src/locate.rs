@@ -1,4 +1,4 @@
-//! From what a person types after `--model` to a folder or file on this machine.
+//! From what a person types after `--model` to a folder on this machine.
 //!
 //! Either a path, or a name `organisation/name[@revision]` that is looked up in the local Hugging Face cache, whose
 //! layout is shared with Hugging Face's own tools:
@@ -10,12 +10,14 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result, read_text};
 
-/// The folder (or single file, such as a GGUF) that `model` names.
+/// The folder that `model` names.
 ///
 /// A path that exists comes first, then the cache of [`HubCache::from_env`].
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) with the places that were searched.
+/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) with the places that were searched;
+/// [`ErrorKind::BadData`](crate::ErrorKind::BadData) for a file, [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported)
+/// for what is a GGUF file or holds nothing else.
 pub fn locate(model: &str) -> Result<PathBuf> {
     locate_in(model, &HubCache::from_env())
 }
@@ -27,7 +29,11 @@ pub fn locate(model: &str) -> Result<PathBuf> {
 pub fn locate_in(model: &str, cache: &HubCache) -> Result<PathBuf> {
     let path = Path::new(model);
     match std::fs::metadata(path) {
-        Ok(_) => return Ok(path.to_owned()),
+        Ok(found) if found.is_dir() => {
+            return gguf_alone(path).map_or_else(|| Ok(path.to_owned()), |file| Err(gguf(&file)));
+        }
+        Ok(_) if is_gguf(path) => return Err(gguf(path)),
+        Ok(_) => return Err(Error::bad_file(path, "expected the folder of a model, got a file")),
         Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
             return Err(Error::Read { what: "the model", path: path.to_owned(), source });
         }
@@ -38,7 +44,7 @@ pub fn locate_in(model: &str, cache: &HubCache) -> Result<PathBuf> {
         None => Err(Error::NotFound {
             what: format!("model {model:?}"),
             looked: format!("there is no such folder or file, seen from {}", current_folder()),
-            todo: "give the path of a model folder or GGUF file, or a name such as organisation/name".into(),
+            todo: "give the path of a model folder, or a name such as organisation/name".into(),
         }),
     }
 }
@@ -168,10 +174,13 @@ impl HubCache {
         if !snapshot.is_dir() {
             return Err(self.missing(name, &snapshot, Some(&snapshots)));
         }
-        if !is_model(&snapshot) {
+        if !snapshot.join("config.json").is_file() {
+            if let Some(file) = gguf_alone(&snapshot) {
+                return Err(gguf(&file));
+            }
             return Err(Error::NotFound {
                 what: format!("a complete model {name}"),
-                looked: format!("{} has neither config.json nor a GGUF file", snapshot.display()),
+                looked: format!("{} has no config.json", snapshot.display()),
                 todo: format!("its download was not finished; {}", fetch(name)),
             });
         }
@@ -216,11 +225,25 @@ fn fetch(name: &HubName) -> String {
     )
 }
 
-fn is_model(folder: &Path) -> bool {
-    folder.join("config.json").is_file()
-        || std::fs::read_dir(folder).is_ok_and(|entries| {
-            entries.flatten().any(|entry| entry.path().extension().is_some_and(|e| e == "gguf"))
-        })
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// A GGUF file of a folder that is no model otherwise.
+fn gguf_alone(folder: &Path) -> Option<PathBuf> {
+    if folder.join("config.json").exists() {
+        return None;
+    }
+    std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find(|path| is_gguf(path))
+}
+
+fn gguf(file: &Path) -> Error {
+    Error::Unsupported {
+        what: format!("{}: a model in a GGUF file", file.display()),
+        todo: "mica opens folders with config.json and *.safetensors: take the model's original weights, or MLX's \
+               version of them, and quantize with `mica convert -q`"
+            .into(),
+    }
 }
 
 fn current_folder() -> String {
@@ -244,7 +267,9 @@ mod tests {
             ("refs/empty", "cafe"),
             ("refs/evil", "../../../etc"),
             (&format!("snapshots/{COMMIT}/config.json"), "{}"),
-            ("snapshots/feed/model.gguf", "GGUF"),
+            ("snapshots/feed/config.json", "{}"),
+            ("refs/blocks", "b10c"),
+            ("snapshots/b10c/model.gguf", "GGUF"),
             ("snapshots/cafe/README.md", ""),
         ] {
             let path = model.join(path);
@@ -267,7 +292,7 @@ mod tests {
         ] {
             assert_eq!(locate_in(name, &cache).unwrap(), snapshots.join(commit), "{name}");
         }
-        let path = snapshots.join("feed/model.gguf");
+        let path = snapshots.join("feed");
         assert_eq!(locate_in(path.to_str().unwrap(), &cache).unwrap(), path, "a path comes first");
     }
 
@@ -280,6 +305,7 @@ mod tests {
             ("org/name@v2", ErrorKind::NotFound, COMMIT),
             ("org/name@empty", ErrorKind::NotFound, "not finished"),
             ("org/name@evil", ErrorKind::BadData, "name of a commit"),
+            ("org/name@blocks", ErrorKind::Unsupported, "model.gguf: a model in a GGUF file"),
             ("org/name@../../x", ErrorKind::NotFound, "no such folder"),
             ("/no/such/folder", ErrorKind::NotFound, "no such folder"),
             ("../x", ErrorKind::NotFound, "no such folder"),
@@ -288,6 +314,16 @@ mod tests {
             let error = locate_in(name, &cache).unwrap_err();
             assert_eq!(error.kind(), kind, "{name}: {error}");
             assert!(error.to_string().contains(words), "{name}: {error}");
+        }
+        for (file, kind, words) in [
+            ("b10c", ErrorKind::Unsupported, "model.gguf: a model in a GGUF file"),
+            ("b10c/model.gguf", ErrorKind::Unsupported, "a model in a GGUF file"),
+            ("feed/config.json", ErrorKind::BadData, "expected the folder of a model"),
+        ] {
+            let path = dir.path().join("models--org--name/snapshots").join(file);
+            let error = locate_in(path.to_str().unwrap(), &cache).unwrap_err();
+            assert_eq!(error.kind(), kind, "{file}: {error}");
+            assert!(error.to_string().contains(words), "{file}: {error}");
         }
         let error = locate_in("org/other", &cache).unwrap_err().to_string();
         assert!(error.contains(&dir.path().display().to_string()), "{error}");

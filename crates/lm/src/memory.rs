@@ -14,7 +14,14 @@ use crate::{Error, Result};
 /// [`Error::Memory`], with what is needed and what there is. Where the system does not say what there is, nothing
 /// is refused.
 pub fn check(bytes: u64, what: &str, todo: &str) -> Result<()> {
-    let Some(room) = memory::room().filter(|room| room.bytes < bytes) else { return Ok(()) };
+    let lacking = || memory::room().filter(|room| room.bytes < bytes);
+    let Some(room) = lacking().and_then(|_| {
+        // What was freed and is kept for reuse counts as used.
+        memory::clear_cache();
+        lacking()
+    }) else {
+        return Ok(());
+    };
     Err(Error::Memory(format!(
         "{what} needs {} more memory, and {} are left {}: {todo}",
         size(bytes),
@@ -86,9 +93,8 @@ fn pass(model: &dyn LanguageModel, rows: &[&[u32]], all_logits: bool, precision:
 
 /// Bytes that keys and values of `batch` sequences of `length` tokens take: whole pages.
 pub fn kept(model: &dyn LanguageModel, length: usize, batch: usize, format: KvFormat) -> u64 {
-    let page = mica_array::kv::PAGE;
-    let positions = (length.div_ceil(page) as u64).saturating_mul(page as u64).saturating_mul(batch as u64);
-    positions.saturating_mul(model.new_cache(1, format).kv.spec().bytes_per_position() as u64)
+    let pages = (length.div_ceil(mica_array::kv::PAGE) as u64).saturating_mul(batch as u64);
+    pages.saturating_mul(model.new_cache(1, format).kv.spec().page_bytes())
 }
 
 /// Bytes of weights that a step of decoding reads, as they lie in memory: all but the table of embeddings, of which it

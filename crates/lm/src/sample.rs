@@ -200,25 +200,25 @@ impl Sampler {
         if p.repetition_penalty != 1.0 && p.repetition_penalty != 0.0 {
             for &id in distinct(&mut self.seen, recent(p.repetition_context)) {
                 if let Some(logit) = logits.get_mut(id as usize) {
-                    *logit = if *logit < 0.0 {
-                        *logit * p.repetition_penalty
-                    } else {
-                        *logit / p.repetition_penalty
+                    let to = match *logit < 0.0 {
+                        true => *logit * p.repetition_penalty,
+                        false => *logit / p.repetition_penalty,
                     };
+                    change(logit, to, "repetition_penalty", p.repetition_penalty)?;
                 }
             }
         }
         if p.presence_penalty != 0.0 {
             for &id in distinct(&mut self.seen, recent(p.presence_context)) {
                 if let Some(logit) = logits.get_mut(id as usize) {
-                    *logit -= p.presence_penalty;
+                    change(logit, *logit - p.presence_penalty, "presence_penalty", p.presence_penalty)?;
                 }
             }
         }
         if p.frequency_penalty != 0.0 {
             for &id in recent(p.frequency_context) {
                 if let Some(logit) = logits.get_mut(id as usize) {
-                    *logit -= p.frequency_penalty;
+                    change(logit, *logit - p.frequency_penalty, "frequency_penalty", p.frequency_penalty)?;
                 }
             }
         }
@@ -281,6 +281,20 @@ fn distinct<'a>(seen: &'a mut Vec<u32>, recent: &[u32]) -> &'a [u32] {
     seen.sort_unstable();
     seen.dedup();
     seen
+}
+
+/// Puts a penalty on a logit.
+///
+/// # Errors
+/// One so extreme that the logit becomes infinite.
+fn change(logit: &mut f32, to: f32, option: &str, value: f32) -> Result<()> {
+    if to == f32::INFINITY && logit.is_finite() {
+        let message =
+            format!("{option} {value:e} makes a logit of {logit} infinite: give a less extreme number");
+        return Err(Error::Sampling { message, usage: true });
+    }
+    *logit = to;
+    Ok(())
 }
 
 /// The first of the largest logits.

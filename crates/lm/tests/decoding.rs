@@ -4,6 +4,7 @@ use mica_array::kv::{KvCodes, KvFormat, PAGE};
 use mica_array::{Precision, set_threads};
 use mica_lm::cache::Cache;
 use mica_lm::decode::Decoder;
+use mica_lm::generate::prefill;
 use mica_lm::load::load;
 use mica_lm::models::{Input, LanguageModel};
 use mica_lm::weights::Packing;
@@ -86,5 +87,43 @@ fn steps_have_the_same_bits_run_again_or_built() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn after_an_error_a_cache_is_what_it_was() {
+    for name in ["llama-tied-bf16", "qwen3-4bit", "lfm2"] {
+        let loaded = load(fixture(format!("models/{name}")), Packing::Frozen).unwrap();
+        let (model, bad) = (loaded.model.as_ref(), loaded.model.info().vocabulary as u32);
+        let precision = Precision::Fast;
+        let [mut expected, mut cache] = [0, 1].map(|_| model.new_cache(1, KvFormat::Bf16));
+        let failing = |cache: &mut Cache, tokens: &[u32]| {
+            cache.attempt(|cache| {
+                cache.reserve(tokens.len())?;
+                let input = Input::new(&[tokens], &[cache.length()])?;
+                let logits = model.logits(&input, Some(cache), &Context::new(precision))?;
+                cache.advance(tokens.len());
+                let mut roots = cache.pending();
+                roots.push(logits);
+                Ok(mica_array::eval(&roots)?)
+            })
+        };
+        assert!(failing(&mut cache, &[1, bad]).is_err(), "{name}: in an empty cache");
+        assert_eq!(cache.length(), 0, "{name}");
+        let prompt = [5, 3, 8, 1, 2];
+        let [before, read] =
+            [&mut expected, &mut cache].map(|cache| prefill(model, cache, &prompt, precision));
+        assert_bits_eq(name, &read.unwrap(), &before.unwrap());
+        let mut decoder = Decoder::new(model, precision);
+        for step in 0..5 {
+            assert!(failing(&mut cache, &[7, 1, bad]).is_err(), "{name}, step {step}");
+            assert!(prefill(model, &mut cache, &[1, bad], precision).is_err(), "{name}, step {step}");
+            assert!(decoder.step(&mut cache, &[bad]).is_err(), "{name}, step {step}");
+            assert_eq!((cache.length(), cache.kv.length(0)), (5 + step, 5 + step), "{name}");
+            decoder.step(&mut cache, &[4]).unwrap();
+            let name = format!("{name}, step {step}");
+            assert_bits_eq(&name, decoder.logits().unwrap(), &plain(model, &mut expected, &[4], precision));
+        }
+        assert!(decoder.is_recorded(), "{name}");
     }
 }

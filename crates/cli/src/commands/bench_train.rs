@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use mica_array::{memory, profile};
+use mica_array::profile;
 use mica_lm::load::load;
 use mica_lm::weights::Packing;
 use mica_nn::optim::AdamWConfig;
@@ -214,7 +214,6 @@ pub fn run(model_name: &str, args: &Args, rows: usize, as_json: bool) -> anyhow:
 
 /// Refuses steps that need more memory than there is.
 fn check(args: &Args, rows: usize, rehearsed: u64) -> anyhow::Result<()> {
-    memory::clear_cache();
     let mut todo = Vec::new();
     if rows > 1 {
         todo.push(format!("--batch {}", rows / 2));

@@ -97,8 +97,8 @@ fn spec(fields: &Fields) -> Result<QuantSpec> {
 fn foreign(fields: &Fields, method: &str) -> Error {
     Error::Unsupported {
         what: format!("{}: weights quantized by {method}", fields.path().display()),
-        todo: "mica reads unquantized weights, MLX's quantization and GGUF; take the model's original \
-               (bf16 or f16) weights and quantize them with `mica convert -q`, or take an MLX or GGUF version"
+        todo: "mica reads unquantized weights and MLX's quantization; take the model's original \
+               (bf16 or f16) weights and quantize them with `mica convert -q`, or take an MLX version"
             .into(),
     }
 }
