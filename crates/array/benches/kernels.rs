@@ -108,9 +108,12 @@ fn packed_as([out, inputs]: [usize; 2], format: QuantSpec) -> PackedWeight {
             let of = |value| Array::full(&groups, value, Dtype::BF16);
             (words, of(0.01), Some(of(-0.08)))
         }
-        // One of small magnitude, and no 8-bit float that is NaN.
-        _ => {
-            let numbers = words.bitwise_and(Array::full(&[1], f64::from(0xbfbf_bfbfu32), Dtype::U32));
+        // Of small magnitude, and no 8-bit float that is NaN or lacks an exponent: those are slow, and hardly ever there.
+        mode => {
+            let mask = |bits: u32| Array::full(&[1], f64::from(bits), Dtype::U32);
+            let exponent = if mode == QuantMode::Mxfp8 { 0x2020_2020 } else { 0 };
+            let numbers =
+                words.bitwise_and(mask(0xbfbf_bfbf)).and_then(|words| words.bitwise_or(mask(exponent)));
             (numbers.expect("integers"), Array::full(&groups, 56.0, Dtype::U8), None)
         }
     };

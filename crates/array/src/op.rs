@@ -499,8 +499,7 @@ impl Op {
             | Op::Attention(_)
             | Op::ShortConv(_)
             | Op::Conv(_) => true,
-            // Forms everything between again, from the same inputs.
-            Op::Fused(_) => true,
+            Op::Fused(region) => region.is_smooth(),
             _ => false,
         }
     }

@@ -106,6 +106,8 @@ fn gradients_that_compare_or_order_take_the_array() {
     assert_eq!(by(&|x| x.maximum(1.0002)), [0.0, 2.0, 3.0]);
     let rounded = |x: &Array| Ok(checkpoint(|x| Ok(vec![x[0].maximum(1.0002)?]), from_ref(x))?.remove(0));
     assert_eq!(by(&rounded), [0.0, 2.0, 3.0]);
+    let fused = compile(|x| Ok(vec![x[0].maximum(1.0002)?.multiply(1.0)?]));
+    assert_eq!(by(&|x| Ok(fused.call(from_ref(x))?.remove(0))), [0.0, 2.0, 3.0]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use smallvec::{SmallVec, smallvec};
 use super::constant;
 use super::plan::Plans;
 use crate::node::Inputs;
-use crate::op::Op;
+use crate::op::{BinaryOp, Op, ReduceOp, UnaryOp};
 use crate::ops::{Grads, Jvp, Tangents, Vjp};
 use crate::shape::{Shape, broadcast_shapes};
 use crate::storage::Spec;
@@ -97,6 +97,25 @@ impl Region {
             program,
             backward: Plans::new(BACKWARD_BOUND),
             forward: Plans::new(BACKWARD_BOUND),
+        })
+    }
+
+    /// Whether no step compares, orders or rounds: then the gradient, which forms everything between again, may do so
+    /// from rounded inputs.
+    pub(crate) fn is_smooth(&self) -> bool {
+        self.steps.iter().all(|step| match &step.op {
+            Op::Full(_) | Op::StopGradient | Op::Select | Op::Softmax | Op::LogSumExp => true,
+            Op::Cast => step.dtype.is_float(),
+            Op::Unary(op) => {
+                use UnaryOp::*;
+                !matches!(op, Sign | Floor | Ceil | Round | LogicalNot | BitwiseInvert)
+            }
+            Op::Binary(op) => {
+                use BinaryOp::*;
+                matches!(op, Add | Subtract | Multiply | Divide | Power | Atan2 | LogAddExp)
+            }
+            Op::Reduce { op, .. } => *op == ReduceOp::Sum,
+            _ => false,
         })
     }
 
