@@ -6,7 +6,7 @@ mod tour;
 
 use std::path::PathBuf;
 
-/// Fine-tune a small model on this machine in about two minutes, with nothing to download
+/// Fine-tune a small model on this machine in some seconds, with nothing to download
 #[derive(clap::Args)]
 pub struct Args {
     /// Where the model, the adapter and the loss curve are written; what an earlier run left there is replaced
