@@ -378,3 +378,26 @@ fn calls_that_are_not_one_are_not_kept() {
     assert!(!record(true, false), "other positions");
     assert!(!record(false, true), "another cache");
 }
+
+#[test]
+fn without_memory_for_a_workspace_of_its_own_a_plan_runs_once() {
+    let _alone = alone(2);
+    // Of eight rows as int8 there are 8 MB.
+    const INPUTS: usize = 1 << 20;
+    let numbers: Vec<f32> = (0..8 * INPUTS).map(|i| (i % 1009) as f32 / 1009.0 - 0.5).collect();
+    let weight = Array::from_slice(&numbers, &[8, INPUTS]).unwrap();
+    let weight = Array::from_packed(PackedWeight::quantize(&weight, Default::default()).unwrap());
+    let build = |x: &[Array]| Ok((vec![x[0].linear(&weight, None, Precision::Fast)?], Vec::new()));
+    let x = || Array::from_slice(&numbers, &[8, INPUTS]).unwrap();
+    // From here on the backend has a workspace.
+    let expected = build(&[x()]).unwrap().0[0].to_vec::<f32>().unwrap();
+    let input = x();
+    memory::clear_cache();
+    let former = memory::set_limit(memory::active() + (4 << 20));
+    let record = Replay::record(vec![input], build);
+    memory::set_limit(former);
+    match record.unwrap() {
+        Record::Once(outputs) => assert_bits_eq("once", &outputs[0].to_vec::<f32>().unwrap(), &expected),
+        Record::Again(_) | Record::Shared(_) => panic!("should not be kept"),
+    }
+}

@@ -286,7 +286,7 @@ impl Backend for Cpu {
 
     fn keep(&mut self) -> Result<Option<Box<dyn Kept>>> {
         let result = match self.notes.take() {
-            Some(notes) => self.run_and_keep(notes).map(Some),
+            Some(notes) => self.run_and_keep(notes),
             None => self.run_plan().map(|()| None),
         };
         self.begin();

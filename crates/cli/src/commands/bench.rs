@@ -271,15 +271,20 @@ impl Bench<'_> {
 
     /// The sequences to decode: as many as are asked for, each with a copy of its own of what the cache holds. (What
     /// all of them share would come from memory once.)
-    fn sequences(&self, cache: Cache) -> anyhow::Result<Cache> {
-        if self.args.batch == 1 || self.args.generate_tokens == 0 {
+    fn sequences(&self, mut cache: Cache) -> anyhow::Result<Cache> {
+        if self.args.generate_tokens == 0 {
             return Ok(cache);
         }
-        let mut sequences = cache.fork(&vec![0; self.args.batch])?;
-        drop(cache);
-        sequences.kv.unshare()?;
-        mica_array::eval(&sequences.pending())?;
-        Ok(sequences)
+        if self.args.batch > 1 {
+            let mut sequences = cache.fork(&vec![0; self.args.batch])?;
+            drop(cache);
+            sequences.kv.unshare()?;
+            mica_array::eval(&sequences.pending())?;
+            cache = sequences;
+        }
+        // The page that is shared with what it was forked from is copied here, and not in the first step.
+        cache.reserve(1)?;
+        Ok(cache)
     }
 
     /// One run: the prompt, then decoding behind it or behind the tokens of `filled`.

@@ -115,8 +115,8 @@ impl Drop for Begun<'_> {
 }
 
 impl Cpu {
-    /// Runs the plan and keeps it.
-    pub(super) fn run_and_keep(&mut self, notes: Notes) -> Result<Box<dyn Kept>> {
+    /// Runs the plan and keeps it, if there is memory for a workspace of its own.
+    pub(super) fn run_and_keep(&mut self, notes: Notes) -> Result<Option<Box<dyn Kept>>> {
         let mut steps = std::mem::take(&mut self.plan);
         let is_paged = |at: usize| notes.paged.binary_search_by_key(&at, |&(at, _)| at).is_ok();
         let (mut own, mut varying) = (0, 0);
@@ -124,7 +124,14 @@ impl Cpu {
             let bytes = if is_paged(at) { &mut varying } else { &mut own };
             *bytes = lowered.bytes().max(*bytes);
         }
-        let (workspace, varying) = (Buffer::new(own, false)?, Buffer::new(varying, false)?);
+        let (workspace, varying) = match (Buffer::new(own, false), Buffer::new(varying, false)) {
+            (Ok(workspace), Ok(varying)) => (workspace, varying),
+            (Err(Error::OutOfMemory { .. }), _) | (_, Err(Error::OutOfMemory { .. })) => {
+                self.plan = steps;
+                return self.run_plan().map(|()| None);
+            }
+            (Err(error), _) | (_, Err(error)) => return Err(error),
+        };
         for (at, lowered) in steps.iter_mut().enumerate() {
             lowered.fulfil(if is_paged(at) { varying.pointer() } else { workspace.pointer() })?;
         }
@@ -138,7 +145,7 @@ impl Cpu {
             Paged { at: at - first, step }
         });
         let paged = paged.collect();
-        Ok(Box::new(Plan { head: steps, rest, paged, _workspace: workspace, varying: Some(varying) }))
+        Ok(Some(Box::new(Plan { head: steps, rest, paged, _workspace: workspace, varying: Some(varying) })))
     }
 
     /// Runs a plan again. Other threads begin while the steps that attend over pages are made ready.
