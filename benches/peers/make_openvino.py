@@ -3,16 +3,18 @@
 By that program's rule the embedding and the output head are in 8 bits.
 
 usage: make_openvino.py MODEL OUT        in the environment of openvino"""
-import argparse, os
+import os, sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-parser = argparse.ArgumentParser()
-parser.add_argument("model")
-parser.add_argument("out")
-options = parser.parse_args()
 
-weights = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
-model = OVModelForCausalLM.from_pretrained(os.path.abspath(options.model), export=True, stateful=True, compile=False, quantization_config=weights)
-model.save_pretrained(options.out)
+def convert(model, out):
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    weights = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
+    made = OVModelForCausalLM.from_pretrained(os.path.abspath(model), export=True, stateful=True, compile=False, quantization_config=weights)
+    made.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    convert(*sys.argv[1:])

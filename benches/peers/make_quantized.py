@@ -1,8 +1,10 @@
-"""Random 4-bit weights in the shape of Llama-3.1-8B, without the 16 GB that quantizing would take: a folder as MLX saves it, or Q4_0 as llama.cpp's quantizer writes it (its output head in Q6_K).
+"""Random 4-bit weights in the shape of Llama-3.1-8B, without the 16 GB that quantizing would take: a folder as MLX saves it, Q4_0 as llama.cpp's quantizer writes it (its output head in Q6_K), or OpenVINO's as make_openvino.py has them.
 
 usage: make_quantized.py SMALLER OUT                          in the environment of torch
-       make_quantized.py SMALLER.gguf OUT.gguf                tokenizer and settings are those of SMALLER, a model of the same family"""
-import json, os, shutil, sys
+       make_quantized.py SMALLER.gguf OUT.gguf
+       make_quantized.py SMALLER OUT-openvino                 in the environment of openvino
+Tokenizer and settings are those of SMALLER, a model of the same family."""
+import json, os, shutil, sys, tempfile
 import numpy as np
 
 smaller, out = sys.argv[1:]
@@ -34,16 +36,46 @@ def spread(codes):
     return ((codes**2 - 1) / 12) ** 0.5
 
 
-def mlx():
-    def bf16(value, shape):
-        return np.full(shape, np.float32(value).view(np.uint32) >> 16, np.uint16)
+def bf16(value, shape):
+    return np.full(shape, np.float32(value).view(np.uint32) >> 16, np.uint16)
 
+
+def settings(**more):
     with open(f"{smaller}/config.json") as file:
         config = json.load(file)
-    quantization = dict(group_size=GROUP, bits=4, mode="affine")
     config.update(hidden_size=HIDDEN, num_hidden_layers=LAYERS, intermediate_size=INNER, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD,
-                  tie_word_embeddings=False, quantization=quantization, quantization_config=quantization)
-    tensors = []  # name, dtype, shape, how to make it
+                  tie_word_embeddings=False, **more)
+    return config
+
+
+def save(folder, config, tensors):
+    """A folder as Hugging Face saves it; a tensor is its name, dtype, shape, and how to make it. One that nothing makes is of zeros, a hole that takes no place on the disk."""
+    os.makedirs(folder, exist_ok=True)
+    for file in os.listdir(smaller):
+        if file != "config.json" and not file.endswith(".safetensors"):
+            shutil.copy(f"{smaller}/{file}", folder)
+    header, at = {"__metadata__": {"format": "mlx" if "quantization" in config else "pt"}}, 0
+    for key, dtype, shape, _ in tensors:
+        size = int(np.prod(shape)) * (4 if dtype == "U32" else 2)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(f"{folder}/model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + at)
+        for key, *_, make in tensors:
+            if make:
+                file.seek(8 + len(text) + header[key]["data_offsets"][0])
+                file.write(make().tobytes())
+    with open(f"{folder}/config.json", "w") as file:
+        json.dump(config, file, indent=2)
+
+
+def mlx():
+    quantization = dict(group_size=GROUP, bits=4, mode="affine")
+    config = settings(quantization=quantization, quantization_config=quantization)
+    tensors = []
 
     def linear(key, rows, columns):
         scale = columns ** -0.5 / spread(16)
@@ -57,23 +89,47 @@ def mlx():
             tensors.append((f"{key}.weight", "BF16", [HIDDEN], lambda: bf16(1, HIDDEN)))
         else:
             linear(key, *shape)
-    os.makedirs(out, exist_ok=True)
-    for file in os.listdir(smaller):
-        if file != "config.json" and not file.endswith(".safetensors"):
-            shutil.copy(f"{smaller}/{file}", out)
-    header, at = {"__metadata__": {"format": "mlx"}}, 0
-    for key, dtype, shape, _ in tensors:
-        size = int(np.prod(shape)) * (4 if dtype == "U32" else 2)
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(f"{out}/model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for *_, make in tensors:
-            file.write(make().tobytes())
-    with open(f"{out}/config.json", "w") as file:
-        json.dump(config, file, indent=2)
+    save(out, config, tensors)
+
+
+def openvino():
+    """Converts a model of zeros, whose layers share what is stored, and gives every layer random weights of its own. Names, types, shapes and operations are those of a conversion of real ones."""
+    import xml.etree.ElementTree as xml
+    from make_openvino import convert
+
+    config, tensors = settings(), []
+    for key, _, shape in weights(config["vocab_size"]):
+        one = (f"{key}.weight", "BF16", [HIDDEN], lambda: bf16(1, HIDDEN))
+        tensors.append(one if shape is NORM else (f"{key}.weight", "BF16", shape, None))
+    with tempfile.TemporaryDirectory() as zeros:
+        save(zeros, config, tensors)
+        convert(zeros, out)
+    os.rename(f"{out}/openvino_model.xml", f"{out}/zeros.xml")
+    os.rename(f"{out}/openvino_model.bin", f"{out}/zeros.bin")
+    tree = xml.parse(f"{out}/zeros.xml")
+    # Of every constant its name, number type, shape, and place in the file.
+    constants = [(layer.get("name"), layer.find("data")) for layer in tree.getroot().find("layers") if layer.get("type") == "Const"]
+    shapes = {name: [int(n) for n in data.get("shape").split(",") if n] for name, data in constants}
+    WEIGHT, ZERO, SCALE = "_openvino_orig_weight", "_openvino_orig_weight/zero_point", "_openvino_orig_weight/scale"
+    stored = np.memmap(f"{out}/zeros.bin", np.uint8, "r")
+    with open(f"{out}/openvino_model.bin", "wb") as file:
+        for name, data in constants:
+            size, dtype = int(data.get("size")), data.get("element_type")
+            if name.endswith(WEIGHT):
+                made = rng.integers(0, 256, size, np.uint8)
+            elif name.endswith(ZERO):  # in turn below and above the middle
+                made = np.tile(np.uint8([0x78, 0x78] if dtype == "u4" else [127, 128]), size // 2)
+            elif name.endswith(SCALE):
+                shape = shapes[name.removesuffix(SCALE) + WEIGHT]
+                made = np.full(size // 2, np.prod(shape[1:]) ** -0.5 / spread(16 if len(shape) == 3 else 256), np.float16)
+            else:
+                made = stored[int(data.get("offset")):][:size]
+            file.write(bytes(-file.tell() % 64))
+            data.set("offset", str(file.tell()))
+            file.write(made.tobytes())
+    tree.write(f"{out}/openvino_model.xml", xml_declaration=True)
+    os.remove(f"{out}/zeros.bin")
+    os.remove(f"{out}/zeros.xml")
 
 
 def gguf():
@@ -120,4 +176,4 @@ def gguf():
     os.rename(f"{out}.part", out)
 
 
-gguf() if out.endswith(".gguf") else mlx()
+(gguf if out.endswith(".gguf") else openvino if out.endswith("-openvino") else mlx)()

@@ -2,7 +2,7 @@
 # The programs that mica is measured against, and models of real shapes with random weights, in a folder of their own.
 # usage: benches/peers/setup.sh FOLDER [NAME…]      names as in make_model.py; qwen3-0.6b and tiny if none is given
 # llama-8b is made with 4-bit weights alone, after llama-1b, whose tokenizer it takes.
-# Needs Python 3.10 or newer with venv, a C++ compiler, and about 25 GB with all shapes.
+# Needs Python 3.10 or newer with venv, a C++ compiler, and about 30 GB with all shapes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:?usage: setup.sh FOLDER [NAME…]}
@@ -36,6 +36,7 @@ model() {
         model llama-1b
         [ -f "$model-4bit/config.json" ] || env/torch/bin/python "$here/make_quantized.py" models/llama-1b "$model-4bit"
         [ -f "$model-q4_0.gguf" ] || env/torch/bin/python "$here/make_quantized.py" models/llama-1b-q4_0.gguf "$model-q4_0.gguf"
+        [ -f "$model-openvino/openvino_model.xml" ] || env/openvino/bin/python "$here/make_quantized.py" models/llama-1b "$model-openvino"
         return
     fi
     [ -f "$model/config.json" ] || env/torch/bin/python "$here/make_model.py" models "$1"

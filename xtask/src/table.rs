@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context;
+use mica_ceiling::processor;
 use serde_json::{Value, json};
 
 /// All results of a run.
@@ -46,25 +47,15 @@ pub struct Cell {
     pub ratio: f64,
 }
 
-/// The middle one, or the mean of the two in the middle.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len().is_multiple_of(2) { (values[middle - 1] + values[middle]) / 2.0 } else { values[middle] }
+/// The median of at least one round.
+pub fn median(values: Vec<f64>) -> f64 {
+    mica_ceiling::median(values).expect("there is a round")
 }
 
 /// What a program prints, if anything.
 fn said(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     Some(String::from_utf8_lossy(&output.stdout).trim().to_string()).filter(|text| !text.is_empty())
-}
-
-/// What the system calls the processor.
-pub fn processor() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name"));
-    let name = name.map(|name| name.trim_matches([' ', '\t', ':']).to_string());
-    name.or_else(|| said("sysctl", &["-n", "machdep.cpu.brand_string"]))
 }
 
 impl fmt::Display for Row {
@@ -254,6 +245,5 @@ mod tests {
         assert_eq!(table.json()["failures"][0], "step: b: out of\nmemory");
         assert!(text.contains("By eye.\n\n- mean: 2.50\n- worst: decode\n"), "{text}");
         assert_eq!(table.json()["rows"][0]["peers"][1]["ratio"], 4.0);
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
     }
 }

@@ -5,14 +5,10 @@
 use std::time::Instant;
 
 use mica_array::{Array, Dtype, memory, set_threads};
+use mica_ceiling::median;
 
 const NODES: usize = 10_000;
 const ROUNDS: usize = 21;
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
 
 /// Nanoseconds per node, the median of several rounds; the setup and what `run` gives back are
 /// not timed.
@@ -28,7 +24,8 @@ fn measure<S, R>(name: &str, nodes: usize, setup: impl Fn() -> S, run: impl Fn(S
         drop(output);
         seconds * 1e9 / nodes as f64
     };
-    println!("{name:<44} {:8.1} ns a node", median((0..ROUNDS).map(time).collect()));
+    let time = median((0..ROUNDS).map(time).collect()).expect("there is a round");
+    println!("{name:<44} {time:8.1} ns a node");
 }
 
 fn is_asked_for(name: &str) -> bool {

@@ -222,13 +222,15 @@ fn products(bench: &Bench) {
             |(x, weight)| evaluate(x.linear(weight, None, Precision::Fast)),
         );
     }
-    for n in [512, 1024, 2048, 4096] {
-        bench.line(
-            &format!("bf16 product {n} x {n} x {n}"),
-            "matmul",
-            || (normal(&[n, n], Dtype::BF16), normal(&[n, n], Dtype::BF16)),
-            |(a, b)| evaluate(a.matmul(b)),
-        );
+    for dtype in [Dtype::BF16, Dtype::F32] {
+        for n in [512, 1024, 2048, 4096] {
+            bench.line(
+                &format!("{} product {n} x {n} x {n}", dtype.name()),
+                "matmul",
+                || (normal(&[n, n], dtype), normal(&[n, n], dtype)),
+                |(a, b)| evaluate(a.matmul(b)),
+            );
+        }
     }
 }
 

@@ -100,6 +100,32 @@ impl Measured {
     }
 }
 
+/// The one in the middle, of an even number the mean of the two; `None` of nothing.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.get(values.len().saturating_sub(1) / 2..values.len() / 2 + 1)?;
+    Some(middle.iter().sum::<f64>() / middle.len() as f64)
+}
+
+/// What the system calls the processor, if it does.
+pub fn processor() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let named = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    named.map(|(_, name)| name.trim().to_string()).or_else(brand)
+}
+
+#[cfg(target_os = "macos")]
+fn brand() -> Option<String> {
+    let output =
+        std::process::Command::new("sysctl").args(["-n", "machdep.cpu.brand_string"]).output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_string()).filter(|name| !name.is_empty())
+}
+
+#[cfg(not(target_os = "macos"))]
+fn brand() -> Option<String> {
+    None
+}
+
 /// Seconds of a call.
 pub fn seconds(run: impl FnOnce()) -> f64 {
     let begun = Instant::now();
@@ -145,6 +171,13 @@ fn innermost(_: Isa, _: Arithmetic) -> Option<Loop> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_median_is_in_the_middle() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(median(vec![]), None);
+    }
 
     #[test]
     fn every_tier_with_vectors_has_peaks_that_rise_with_narrower_numbers() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mica_array::memory;
 use mica_array::profile::{self, Row};
 use mica_ceiling::{Arithmetic, Work};
-pub use mica_ceiling::{Ceilings, Measured};
+pub use mica_ceiling::{Ceilings, Measured, median, processor};
 use mica_threads::Pool;
 use serde_json::{Value, json};
 
@@ -27,13 +27,6 @@ pub fn measure(ceilings: &Ceilings) -> Measured {
 /// Their read bandwidth in GB/s, if there was memory to measure with.
 pub fn bandwidth(ceilings: &Ceilings) -> Option<f64> {
     mica_array::with_pool(|pool| ceilings.bandwidth(pool))
-}
-
-/// The one in the middle, of an even number the mean of the two; `None` of nothing.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.get(values.len().saturating_sub(1) / 2..values.len() / 2 + 1)?;
-    Some(middle.iter().sum::<f64>() / middle.len() as f64)
 }
 
 /// What bounds an op, and the part of that ceiling it reaches.
@@ -162,11 +155,4 @@ pub fn peak_memory_gb() -> Option<f64> {
 /// Memory of the machine in GB, if the system says.
 pub fn total_memory_gb() -> Option<f64> {
     Some(memory::total()? as f64 / 1e9)
-}
-
-/// The processor's name, if the system says.
-pub fn processor() -> Option<String> {
-    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = info.lines().find(|line| line.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_string())
 }

@@ -180,6 +180,11 @@ impl Scratch {
         unsafe { std::slice::from_raw_parts_mut(pointer.cast::<T>().as_ptr(), count) }
     }
 
+    /// Bytes that the present chunk has taken.
+    pub fn taken(&self) -> usize {
+        self.wanted.get()
+    }
+
     /// What the [`Account`] is told of a worker whose chunks take so many bytes.
     pub fn counted(bytes: usize) -> usize {
         match bytes.next_power_of_two() {

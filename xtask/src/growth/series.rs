@@ -5,10 +5,11 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use clap::ValueEnum;
+use mica_ceiling::processor;
 use serde_json::Value;
 
 use super::curve::{Curve, Point};
-use crate::table::{median, processor};
+use crate::table::median;
 
 /// Curves that can be measured.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -111,8 +111,8 @@ impl Setup {
         self.models.join(format!("{shape}-q4_0.gguf"))
     }
 
-    /// What is measured on a shape. One that is there in 4 bits alone is too large for the others: the rows that
-    /// would take many minutes are left out.
+    /// What is measured on a shape. One that is there in 4 bits alone is too large for the others: it has the rows
+    /// of a prompt and of decoding.
     pub fn jobs(&self, shape: &str) -> anyhow::Result<Vec<Job>> {
         let (float, quantized) = (self.float(shape), self.quantized(shape));
         ensure!(
@@ -131,14 +131,12 @@ impl Setup {
         }
         let large = !float.is_dir();
         let mut jobs = Vec::new();
-        let (prompts, depths): (&[usize], &[usize]) =
-            if large { (&[512], &[64, 512]) } else { (&[512, 4096], &[64, 512, 4096]) };
-        for prompt in prompts {
+        for prompt in [512, 4096] {
             // A depth of its own spares mica one more reading of the prompt.
             let options = format!("-p {prompt} --depth 1 -g 1 -n 1");
             jobs.push(self.inference(shape, &format!("prefill {prompt}"), "prompt_tps", &options));
         }
-        for depth in depths {
+        for depth in [64, 512, 4096] {
             let options = format!("-p 1 --depth {depth} -g 64 -n 1");
             jobs.push(self.inference(shape, &format!("decode at depth {depth}"), "generation_tps", &options));
         }

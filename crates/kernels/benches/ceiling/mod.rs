@@ -43,9 +43,9 @@ pub fn moved(pool: &Pool, name: &str, bytes: usize, block: &Block, tasks: &[Box<
     println!("{name:44} {:8.3} ms {rate:6.1} GB/s, {:4.0} % of reading", time * 1e3, 100.0 * median(shares));
 }
 
-pub fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+/// The median of at least one round.
+pub fn median(values: Vec<f64>) -> f64 {
+    mica_ceiling::median(values).expect("there is a round")
 }
 
 /// Wall time; with `CPU_TIME=1` and one thread the processor time of this thread, which a busy

@@ -157,12 +157,14 @@ pub fn backward_scratch(
     [batch, heads, kv_heads, length]: [usize; 4],
     [key_dim, value_dim]: [usize; 2],
 ) -> (usize, usize) {
-    let operand = if uses_pairs(isa, precision) { size_of::<bf16>() } else { size_of::<f32>() };
-    let (number, widths) = (size_of::<f32>(), Widths::new(BlockShape { key_dim, value_dim }));
+    let number = size_of::<f32>();
+    let operand = if uses_pairs(isa, precision) { size_of::<bf16>() } else { number };
+    let stored = if precision == Precision::Bf16 { size_of::<bf16>() } else { number };
+    let widths = Widths::new(BlockShape { key_dim, value_dim });
     let row = (widths.q + widths.dout) * operand + (2 + widths.dq) * number + 2 * size_of::<usize>();
-    let keys = (widths.keys.key_len() + widths.values.key_len() + widths.values.value_len()) * operand
+    let keys = (widths.keys.key_len() + widths.values.key_len() + widths.values.value_len()) * stored
         + (key_dim + value_dim) * (STRIDE * number + ROWS * operand);
-    let meeting = ROWS * (2 * STRIDE * number + (OPERANDS + 2 * BLOCK) * operand);
+    let meeting = ROWS * (2 * STRIDE * number + OPERANDS * operand + 2 * BLOCK * stored) + 2 * BLOCK * number;
     (length * (heads / kv_heads.max(1)) * row + keys + meeting, batch * kv_heads)
 }
 

@@ -19,6 +19,15 @@ fn run(
     precision: Precision,
     layout: Layout,
 ) -> [Vec<f32>; 4] {
+    run_by(case, dout, (isa, pool, precision, layout), |plan| run_plan(pool, plan))
+}
+
+fn run_by(
+    case: &Case,
+    dout: &Laid,
+    (isa, pool, precision, layout): (Isa, &Pool, Precision, Layout),
+    by: impl FnOnce(Plan),
+) -> [Vec<f32>; 4] {
     let (out, lse) = case.run(isa, pool, precision, layout);
     let wide = |values: &[f32]| values.iter().map(|&x| x as f64).collect::<Vec<_>>();
     let out = Laid::contiguous(Dtype::F32, &dout.shape, &wide(&out));
@@ -40,7 +49,7 @@ fn run(
         dv: Some(dv.view_mut()),
         dsinks: case.rule.sinks.as_ref().map(|_| dsinks.view_mut()),
     };
-    run_plan(pool, attention_backward(isa, args).unwrap());
+    by(attention_backward(isa, args).unwrap());
     for laid in [&dq, &dk, &dv, &dsinks] {
         laid.check_untouched_outside();
     }
@@ -180,6 +189,38 @@ fn agrees_with_f64_on_odd_shapes_and_is_the_same_on_any_number_of_threads() {
                         assert!(error < bound, "{name}: {error}");
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn scratch_is_what_was_said() {
+    let mut rng = Rng::new(3);
+    for [b, h, hk, l, d, dv] in [[2, 4, 2, 200, 24, 40], [1, 4, 2, 150, 128, 128], [1, 3, 1, 100, 80, 80]] {
+        let mut laid = |shape: &[usize]| Laid::random(Dtype::F32, shape, Layout::Contiguous, &mut rng);
+        let (q, k, v) = (laid(&[b, h, l, d]), laid(&[b, hk, l, d]), laid(&[b, hk, l, dv]));
+        let dout = laid(&[b, h, l, dv]);
+        let case = Case { q, k, v, rule: Rule { scale: 0.1, causal: true, ..Rule::default() } };
+        for &isa in Isa::available() {
+            for precision in [Precision::Exact, Precision::Bf16] {
+                let (said, chunks) = backward_scratch(isa, precision, [b, h, hk, l], [d, dv]);
+                let how = (isa, &Pool::new(1), precision, Layout::Contiguous);
+                run_by(&case, &dout, how, |plan| {
+                    let mut list = Vec::new();
+                    // SAFETY: without sinks nothing is written to the workspace.
+                    unsafe { plan.tasks(std::ptr::null_mut(), &mut list) };
+                    assert_eq!((list.len(), list[0].chunks()), (1, chunks));
+                    let mut scratch = Scratch::new();
+                    for chunk in 0..chunks {
+                        list[0].run(chunk, &mut scratch);
+                        let taken = scratch.taken();
+                        // Slices begin at multiples of 64 bytes.
+                        let name = format!("{isa} {precision:?} {:?}: {taken}", [b, h, hk, l, d, dv]);
+                        assert!((said..said + said / 50 + 24 * 64).contains(&taken), "{name} of {said}");
+                        scratch.reset();
+                    }
+                });
             }
         }
     }

@@ -246,6 +246,16 @@ fn broken_input_is_an_error() {
             assert_eq!(error.kind(), ErrorKind::BadData, "{name}: {error}");
         }
     }
+    let extreme: [(fn(&mut SamplingParams), f32, &str); 3] = [
+        (|p| p.repetition_penalty = 1e-40, 1.0, "repetition_penalty 1e-40"),
+        (|p| p.presence_penalty = f32::MIN, 1e38, "presence_penalty -3.4028235e38"),
+        (|p| p.frequency_penalty = f32::MIN, 1e38, "frequency_penalty -3.4028235e38"),
+    ];
+    for (change, logit, words) in extreme {
+        let error = sampler(change).sample(&mut [logit, 0.0], &[0], 0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    }
     let mut s = sampler(|p| p.logit_bias = vec![(9, 1.0)]);
     assert_eq!(s.sample(&mut [0.0; 3], &[], 0).unwrap_err().kind(), ErrorKind::Usage);
     let mut s = sampler(|p| p.temperature = 1e-30);

@@ -370,6 +370,17 @@ mod tests {
     }
 
     #[test]
+    fn an_evaluation_covers_the_same_rows_whatever_the_micro_batch() {
+        let run = resolve("batch_size: 12\n", &facts()).unwrap();
+        for micro in [1, 3, 4, 12] {
+            assert_eq!(run.evaluated(Some(5), micro).unwrap() * micro, 5 * 12);
+        }
+        assert_eq!(run.evaluated(None, 4), None, "all of it");
+        let counted = RunConfig { duration: Duration::Iters(100), ..run };
+        assert_eq!(counted.evaluated(Some(5), 4), Some(5));
+    }
+
+    #[test]
     fn defaults_depend_on_model_and_method() {
         let peak = |text: &str, bits| match resolve(text, &ModelFacts { layers: 24, bits, positions: None })
             .unwrap()
