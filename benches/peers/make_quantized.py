@@ -97,22 +97,22 @@ def openvino():
     import xml.etree.ElementTree as xml
     from make_openvino import convert
 
-    config, tensors = settings(), []
+    config, tensors, part = settings(), [], f"{out}.part"
     for key, _, shape in weights(config["vocab_size"]):
         one = (f"{key}.weight", "BF16", [HIDDEN], lambda: bf16(1, HIDDEN))
         tensors.append(one if shape is NORM else (f"{key}.weight", "BF16", shape, None))
     with tempfile.TemporaryDirectory() as zeros:
         save(zeros, config, tensors)
-        convert(zeros, out)
-    os.rename(f"{out}/openvino_model.xml", f"{out}/zeros.xml")
-    os.rename(f"{out}/openvino_model.bin", f"{out}/zeros.bin")
-    tree = xml.parse(f"{out}/zeros.xml")
+        convert(zeros, part)
+    os.rename(f"{part}/openvino_model.xml", f"{part}/zeros.xml")
+    os.rename(f"{part}/openvino_model.bin", f"{part}/zeros.bin")
+    tree = xml.parse(f"{part}/zeros.xml")
     # Of every constant its name, number type, shape, and place in the file.
     constants = [(layer.get("name"), layer.find("data")) for layer in tree.getroot().find("layers") if layer.get("type") == "Const"]
     shapes = {name: [int(n) for n in data.get("shape").split(",") if n] for name, data in constants}
     WEIGHT, ZERO, SCALE = "_openvino_orig_weight", "_openvino_orig_weight/zero_point", "_openvino_orig_weight/scale"
-    stored = np.memmap(f"{out}/zeros.bin", np.uint8, "r")
-    with open(f"{out}/openvino_model.bin", "wb") as file:
+    stored = np.memmap(f"{part}/zeros.bin", np.uint8, "r")
+    with open(f"{part}/openvino_model.bin", "wb") as file:
         for name, data in constants:
             size, dtype = int(data.get("size")), data.get("element_type")
             if name.endswith(WEIGHT):
@@ -127,9 +127,10 @@ def openvino():
             file.write(bytes(-file.tell() % 64))
             data.set("offset", str(file.tell()))
             file.write(made.tobytes())
-    tree.write(f"{out}/openvino_model.xml", xml_declaration=True)
-    os.remove(f"{out}/zeros.bin")
-    os.remove(f"{out}/zeros.xml")
+    tree.write(f"{part}/openvino_model.xml", xml_declaration=True)
+    os.remove(f"{part}/zeros.bin")
+    os.remove(f"{part}/zeros.xml")
+    os.rename(part, out)
 
 
 def gguf():
